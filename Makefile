@@ -1,0 +1,62 @@
+# Everything runs in .venv, which make builds by itself. `make help` lists the commands.
+
+PYTHON  ?= python3
+# Processes for the tests: one a core; no more than 8, because each holds a PyTorch of its own.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
+                   [ $$cores -lt 8 ] && echo $$cores || echo 8)
+# Options of the demo and of pytest: make demo DEMO="--cell gru", make test PYTEST="-x"
+DEMO    ?=
+PYTEST  ?=
+
+VENV  := .venv
+READY := $(VENV)/.ready
+BIN   := $(VENV)/bin
+SOURCES := kernels rnn_gpu tests perf examples
+
+# Idle OpenMP threads must sleep: where they spin on busy cores, a call of 23 ms can stall for seconds.
+export OMP_WAIT_POLICY := passive
+# What a user's shell has set must choose neither the backend nor the mode of a run.
+unexport RNN_GPU_BACKEND TRITON_INTERPRET
+
+# One thread a worker, so that the workers do not fight for the cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+.PHONY: help demo test test-slow test-gpu lint format clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## train a character language model on real text (about 75 seconds)
+	$(BIN)/python examples/char_language_model.py $(DEMO)
+
+# Two runs, because compiled and interpreted kernels cannot share a process.
+test: $(READY)  ## all tests but the slow ones, compiled and then interpreted
+	$(TEST) -m "not interpreted and not slow"
+	TRITON_INTERPRET=1 $(TEST) -m "interpreted and not slow"
+
+test-slow: $(READY)  ## the long sweeps
+	$(TEST) -m "slow and not interpreted"
+	TRITON_INTERPRET=1 $(TEST) -m "slow and interpreted"
+
+test-gpu: $(READY)  ## only what needs a GPU, one test at a time
+	$(BIN)/python -m pytest -n 0 $(PYTEST) -m gpu
+
+lint: $(READY)  ## check the style
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+format: $(READY)  ## mend the style
+	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+	$(BIN)/ruff format $(wildcard $(SOURCES))
+
+clean:  ## remove the environment, builds, caches and checkpoints
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis *.pt
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The constraints hold PyTorch to one version in every call: without them pip may fetch another, gigabytes each.
+# setuptools comes first and the build is not isolated: then the build obeys the constraints too.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[test,perf,examples,dev]"
+	@touch $@

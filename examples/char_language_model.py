@@ -1,0 +1,475 @@
+"""A character language model, trained with `rnn_gpu` on text that every machine has: Python's own source.
+
+    python examples/char_language_model.py                        about 75 seconds, on a GPU or two CPU cores
+    python examples/char_language_model.py --cell gru --seconds 20
+    python examples/char_language_model.py --backend torch        the same layers on PyTorch's own kernels
+
+It trains for a wall-clock budget, reports the loss on files it never saw in bits per character, writes a
+sample, and saves a checkpoint, which it then loads into a plain `torch.nn` model to show that both agree. On
+a GPU it also times the same training with `torch.nn`. On a CPU, where PyTorch's own kernels do the training,
+it ends by running a small layer through the real Triton kernels in Triton's interpreter, against float64.
+
+Shapes: T time steps of a segment, B streams of text read side by side, S length of a stream, I input size of
+a layer, H hidden size, V characters in the vocabulary. The exit status is 1 when a promise above is broken.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import rnn_gpu
+
+LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Modules of the standard library that are one file of source in every Python from 3.10 to 3.14, of many kinds
+# and authors. Validation is on whole files, so that nothing in them has been seen in training.
+TRAINING_FILES = (
+    "_pydecimal.py",
+    "argparse.py",
+    "asyncio/base_events.py",
+    "asyncio/sslproto.py",
+    "asyncio/unix_events.py",
+    "collections/__init__.py",
+    "configparser.py",
+    "contextlib.py",
+    "difflib.py",
+    "doctest.py",
+    "email/_header_value_parser.py",
+    "email/message.py",
+    "enum.py",
+    "ftplib.py",
+    "functools.py",
+    "http/client.py",
+    "http/server.py",
+    "imaplib.py",
+    "inspect.py",
+    "logging/__init__.py",
+    "logging/handlers.py",
+    "mailbox.py",
+    "multiprocessing/managers.py",
+    "multiprocessing/pool.py",
+    "optparse.py",
+    "os.py",
+    "pickle.py",
+    "platform.py",
+    "pydoc.py",
+    "random.py",
+    "shutil.py",
+    "smtplib.py",
+    "socket.py",
+    "ssl.py",
+    "subprocess.py",
+    "tarfile.py",
+    "tempfile.py",
+    "traceback.py",
+    "typing.py",
+    "unittest/case.py",
+    "unittest/mock.py",
+    "urllib/request.py",
+    "xml/dom/minidom.py",
+)
+VALIDATION_FILES = (
+    "asyncio/tasks.py",
+    "heapq.py",
+    "json/decoder.py",
+    "textwrap.py",
+    "weakref.py",
+)
+LEAST_CHARACTERS = 100_000  # in all; less is not the standard library's source
+
+UNKNOWN = "\ufffd"
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127))) + UNKNOWN  # the vocabulary; UNKNOWN is any other
+
+LEARNING_RATE = 4e-3
+LARGEST_GRADIENT_NORM = 1.0
+STEPS_PER_REPORT = 10  # reading the loss waits for the device, so it is not read at every step
+VALIDATIONS = 4  # in the course of training, besides the one at its end
+
+# Bits by which the validation of the reloaded model may differ. It is 0 where the same kernels ran, and where
+# others did, the rounding of the dtype (on a GPU float32 rounds to tf32), averaged over all characters.
+RELOADED_BITS = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 2e-2}
+# Largest relative difference of interpreted kernels in float32 from torch.nn in float64, by norm.
+INTERPRETED_DIFFERENCE = 1e-4
+
+State = Tensor | tuple[Tensor, Tensor] | None
+
+
+# ---- The text ----------------------------------------------------------------------------------------------
+
+
+def read_source(names: tuple[str, ...]) -> str:
+    """The named files of the standard library, one after the other; a Python without one of them skips it."""
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = [library / name for name in names]
+    for path in paths:
+        if not path.exists():
+            print(f"skipped, not on this machine: {path.name}")
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths if path.exists())
+
+
+def encode(text: str) -> Tensor:
+    """The index of each character in the vocabulary, int64 [length of the text]."""
+    index = {character: position for position, character in enumerate(CHARACTERS)}
+    return torch.tensor([index.get(character, index[UNKNOWN]) for character in text])
+
+
+def side_by_side(text: Tensor, batch_size: int) -> Tensor:
+    """Cut a text [N] into as many streams as the batch has rows, each of them contiguous text: [S, B]."""
+    stream_length = len(text) // batch_size
+    return text[: stream_length * batch_size].view(batch_size, stream_length).t().contiguous()
+
+
+def segments(streams: Tensor, sequence_length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of input and target [T, B], the target one character ahead, in the order of the text."""
+    for start in range(0, len(streams) - sequence_length, sequence_length):
+        window = streams[start : start + sequence_length + 1]
+        yield window[:-1], window[1:]
+
+
+# ---- The model ---------------------------------------------------------------------------------------------
+
+
+class CharacterModel(nn.Module):
+    """Embedding, recurrent layers, linear head. `library` makes the layers: rnn_gpu, or torch.nn itself."""
+
+    def __init__(self, library: ModuleType, cell: str, hidden_size: int, layers: int):
+        super().__init__()
+        self.embedding = nn.Embedding(len(CHARACTERS), hidden_size // 2)
+        self.recurrent = getattr(library, LAYERS[cell])(hidden_size // 2, hidden_size, num_layers=layers)
+        self.head = nn.Linear(hidden_size, len(CHARACTERS))
+
+    def forward(self, characters: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """characters [T, B] -> logits [T, B, V] of the character after each, and the last state."""
+        output, state = self.recurrent(self.embedding(characters), state)
+        return self.head(output), state
+
+
+def build_model(library: ModuleType, options: argparse.Namespace) -> CharacterModel:
+    """The model of these options, on their device, with layers of `library`."""
+    return CharacterModel(library, options.cell, options.hidden_size, options.layers).to(options.device)
+
+
+def detached(state: State) -> State:
+    """The same state with no past: back-propagation through time ends here."""
+    return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Layers compute in `dtype`, while the weights that the optimizer changes stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def mean_loss(
+    model: CharacterModel, inputs: Tensor, targets: Tensor, state: State, dtype: torch.dtype
+) -> tuple[Tensor, State]:
+    """Cross entropy per character, in nats, of a segment [T, B], and the state after it."""
+    with autocast(inputs.device, dtype):
+        logits, state = model(inputs, state)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), state
+
+
+@torch.no_grad()
+def bits_per_character(
+    model: CharacterModel, streams: Tensor, sequence_length: int, dtype: torch.dtype
+) -> float:
+    """Cross entropy on all of the streams [S, B], with the state carried along them."""
+    model.eval()
+    losses, state = [], None
+    for inputs, targets in segments(streams, sequence_length):
+        loss, state = mean_loss(model, inputs, targets, state, dtype)
+        losses.append(loss)
+    model.train()
+    return torch.stack(losses).mean().item() / math.log(2)
+
+
+@torch.no_grad()
+def write_sample(model: CharacterModel, prompt: str, length: int, device: torch.device) -> str:
+    """Text that the model writes after the prompt, one character at a time."""
+    temperature = 0.7  # below 1: the likelier characters more often than the model itself would take them
+    text, state = prompt, None
+    following = encode(prompt).to(device).unsqueeze(1)  # [T, 1]
+    for _ in range(length):
+        logits, state = model(following, state)
+        following = torch.multinomial((logits[-1] / temperature).softmax(-1), 1)  # [1, 1]
+        text += CHARACTERS[following.item()]
+    return text
+
+
+# ---- Training ----------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Truncated back-propagation through time over endless streams, the state carried from step to step."""
+
+    def __init__(self, model: CharacterModel, streams: Tensor, sequence_length: int, dtype: torch.dtype):
+        self.model = model
+        self.streams = streams  # [S, B]
+        self.sequence_length = sequence_length
+        self.dtype = dtype
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        # float16 alone has too small a range for gradients: scaled up before the backward, down after it.
+        self.scaler = torch.amp.GradScaler(streams.device.type, enabled=dtype == torch.float16)
+        self.remaining = iter(())
+        self.state: State = None
+
+    def next_segment(self) -> tuple[Tensor, Tensor]:
+        """The next input and target [T, B]; at the end of the streams, the first again with a new state."""
+        segment = next(self.remaining, None)
+        if segment is None:
+            self.remaining = segments(self.streams, self.sequence_length)
+            self.state = None
+            segment = next(self.remaining)
+        return segment
+
+    def step(self, learning_rate: float) -> Tensor:
+        """One update of the weights; the loss of its segment, in nats per character, still on the device."""
+        inputs, targets = self.next_segment()
+        loss, state = mean_loss(self.model, inputs, targets, self.state, self.dtype)
+        self.state = detached(state)
+
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT_NORM)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+
+def train(trainer: Trainer, validation: Tensor, seconds: float) -> None:
+    """Train for so many seconds of wall-clock time, the learning rate falling to zero as half a cosine."""
+    start = time.perf_counter()
+    elapsed, steps, validated = 0.0, 0, 0
+    layout = "{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}"
+    interval = 0.5 if sys.stderr.isatty() else 10  # seconds; in a log every refresh stays as text
+    with tqdm(total=seconds, desc="training", bar_format=layout, mininterval=interval) as progress:
+        while elapsed < seconds:
+            loss = trainer.step(LEARNING_RATE * (1 + math.cos(math.pi * elapsed / seconds)) / 2)
+            steps += 1
+            if steps % STEPS_PER_REPORT == 0:
+                progress.set_postfix_str(f"step {steps}, {loss.item() / math.log(2):.3f} bits", refresh=False)
+            if elapsed > (validated + 1) / (VALIDATIONS + 1) * seconds:
+                validated += 1
+                bits = bits_per_character(trainer.model, validation, trainer.sequence_length, trainer.dtype)
+                progress.write(
+                    f"  {elapsed:5.0f} s   step {steps:6d}   validation {bits:.3f} bits per character"
+                )
+            elapsed = time.perf_counter() - start
+            progress.update(min(elapsed, seconds) - progress.n)
+    print(f"{steps} steps in {elapsed:.0f} s: {steps / elapsed:.1f} steps a second")
+
+
+def steps_per_second(trainer: Trainer, seconds: float) -> float:
+    """Speed of training steps on a GPU, after warming up."""
+    warm_up = 10
+    for _ in range(warm_up):
+        trainer.step(LEARNING_RATE)
+    torch.cuda.synchronize()
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(STEPS_PER_REPORT):
+            trainer.step(LEARNING_RATE)
+        steps += STEPS_PER_REPORT
+        torch.cuda.synchronize()
+    return steps / (time.perf_counter() - start)
+
+
+def compare_speed(options: argparse.Namespace, streams: Tensor) -> None:
+    """Time the same training with rnn_gpu and with torch.nn, in turns, and print the best turn of each."""
+    trainers = {
+        library.__name__: Trainer(
+            build_model(library, options), streams, options.sequence_length, DTYPES[options.dtype]
+        )
+        for library in (rnn_gpu, nn)
+    }
+    turns = {name: [] for name in trainers}
+    for _ in range(3):
+        for name, trainer in trainers.items():
+            turns[name].append(steps_per_second(trainer, seconds=1.0))
+    print("\nThe same training, steps a second:")
+    for name, speeds in turns.items():
+        print(f"  {name:10s} {max(speeds):8.1f}")
+    print(f"  ratio      {max(turns[rnn_gpu.__name__]) / max(turns[nn.__name__]):8.2f}")
+
+
+# ---- The checkpoint ----------------------------------------------------------------------------------------
+
+
+def save(model: CharacterModel, options: argparse.Namespace) -> None:
+    """Write a checkpoint of weights and plain values, all that is needed to build the model again."""
+    checkpoint = {
+        "cell": options.cell,
+        "hidden_size": options.hidden_size,
+        "layers": options.layers,
+        "characters": CHARACTERS,
+        "weights": model.state_dict(),
+    }
+    torch.save(checkpoint, options.save)
+
+
+def load_plain(options: argparse.Namespace) -> CharacterModel:
+    """The model of the checkpoint with torch.nn's own layers; weights_only: the file is data, no code."""
+    checkpoint = torch.load(options.save, map_location=options.device, weights_only=True)
+    model = CharacterModel(nn, checkpoint["cell"], checkpoint["hidden_size"], checkpoint["layers"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.to(options.device)
+
+
+# ---- The real kernels, without a GPU -----------------------------------------------------------------------
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference by the norm of the expected, in float64."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def gradients(layer: nn.Module, inputs: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+    """By name: output for inputs [T, B, I], and all gradients from that of the output [T, B, H]."""
+    inputs = inputs.clone().requires_grad_()
+    output, _ = layer(inputs)
+    output.backward(output_gradient)
+    result = {"output": output.detach(), "gradient of input": inputs.grad}
+    return result | {f"gradient of {name}": weight.grad for name, weight in layer.named_parameters()}
+
+
+def check_interpreted(cell: str) -> int:
+    """Run a small layer's Triton kernels in the interpreter, in float32, against torch.nn in float64.
+
+    Prints the relative differences; 0, or 1 when the largest is above the bound.
+    """
+    time_steps, batch_size, input_size, hidden_size = 5, 3, 16, 24
+    # PyTorch lets recurrent layers round products to tf32 by default; this compares with full float32.
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    torch.manual_seed(0)
+    layer = getattr(rnn_gpu, LAYERS[cell])(input_size, hidden_size)
+    plain = getattr(nn, LAYERS[cell])(input_size, hidden_size)
+    plain.load_state_dict(layer.state_dict())
+    inputs = torch.randn(time_steps, batch_size, input_size)
+    output_gradient = torch.randn(time_steps, batch_size, hidden_size)
+
+    with rnn_gpu.backend("triton"):
+        actual = gradients(layer, inputs, output_gradient)
+    expected = gradients(plain.double(), inputs.double(), output_gradient.double())
+    differences = {name: relative_difference(actual[name], expected[name]) for name in expected}
+
+    print(f"Triton kernels, interpreted: {layer}, T {time_steps}, B {batch_size}, float32")
+    for name, difference in differences.items():
+        print(f"  {name:25s} {difference:.1e}")
+    largest = max(differences.values())
+    print(f"largest relative difference from torch.nn in float64: {largest:.1e}")
+    print(f"allowed: {INTERPRETED_DIFFERENCE:.0e}")
+    return 0 if largest <= INTERPRETED_DIFFERENCE else 1
+
+
+def check_interpreted_elsewhere(cell: str) -> bool:
+    """The check above in a process of its own: interpreted and compiled kernels cannot share one."""
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed here: its kernels were not run")
+        return True
+    sys.stdout.flush()
+    command = [sys.executable, __file__, "--interpreted-check", "--cell", cell]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode == 0
+
+
+# ---- The command -------------------------------------------------------------------------------------------
+
+
+def read_options() -> argparse.Namespace:
+    """The command line, with what depends on the machine filled in."""
+    parser = argparse.ArgumentParser(
+        description="Train a character language model on the source of Python's standard library.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--cell", choices=LAYERS, default="lstm", help="kind of recurrent layer")
+    add("--backend", choices=["auto", "triton", "torch"], default="auto", help="whose kernels run")
+    add("--seconds", type=float, default=75, help="wall-clock budget of the training")
+    add("--target", type=float, help="fail unless validation ends below this; 2.6 from 60 seconds on")
+    add("--hidden-size", type=int, default=256, help="hidden units of a layer")
+    add("--layers", type=int, default=1, help="recurrent layers")
+    add("--batch-size", type=int, default=16, help="streams of text read side by side")
+    add("--sequence-length", type=int, default=64, help="characters of a stream in a training step")
+    add("--seed", type=int, default=0, help="of weights and sample")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--dtype", choices=DTYPES, default="float32", help="of the computation; weights stay in float32")
+    add("--save", type=Path, metavar="PATH", default="char_language_model.pt", help="file of the checkpoint")
+    add("--interpreted-check", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.dtype == "float16" and options.device.type == "cpu":
+        parser.error("argument --dtype: float16 needs a GPU, because PyTorch's CPU layers do not have it")
+    if options.target is None:
+        options.target = 2.6 if options.seconds >= 60 else math.inf
+    return options
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """The whole demonstration; what went wrong, in words."""
+    torch.manual_seed(options.seed)
+    failures = []
+    dtype = DTYPES[options.dtype]
+    training_text, validation_text = read_source(TRAINING_FILES), read_source(VALIDATION_FILES)
+    if len(training_text) + len(validation_text) < LEAST_CHARACTERS:
+        return ["this Python came without the source of its standard library"]
+    training = side_by_side(encode(training_text), options.batch_size).to(options.device)
+    validation = side_by_side(encode(validation_text), options.batch_size).to(options.device)
+    if len(validation) <= options.sequence_length:
+        return ["the text is too short for this batch size and sequence length"]
+    print(f"text: {training.numel():,} characters to train on, {validation.numel():,} to validate")
+
+    model = build_model(rnn_gpu, options)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"model: {model.recurrent}, {parameters:,} parameters, {options.dtype} on {options.device}")
+
+    train(Trainer(model, training, options.sequence_length, dtype), validation, options.seconds)
+    bits = bits_per_character(model, validation, options.sequence_length, dtype)
+    print(f"validation: {bits:.3f} bits per character")
+    if not bits < options.target:
+        failures.append(f"validation ended at {bits:.3f} bits per character, not below {options.target}")
+
+    print(f"\nA sample:\n\n{write_sample(model, 'def ', 400, options.device)}\n")
+
+    save(model, options)
+    reloaded_bits = bits_per_character(load_plain(options), validation, options.sequence_length, dtype)
+    print(f"{options.save} in a plain torch.nn model: {reloaded_bits:.3f} bits per character")
+    if not abs(reloaded_bits - bits) <= RELOADED_BITS[options.dtype]:
+        failures.append(f"the reloaded model's validation is {reloaded_bits} bits, the trained one's {bits}")
+
+    if options.device.type == "cuda":
+        compare_speed(options, training)
+    else:
+        print()
+        if not check_interpreted_elsewhere(options.cell):
+            failures.append("the interpreted Triton kernels failed, or differ from torch.nn")
+    return failures
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit status."""
+    options = read_options()
+    if options.interpreted_check:
+        return check_interpreted(options.cell)
+    with rnn_gpu.backend(options.backend):
+        failures = run(options)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

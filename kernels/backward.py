@@ -1,0 +1,229 @@
+"""The backward loop over time, for every cell: the steps of forward.py in the opposite order, in one persistent launch.
+
+    d_y     [T, B, N, H]     gradient of the outputs, or None
+    d_h_n   [B, N, H]        gradient of the final state, or None
+    d_carry_n [B, N, HS]     gradient of the final carry (LSTM), float32, or None
+    weight  [N, HS, G, HS]   recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u; zeros past H
+    gates   [T, B, N, G*H]   saved by the forward, or None (RNN)
+    aux     [T, B, N, HS]    LSTM: c; GRU: q; RNN: y
+    history [T, B, N, HS]    LSTM: c; GRU: y: its values one step before the present one are `previous`; or None (RNN)
+    history_0 [B, N, HS]     LSTM: c0; GRU: h0; in the type of `history`, or None
+    d_gates [T+2, B, N, E, HS] as 32-bit words: the block before the first of the backward holds zeros, blocks 1..T are unwritten
+                             and become the gradients of the gate sums, E slots a unit (cells.py)
+    d_carry_0 [B, N, HS]     gradient of the first carry, float32: LSTM d c0; GRU the direct part of d h0; or None
+    status  [1]              int32: becomes `launch` when a wait came to its limit
+
+T, B, N, G, H, HS, UB, NB, S and the grid are those of forward.py. FIRST slots are awaited at first, then the others at once, in
+groups of FIRST (0: all together): a failed poll of a few is cheaper than one of all, and fewer tiles are held at a time.
+What does not depend on the neighbours is computed before the wait; between await and publish stand the product, one exchange through
+shared memory and a few multiplications.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import poll, publishable, until_written
+from .forward import as_float, load_gates
+from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, operand, over_warps, resident_weights, state_operand, to_tf32, two_ways, weight_chunk
+
+
+@triton.jit
+def hold_weights(
+    weight, unit, G: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    REGISTERS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """The weights of UB units from `unit` on, slot by slot -> operands held on the chip, and pointers to chunk 0 for the rest."""
+    W, rest = (), ()
+    plain, shared = two_ways(UB)
+    for g in tl.static_range(G):
+        if ALONE:
+            u, k = tl.arange(0, UB)[:, None], tl.arange(0, UB)[None, :]
+            w = tl.load(weight + (u * G + g) * HS + k, mask=(u < HS) & (k < HS), other=0.0)
+            W = W + (to_tf32(w) if PRECISION == "tf32" else w,)
+        else:
+            rows = tl.minimum(unit + plain, HS - 1), tl.minimum(unit + shared, HS - 1)
+            W = W + resident_weights(weight + g * HS, rows, G * HS, REGISTERS + SHARED, REGISTERS, S, UB, K, HS, PRECISION)
+            rest = rest + (weight + g * HS + rows[0] * (G * HS) + chunk_columns(S, K),)
+    return W, rest
+
+
+@triton.jit
+def product(acc, W, rest, words, FIRST: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr,
+            NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add to acc, two partial sums [S, UB, NB], the weights of the slots from FIRST on times their polled gradients.
+
+    Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
+    """
+    K: tl.constexpr = chunk_values(DTYPE)
+    even, odd = acc
+    for j in tl.static_range(len(words)):
+        d = state_operand(words[j], S, NB, DTYPE, PRECISION)
+        if j % CHUNKS < HELD:
+            w = W[(FIRST + j // CHUNKS) * HELD + j % CHUNKS]
+        else:
+            w = operand(weight_chunk(rest[FIRST + j // CHUNKS], chunk_columns(S, K), j % CHUNKS, S, HS, PRECISION), S, UB, K)
+        if j % 2 == 0:
+            even = tl.dot(w, d, even, input_precision=PRECISION)
+        else:
+            odd = tl.dot(w, d, odd, input_precision=PRECISION)
+    return even, odd
+
+
+@triton.jit
+def await_and_multiply(
+    W, rest, p, inside, limit, G: tl.constexpr, ORDER: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
+    HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient [NB, UB] of h through the later step's gate sums, awaited in the ORDER given -> it, 1 if a wait gave up."""
+    STEP: tl.constexpr = S * chunk_words()
+    GROUPS: tl.constexpr = 1 if ORDER == 0 else G if ORDER == 1 else 2  # together; one by one; the first, then the others
+    zero, late = tl.zeros((S, UB, NB), tl.float32), 0
+    acc = zero, zero
+    HEAD: tl.constexpr = G if ORDER == 0 else 1  # slots of the first group, and of each later one
+    TAIL: tl.constexpr = G - 1 if ORDER == 2 else 1
+    words = poll(p, inside, HEAD, SLOT, CHUNKS, STEP)
+    for k in tl.static_range(GROUPS):
+        if ORDER == 1 and k + 1 < GROUPS:  # the next slot is on its way while this one is tested
+            following = poll(p + (k + 1) * SLOT, inside, TAIL, SLOT, CHUNKS, STEP)
+        words, gave_up = until_written(words, p + k * SLOT, inside, HEAD if k == 0 else TAIL, SLOT, CHUNKS, STEP, BITS, limit)
+        late |= gave_up
+        if ORDER == 2 and k + 1 < GROUPS:
+            following = poll(p + (k + 1) * SLOT, inside, TAIL, SLOT, CHUNKS, STEP)
+        acc = product(acc, W, rest, words, k, CHUNKS, HELD, HS, UB, NB, S, DTYPE, PRECISION)
+        if k + 1 < GROUPS:
+            words = following
+    return over_warps((acc[0] + acc[1]).reshape(S, 1, UB, NB), S, 1, UB, NB)[0], late
+
+
+@triton.jit
+def multiply_alone(W, slots, G: tl.constexpr, PRECISION: tl.constexpr):
+    """The same where one program holds all units: slots are G tiles [UB, NB] in registers."""
+    for g in tl.static_range(G):
+        d = to_tf32(slots[g]) if PRECISION == "tf32" else slots[g]
+        if g == 0:
+            acc = tl.dot(W[0], d, input_precision=PRECISION)
+        else:
+            acc = tl.dot(W[g], d, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def load_or_zero(p, offsets, exists, SHAPE: tl.constexpr):
+    """A float32 tile of what p points to; zeros where p is None."""
+    if p is None:
+        return tl.zeros(SHAPE, tl.float32)
+    else:
+        return tl.load(p + offsets, mask=exists, other=None if exists is None else 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_step(d_y, gates, aux, before, own_y, own_gates, own, present, exists, G: tl.constexpr, H: tl.constexpr, SHAPE: tl.constexpr):
+    """What the forward left of one step: gradient of the output, gates, aux (`present` where it is known already), previous."""
+    saved = () if gates is None else load_gates(gates + own_gates, exists, G, H)
+    aux_tile = present if aux is None else load_or_zero(aux, own, exists, SHAPE)
+    return load_or_zero(d_y, own_y, exists, SHAPE), saved, aux_tile, load_or_zero(before, own, exists, SHAPE)
+
+
+@triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
+def backward(
+    d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, status, T, B, begin, limit, launch,
+    FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr, AUX_IS_HISTORY: tl.constexpr,
+    H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
+    UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
+    ORDER: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = chunk_values(DTYPE)
+    STEP: tl.constexpr = S * chunk_words()  # words from chunk to chunk
+    CHUNKS: tl.constexpr = (HS + S * K - 1) // (S * K)
+    ROW: tl.constexpr = N * HS
+    SLOT: tl.constexpr = HS * DTYPE.primitive_bitwidth // 32  # words of a slot
+    EVEN: tl.constexpr = H % UB == 0
+    SHAPE: tl.constexpr = (UB, NB) if ALONE else (NB, UB)
+    n = tl.program_id(2)
+    reverse = (n & 1) == 1 if REVERSED == 2 else REVERSED == 1
+    first = begin.to(tl.int64) + tl.program_id(1) * (SLICES * NB)
+    last = (B - 1 - first).to(tl.int32)
+    W, rest = hold_weights(weight + n * (HS * G * HS), tl.program_id(0) * UB, G, HS, UB, S, K, REGISTERS, SHARED, PRECISION, ALONE)
+    units = tl.program_id(0) * UB + (tl.arange(0, UB)[:, None] if ALONE else tl.arange(0, UB)[None, :])
+    exists = None if EVEN else units < H
+    words = chunk_columns(S, chunk_words())
+    inside = None if HS % (S * K) == 0 else words < SLOT - (CHUNKS - 1) * STEP
+
+    start = tl.where(reverse, 0, T - 1).to(tl.int64) * B + first
+    step = tl.where(reverse, 1, -1) * B.to(tl.int64)
+    read = d_gates + (start + B - step) * (N * E * SLOT)
+    write = d_gates.to(tl.pointer_type(BITS)) + (start + B) * (ROW * E)
+    own, own_y, own_gates, own_slots, tile, mine, dh, dcarry, state = (), (), (), (), (), (), (), (), ()
+    for j in tl.static_range(SLICES):
+        b = j * NB + (tl.arange(0, NB)[None, :] if ALONE else tl.arange(0, NB)[:, None])
+        mine = mine + ((b <= last) & (units < HS),)
+        b = tl.minimum(b, last)
+        own, own_y = own + ((b * N + n) * HS + units,), own_y + ((b * N + n) * H + units,)
+        own_gates, own_slots = own_gates + ((b * N + n) * (G * H) + units,), own_slots + ((b * N + n) * (E * HS) + units,)
+        tile = tile + ((tl.minimum(j * NB + chunk_rows(NB), last) * N + n) * (E * SLOT) + words,)
+        dh = dh + (load_or_zero(d_h_n, first * (N * H) + own_y[j], exists, SHAPE),)
+        dcarry = dcarry + (load_or_zero(d_carry_n, first * ROW + own[j], exists, SHAPE),)
+        zeros = ()
+        for g in tl.static_range(G):
+            zeros = zeros + (tl.zeros(SHAPE, DTYPE),)
+        state = state + (zeros,)
+    first_history = None if history_0 is None else history_0 + first * ROW
+    d_y = None if d_y is None else d_y + start * (N * H)
+    gates = None if gates is None else gates + start * (N * G * H)
+    aux += start * ROW
+    if history is not None:
+        history += (start + step) * ROW
+        before = tl.where(T > 1, history, first_history)
+    else:
+        before = None
+    saved = ()
+    for j in tl.static_range(SLICES):
+        present = load_or_zero(aux, own[j], exists, SHAPE)
+        saved = saved + (load_step(d_y, gates, None, before, own_y[j], own_gates[j], own[j], present, exists, G, H, SHAPE),)
+
+    late = 0
+    for s in range(T):
+        more = tl.where(s + 1 < T, step, 0)
+        if d_y is not None:
+            d_y += more * (N * H)
+        if gates is not None:
+            gates += more * (N * G * H)
+        aux += more * ROW
+        if history is not None:
+            history += step * ROW
+            before = tl.where(s + 2 < T, history, first_history)
+        saved_next, dh_next, dcarry_next, state_next = (), (), (), ()
+        for j in tl.static_range(SLICES):
+            dy, saved_gates, present, previous = saved[j]
+            factors = FACTORS(as_float(saved_gates), present, previous)
+            known = dh[j] + dy
+            following = load_step(
+                d_y, gates, None if AUX_IS_HISTORY else aux, before, own_y[j], own_gates[j], own[j], previous, exists, G, H, SHAPE
+            )
+            saved_next = saved_next + (following,)
+            if ALONE:
+                later = multiply_alone(W, state[j], G, PRECISION)
+            else:
+                later, gave_up = await_and_multiply(
+                    W, rest, read + tile[j], inside, limit, G, ORDER, SLOT, CHUNKS, REGISTERS + SHARED, HS, UB, NB, S, DTYPE, BITS, PRECISION
+                )  # fmt: skip
+                if gave_up != 0:  # wait no more for the rest of the launch
+                    limit = 0
+                    late = 1
+            slots, kept = CELL(factors, known + later, dcarry[j])
+            published = ()
+            for e in tl.static_range(E):
+                slot = slots[e] if H == HS else tl.where(exists, slots[e], 0.0)  # the neighbours read padded units too
+                tl.store(write + own_slots[j] + e * HS, publishable(slot, DTYPE, BITS), mask=mine[j], cache_modifier=".cg")
+                published = published + (slot.to(DTYPE),)
+            dcarry_next, dh_next, state_next = dcarry_next + (kept,), dh_next + (tl.zeros(SHAPE, tl.float32),), state_next + (published,)
+        saved, dh, dcarry = saved_next, dh_next, dcarry_next
+        if ALONE:
+            state = state_next
+        read += step * (N * E * SLOT)
+        write += step * (ROW * E)
+    if d_carry_0 is not None:
+        for j in tl.static_range(SLICES):
+            tl.store(d_carry_0 + first * ROW + own[j], dcarry[j], mask=mine[j])
+    if late != 0:
+        tl.store(status, launch)

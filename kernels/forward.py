@@ -1,0 +1,204 @@
+"""The forward loop over time, for every cell: one persistent launch for all T steps.
+
+    x_part  [T, B, N, G*H]   input part of the gates, biases included; in place, the gates are saved over it
+    weight  [N, G*H, HS]     recurrent weight, rows padded with zeros to HS
+    bias    [N, H]           hidden bias of the last gate (GRU), or None
+    y       [T+2, B, N, HS]  as 32-bit words: block 0 holds h0 of forward sets, block T+1 that of reversed ones;
+                             blocks 1..T are unwritten and become the outputs
+    carry_0 [B, N, HS]       carry before the first step (LSTM: c0, float32; GRU: h0), or None
+    gates   [T, B, N, G*H]   x_part itself, or None where nothing is saved
+    aux     [T, B, N, HS]    what else the backward needs (LSTM: c, float32; GRU: q), or None
+    carry_n [B, N, HS]       carry after the last step, float32, or None
+    status  [1]              int32: becomes `launch` when a wait came to its limit
+
+T steps, B rows, N weight sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit slices of UB
+units x batch slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group: only they exchange y.
+ALONE: one program holds all units; nothing is exchanged, and y is only written.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import poll, publishable, until_written
+from .tiles import (
+    chunk_columns,
+    chunk_rows,
+    chunk_values,
+    chunk_words,
+    operand,
+    over_warps,
+    resident_weights,
+    side_by_side,
+    state_operand,
+    to_tf32,
+    two_ways,
+    weight_chunk,
+)
+
+
+@triton.jit
+def load_gates(p, exists, G: tl.constexpr, STRIDE: tl.constexpr):
+    """G tiles, STRIDE apart; `exists` masks units past H, None where there are none."""
+    x = ()
+    for g in tl.static_range(G):
+        x = x + (tl.load(p + g * STRIDE, mask=exists, other=None if exists is None else 0.0),)
+    return x
+
+
+@triton.jit
+def as_float(tiles):
+    x = ()
+    for i in tl.static_range(len(tiles)):
+        x = x + (tiles[i].to(tl.float32),)
+    return x
+
+
+@triton.jit
+def hold_weights(
+    weight, unit, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """The weights of UB units from `unit` on. -> operands held on the chip, and pointers to chunk 0 of each part for the rest."""
+    W, rest = (), ()
+    if ALONE:
+        u, k = tl.arange(0, UB)[:, None], tl.arange(0, UB)[None, :]
+        for g in tl.static_range(G):
+            w = tl.load(weight + (g * H + u) * HS + k, mask=(u < H) & (k < H), other=0.0)
+            W = W + (to_tf32(w) if PRECISION == "tf32" else w,)
+    else:
+        plain, shared = two_ways(PER * UB)
+        for part in tl.static_range((G + PER - 1) // PER):
+            rows = (
+                tl.minimum(part * PER + plain // UB, G - 1) * H + tl.minimum(unit + plain % UB, H - 1),
+                tl.minimum(part * PER + shared // UB, G - 1) * H + tl.minimum(unit + shared % UB, H - 1),
+            )
+            W = W + resident_weights(weight, rows, HS, REGISTERS + SHARED, REGISTERS, S, PER * UB, K, HS, PRECISION)
+            rest = rest + (weight + rows[0] * HS + chunk_columns(S, K),)
+    return W, rest
+
+
+@triton.jit
+def hidden_part(
+    W, rest, words, CHUNKS: tl.constexpr, HELD: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr,
+    NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The product of the held weights (and of the rest, read again) with the polled state: G or 4 tiles [NB, UB]."""
+    PARTS: tl.constexpr = (G + PER - 1) // PER
+    K: tl.constexpr = chunk_values(DTYPE)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        acc = tl.zeros((S, PER * UB, NB), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            h = state_operand(words[i], S, NB, DTYPE, PRECISION)
+            if i < HELD:
+                acc = tl.dot(W[part * HELD + i], h, acc, input_precision=PRECISION)
+            else:
+                w = weight_chunk(rest[part], chunk_columns(S, K), i, S, HS, PRECISION)
+                acc = tl.dot(operand(w, S, PER * UB, K), h, acc, input_precision=PRECISION)
+        parts = parts + (acc,)
+    return over_warps(side_by_side(parts, PARTS, S, PER, UB, NB), S, 4 if G > 1 else 1, UB, NB)
+
+
+@triton.jit
+def hidden_part_alone(W, h, G: tl.constexpr, PRECISION: tl.constexpr):
+    """The product where one program holds all units and so the whole state h [UB, NB]: G tiles [UB, NB]."""
+    h = to_tf32(h) if PRECISION == "tf32" else h
+    r = ()
+    for g in tl.static_range(G):
+        r = r + (tl.dot(W[g], h, input_precision=PRECISION),)
+    return r
+
+
+@triton.jit
+def with_bias(r, bias, G: tl.constexpr):
+    """r with `bias`, where there is one, added to the last gate."""
+    out = ()
+    for g in tl.static_range(G):
+        out = out + (r[g] + bias if g == G - 1 and bias is not None else r[g],)
+    return out
+
+
+@triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
+def forward(
+    x_part, weight, bias, y, carry_0, gates, aux, carry_n, status, T, B, begin, limit, launch,
+    CELL: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
+    UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = chunk_values(DTYPE)
+    STEP: tl.constexpr = S * chunk_words()  # words from chunk to chunk
+    CHUNKS: tl.constexpr = (HS + S * K - 1) // (S * K)
+    ROW: tl.constexpr = N * HS  # elements of a row of y; WORD_ROW in words
+    WORD_ROW: tl.constexpr = ROW * DTYPE.primitive_bitwidth // 32
+    EVEN: tl.constexpr = H % UB == 0
+    n = tl.program_id(2)
+    reverse = (n & 1) == 1 if REVERSED == 2 else REVERSED == 1  # 2: odd sets run backwards in time
+    first = begin.to(tl.int64) + tl.program_id(1) * (SLICES * NB)
+    last = (B - 1 - first).to(tl.int32)
+    W, rest = hold_weights(weight + n * (G * H * HS), tl.program_id(0) * UB, G, PER, H, HS, UB, S, K, REGISTERS, SHARED, PRECISION, ALONE)
+    units = tl.program_id(0) * UB + (tl.arange(0, UB)[:, None] if ALONE else tl.arange(0, UB)[None, :])
+    exists = None if EVEN else units < H
+    hidden_bias = None if bias is None else tl.load(bias + n * H + units, mask=exists, other=None if EVEN else 0.0).to(tl.float32)
+    words = chunk_columns(S, chunk_words())
+    inside = None if HS % (S * K) == 0 else words < WORD_ROW // N - (CHUNKS - 1) * STEP
+
+    start = tl.where(reverse, T - 1, 0).to(tl.int64) * B + first
+    step = tl.where(reverse, -1, 1) * B.to(tl.int64)
+    read = y + (start + B - step) * WORD_ROW
+    write = y.to(tl.pointer_type(BITS)) + (start + B) * ROW
+    x_part += start * (N * G * H)
+    if gates is not None:
+        gates += start * (N * G * H)
+    if aux is not None:
+        aux += start * ROW
+    own, own_gates, tile, mine, carry, x, state = (), (), (), (), (), (), ()
+    for j in tl.static_range(SLICES):
+        b = j * NB + (tl.arange(0, NB)[None, :] if ALONE else tl.arange(0, NB)[:, None])
+        mine = mine + ((b <= last) & (units < HS),)
+        b = tl.minimum(b, last)  # a spare row reads the last one: no mask in the loop
+        own, own_gates = own + ((b * N + n) * HS + units,), own_gates + ((b * N + n) * (G * H) + units,)
+        tile = tile + ((tl.minimum(j * NB + chunk_rows(NB), last) * N + n) * (WORD_ROW // N) + words,)
+        zero = tl.zeros((UB, NB) if ALONE else (NB, UB), tl.float32)
+        carry = carry + (zero if carry_0 is None else tl.load(carry_0 + first * ROW + own[j], mask=mine[j], other=0.0).to(tl.float32),)
+        x = x + (load_gates(x_part + own_gates[j], exists, G, H),)
+        if ALONE:
+            state = state + (tl.load(read.to(tl.pointer_type(DTYPE)) + own[j], mask=mine[j], other=0.0),)
+
+    late = 0
+    for t in range(T):
+        x_part += tl.where(t + 1 < T, step, 0) * (N * G * H)
+        carry_next, x_next, state_next = (), (), ()
+        for j in tl.static_range(SLICES):
+            x_next = x_next + (load_gates(x_part + own_gates[j], exists, G, H),)
+            if ALONE:
+                r = hidden_part_alone(W, state[j], G, PRECISION)
+            else:
+                h_words = poll(read + tile[j], inside, 1, 0, CHUNKS, STEP)
+                h_words, gave_up = until_written(h_words, read + tile[j], inside, 1, 0, CHUNKS, STEP, BITS, limit)
+                if gave_up != 0:  # wait no more for the rest of the launch
+                    limit = 0
+                    late = 1
+                r = hidden_part(W, rest, h_words, CHUNKS, REGISTERS + SHARED, G, PER, HS, UB, NB, S, DTYPE, PRECISION)
+            h, kept, saved, extra = CELL(as_float(x[j]), with_bias(r, hidden_bias, G), carry[j])
+            h = h if H == HS else tl.where(exists, h, 0.0)  # the neighbours read padded units too
+            tl.store(write + own[j], publishable(h, DTYPE, BITS), mask=mine[j], cache_modifier=".cg")
+            if gates is not None:
+                for g in tl.static_range(len(saved)):
+                    tl.store(gates + own_gates[j] + g * H, saved[g].to(DTYPE), mask=mine[j] if EVEN else mine[j] & exists)
+            if aux is not None:
+                tl.store(aux + own[j], extra, mask=mine[j])
+            carry_next, state_next = carry_next + (kept,), state_next + (h.to(DTYPE),)
+        carry, x = carry_next, x_next
+        if ALONE:
+            state = state_next
+        read += step * WORD_ROW
+        write += step * ROW
+        if gates is not None:
+            gates += step * (N * G * H)
+        if aux is not None:
+            aux += step * ROW
+    if carry_n is not None:
+        for j in tl.static_range(SLICES):
+            tl.store(carry_n + first * ROW + own[j], carry[j], mask=mine[j])
+    if late != 0:
+        tl.store(status, launch)

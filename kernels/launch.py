@@ -1,0 +1,306 @@
+"""The launchers: from tensors to one persistent launch, and what happens when a wait does not end.
+
+Buffers are allocated here in the layouts that forward.py and backward.py describe, and given back as views in the layouts of
+torch. T steps, B rows, N weight sets, G gates, H hidden units, HS = padded H, E slots.
+"""
+
+import itertools
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import backward as backward_kernel
+from . import cells, interpreter
+from . import forward as forward_kernel
+from .plan import Plan
+from .spec import CELLS, padded
+
+FORWARD = {
+    "lstm": cells.lstm_forward,
+    "gru": cells.gru_forward,
+    "rnn_tanh": cells.rnn_tanh_forward,
+    "rnn_relu": cells.rnn_relu_forward,
+}
+BACKWARD = {
+    "lstm": (cells.lstm_factors, cells.lstm_backward),
+    "gru": (cells.gru_factors, cells.gru_backward),
+    "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_backward),
+    "rnn_relu": (cells.rnn_relu_factors, cells.rnn_backward),
+}
+ELEMENT = {  # type: element, its bits, and the torch type of the same width that can hold "unwritten"
+    torch.float32: (tl.float32, tl.int32, torch.int32),
+    torch.float16: (tl.float16, tl.int16, torch.int16),
+    torch.bfloat16: (tl.bfloat16, tl.int16, torch.int16),
+}
+UNWRITTEN = -1  # all ones
+
+# Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far more than a
+# neighbour can be late while the whole grid is resident, and short enough for a person to see an error instead of a hang.
+WAIT_LIMIT = int(os.environ.get("RNN_GPU_WAIT_LIMIT", 20_000_000))
+
+_numbers = itertools.count(1)
+_launches: dict[int, str] = {}  # the latest launches by number, for the message of a wait that did not end
+_status: dict[torch.device, Tensor] = {}  # a word that kernels write to and the host reads without waiting for the device
+
+
+def status_word(device: torch.device) -> Tensor:
+    """int32 [1], zero, or the number of a launch that gave up waiting. Pinned host memory: reading it costs no synchronisation."""
+    if device not in _status:
+        word = torch.zeros(1, dtype=torch.int32)
+        _status[device] = word.pin_memory() if device.type == "cuda" else word
+    return _status[device]
+
+
+def raise_if_late(device: torch.device) -> None:
+    """RuntimeError that names the launch, if one on `device` is known to have given up waiting."""
+    word = _status.get(device)
+    if word is None or word.item() == 0:
+        return
+    number = word.item()
+    word.zero_()
+    what = _launches.get(number, "a launch no longer on record")
+    raise RuntimeError(
+        f"rnn_gpu: a wait inside a persistent kernel did not end within {WAIT_LIMIT} polls (launch {number}: {what}). Its results "
+        "are NaN. Its programs did not all run at the same time: is the GPU shared with kernels that hold multiprocessors "
+        "(collectives, other processes)? Lower the number of programs with RNN_GPU_MAX_PROGRAMS, or raise RNN_GPU_WAIT_LIMIT."
+    )
+
+
+def check(device: torch.device | str | None = None) -> None:
+    """Wait for the device (default: every one used so far) and raise if a wait of a launch on it did not end."""
+    devices = list(_status) if device is None else [torch.device(device)]
+    for one in devices:
+        if one.type == "cuda":
+            torch.cuda.synchronize(one)
+        raise_if_late(one)
+
+
+def precision_of(dtype: torch.dtype) -> str | None:
+    """How float32 products are to be made, as PyTorch's switches for RNNs say: "tf32" or "ieee"; None for 16-bit types."""
+    if dtype != torch.float32:
+        return None
+    setting = torch.backends.cudnn.rnn.fp32_precision
+    if setting == "none":
+        setting = torch.backends.cudnn.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision
+    return "ieee" if setting == "ieee" else "tf32"
+
+
+def _launch(kernel, plan: Plan, name: str, device: torch.device, batch: int, arguments: dict, constants: dict) -> None:
+    """Launch `kernel` for all rows of the batch, in as many launches as the plan needs, on the current stream of `device`."""
+    raise_if_late(device)
+    status = status_word(device)
+    if interpreter.interpreting():
+        context = interpreter.concurrent_programs()
+    elif device.type == "cuda":
+        context = torch.cuda.device(device)
+    else:
+        raise RuntimeError("rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)")
+    rows = plan.rows * plan.slices  # of a program
+    with context:
+        for begin in range(0, batch, rows * plan.batch_slices):
+            number = next(_numbers) % (1 << 31) or next(_numbers)
+            _launches[number] = f"{name}, rows {begin} to {min(begin + rows * plan.batch_slices, batch) - 1}, {plan}"
+            _launches.pop(number - 256, None)
+            kernel[(plan.unit_slices, min(plan.batch_slices, triton.cdiv(batch - begin, rows)), plan.sets)](
+                **arguments,
+                status=status,
+                B=batch,
+                begin=begin,
+                limit=WAIT_LIMIT,
+                launch=number,
+                **constants,
+                UB=plan.units,
+                NB=plan.rows,
+                SLICES=plan.slices,
+                S=plan.warps,
+                REGISTERS=plan.registers,
+                SHARED=plan.shared,
+                ALONE=plan.alone,
+                num_warps=plan.warps,
+                num_stages=1,  # the pipeliner would load the state across the wait
+                launch_cooperative_grid=not plan.alone,
+            )
+    if device.type == "cpu":
+        raise_if_late(device)
+
+
+def _state_blocks(buffer: Tensor, state: Tensor | None, hidden_size: int) -> None:
+    """Fill the first and the last time block of `buffer` [T+2, B, N, ..., HS] with `state` [N, B, H], or zeros."""
+    for block in (buffer[0], buffer[-1]):
+        if state is None or hidden_size != buffer.shape[-1]:
+            block.zero_()
+        if state is not None:
+            block[..., :hidden_size].copy_(state.transpose(0, 1))
+
+
+def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) -> Tensor | None:
+    """A state [N, B, H] as the kernels read it: [B, N, HS], contiguous, in `dtype`."""
+    if state is None:
+        return None
+    state = state.transpose(0, 1).to(dtype)
+    if state.shape[-1] != padded_size:
+        state = torch.nn.functional.pad(state, (0, padded_size - state.shape[-1]))
+    return state.contiguous()
+
+
+def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
+    """[T, B, N, H] with HS units from row to row: as it lies where it came from this module, a copy where it did not."""
+    time, batch, sets, hidden_size = rows.shape
+    if rows.stride() == (batch * sets * padded_size, sets * padded_size, padded_size, 1):
+        return rows
+    return torch.nn.functional.pad(rows, (0, padded_size - hidden_size)).contiguous()
+
+
+def forward(
+    plan: Plan,
+    x_part: Tensor,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    reversed_sets: int,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All T steps forward.
+
+    x_part [T, B, N, G*H]: contiguous; the gates are saved over it if `save` (and the cell needs them).
+    weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H], c0 [N, B, H] or None; reversed_sets: 0 none of the sets runs
+    backwards in time, 1 all, 2 every second one.
+    -> y [T, B, N, H], c_n [N, B, H] float32 or None, aux [T, B, N, HS] or None.
+    """
+    cell = CELLS[plan.cell]
+    time, batch, sets, _ = x_part.shape
+    hidden_size, dtype, device = plan.hidden_size, x_part.dtype, x_part.device
+    size = padded(hidden_size, plan.dtype)
+    element, bits, holder = ELEMENT[dtype]
+    y = torch.empty((time + 2, batch, sets, size), dtype=dtype, device=device)
+    if not plan.alone:
+        y.view(holder).fill_(UNWRITTEN)
+        h0 = torch.where(h0 == h0, h0, torch.nan)  # a NaN of the user's could be all ones
+    _state_blocks(y, h0, hidden_size)
+    carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[0] if cell.carry == "h" else None
+    carry_n = torch.empty((batch, sets, size), dtype=torch.float32, device=device) if cell.carry == "c" else None
+    aux = None
+    if save and cell.aux != "y":
+        aux_dtype = torch.float32 if cell.aux == "c" else dtype
+        aux = torch.empty((time, batch, sets, size), dtype=aux_dtype, device=device)
+    if size != hidden_size:
+        weight_hh = torch.nn.functional.pad(weight_hh, (0, size - hidden_size))
+    _launch(
+        forward_kernel.forward,
+        plan,
+        f"{plan.cell} forward, T {time}, B {batch}",
+        device,
+        batch,
+        dict(
+            x_part=x_part,
+            weight=weight_hh.contiguous(),
+            bias=None if bias_hn is None else bias_hn.contiguous(),
+            y=y.view(torch.int32),
+            carry_0=carry_0,
+            gates=x_part if save and cell.saves_gates else None,
+            aux=aux,
+            carry_n=carry_n,
+            T=time,
+        ),
+        dict(
+            CELL=FORWARD[plan.cell],
+            G=cell.gates,
+            PER=plan.gates_per_tile,
+            H=hidden_size,
+            HS=size,
+            N=sets,
+            REVERSED=reversed_sets,
+            DTYPE=element,
+            BITS=bits,
+            PRECISION=precision_of(dtype),
+        ),
+    )
+    c_n = None if carry_n is None else carry_n[..., :hidden_size].transpose(0, 1)
+    return y[1:-1, ..., :hidden_size], c_n, aux
+
+
+def backward(
+    plan: Plan,
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    weight_hh: Tensor,
+    gates: Tensor | None,
+    aux: Tensor | None,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    reversed_sets: int,
+) -> tuple[Tensor, Tensor | None]:
+    """All T steps backward.
+
+    d_y [T, B, N, H], d_h_n and d_c_n [N, B, H], each may be None for zero; weight_hh [N, G*H, H]; gates [T, B, N, G*H], aux and
+    y as `forward` left them; h0, c0 [N, B, H].
+    -> d_gates [T, B, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H] float32:
+    LSTM the gradient of c0, GRU what of h0's does not pass through the gates, else None.
+    """
+    cell = CELLS[plan.cell]
+    time, batch, sets, hidden_size = y.shape
+    dtype, device = y.dtype, y.device
+    size = padded(hidden_size, plan.dtype)
+    element, bits, holder = ELEMENT[dtype]
+    d_gates = torch.empty((time + 2, batch, sets, cell.slots, size), dtype=dtype, device=device)
+    if not plan.alone:
+        d_gates.view(holder).fill_(UNWRITTEN)
+        _state_blocks(d_gates, None, hidden_size)
+    weight = weight_hh.new_zeros((sets, size, cell.gates, size))
+    by_unit = weight_hh.view(sets, cell.gates, hidden_size, hidden_size)[:, list(cell.slot_order)].permute(0, 3, 1, 2)
+    weight[:, :hidden_size, :, :hidden_size].copy_(by_unit)
+    if cell.aux == "y":
+        aux, history, history_0 = _padded_rows(y, size), None, None
+    elif cell.carry == "c":
+        history, history_0 = aux, _rows_of_sets(c0, size, torch.float32)
+    else:
+        history, history_0 = _padded_rows(y, size), _rows_of_sets(h0, size, dtype)
+    d_carry_0 = None
+    if cell.carry is not None:
+        d_carry_0 = torch.empty((batch, sets, size), dtype=torch.float32, device=device)
+    factors, step = BACKWARD[plan.cell]
+    _launch(
+        backward_kernel.backward,
+        plan,
+        f"{plan.cell} backward, T {time}, B {batch}",
+        device,
+        batch,
+        dict(
+            d_y=None if d_y is None else d_y.contiguous(),
+            d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
+            d_carry_n=_rows_of_sets(d_c_n, size, torch.float32) if cell.carry == "c" else None,
+            weight=weight,
+            gates=gates,
+            aux=aux,
+            history=history,
+            history_0=history_0,
+            d_gates=d_gates.view(torch.int32),
+            d_carry_0=d_carry_0,
+            T=time,
+        ),
+        dict(
+            FACTORS=factors,
+            CELL=step,
+            G=cell.gates,
+            E=cell.slots,
+            AUX_IS_HISTORY=cell.aux == "c",
+            H=hidden_size,
+            HS=size,
+            N=sets,
+            REVERSED=reversed_sets,
+            ORDER=plan.order,
+            DTYPE=element,
+            BITS=bits,
+            PRECISION=precision_of(dtype),
+        ),
+    )
+    d_carry_0 = None if d_carry_0 is None else d_carry_0[..., :hidden_size].transpose(0, 1)
+    return d_gates[1:-1, ..., :hidden_size], d_carry_0

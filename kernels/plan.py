@@ -1,0 +1,239 @@
+"""The plan: how a recurrence is cut into programs. Pure Python: needs no GPU and no Triton.
+
+`plan()` enumerates the ways that fit the device and takes the one whose predicted step is the shortest. The times come from a
+model whose constants stand below, each with its reason; none of them has been measured by this project yet, so a prediction ranks
+plans and is no promise. `cudnn_microseconds` is the same kind of estimate for what `auto` would use instead.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from .spec import CELLS, DTYPES, chunk_width, itemsize, padded
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan must know of a GPU. arch: compute capability * 10; shared_memory: bytes a program may use."""
+
+    name: str
+    arch: int
+    multiprocessors: int
+    shared_memory: int
+    gigahertz: float
+    l2_bytes: int
+    memory_gigabytes_per_second: float
+
+
+DEVICES = {
+    "h200": Device("NVIDIA H200", 90, 132, 232448, 1.8, 60 << 20, 3900),
+    "h100": Device("NVIDIA H100", 90, 132, 232448, 1.8, 50 << 20, 2600),
+    "a100": Device("NVIDIA A100", 80, 108, 166912, 1.4, 40 << 20, 1800),
+    "rtx3090": Device("NVIDIA RTX 3090", 86, 82, 101376, 1.7, 6 << 20, 850),
+    "rtx4090": Device("NVIDIA RTX 4090", 89, 128, 101376, 2.5, 72 << 20, 950),
+    "rtx5090": Device("NVIDIA RTX 5090", 120, 170, 101376, 2.4, 96 << 20, 1650),
+    "b200": Device("NVIDIA B200", 100, 148, 232448, 1.9, 126 << 20, 7000),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one pass (forward or backward) of a recurrence runs.
+
+    units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a step.
+    warps: also the number of ways K is split. registers, shared, streamed: chunks of K whose weights stay in registers, in shared
+    memory, or are read again in every step. order: see kernels/backward.py. alone: one program holds all units, no exchange.
+    unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
+    shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
+    """
+
+    cell: str
+    hidden_size: int
+    batch_size: int
+    sets: int
+    dtype: str
+    backward: bool
+    precision: str | None
+    alone: bool
+    units: int
+    rows: int
+    slices: int
+    warps: int
+    registers: int
+    shared: int
+    streamed: int
+    order: int
+    gates_per_tile: int
+    unit_slices: int
+    batch_slices: int
+    launches: int
+    shared_bytes: int
+    microseconds: float
+    reason: str
+
+    @property
+    def programs(self) -> int:
+        """Programs of a launch."""
+        return self.unit_slices * self.batch_slices * self.sets
+
+    def __str__(self) -> str:
+        """The plan in one line."""
+        weights = f"{self.registers} chunks of weights in registers, {self.shared} in shared memory, {self.streamed} read every step"
+        if self.alone:
+            weights = "all weights in shared memory, no exchange"
+        return (
+            f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x {self.rows} rows x "
+            f"{self.sets} sets = {self.programs} programs of {self.warps} warps, {self.launches} launch(es); {weights}"
+        )
+
+
+# Registers a thread may spend on weights without spilling, compiled for sm_80 to sm_120 with Triton 3.6 and 3.7 and counted
+# (perf/resources.py repeats it): (backward, tiles a program works through) -> registers. A thread has 255; the rest goes to the polled
+# state, the accumulators, the input part on its way and the addresses.
+WEIGHT_REGISTERS = {(False, 1): 192, (False, 2): 128, (False, 4): 128, (True, 1): 128, (True, 2): 96, (True, 4): 64}
+EXCHANGE_MICROSECONDS = 0.7  # publish, reach L2, be polled, at about 130 programs: between 0.6 and 0.9 in published measurements
+L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
+POLL_BYTES_PER_CYCLE = 64  # what one multiprocessor takes in from L2
+POLLS = 1.5  # times a tile is read on the average: one poll in two comes too early
+SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared memory
+ISSUE_CYCLES = 0.45  # cycles an instruction and warp of a multiprocessor, 4 schedulers, dependences included: an estimate
+CUDNN_STEP_MICROSECONDS = 5.0  # two launches a step or more
+CUDNN_PERSISTENT_MICROSECONDS = 1.9  # float16 where cuDNN has a persistent kernel; published, H100, H 768, B 16
+
+
+def plan(
+    cell: str,
+    hidden_size: int,
+    batch_size: int,
+    sets: int,
+    dtype: str,
+    device: Device,
+    backward: bool = False,
+    precision: str | None = None,
+    max_programs: int | None = None,
+    allow_alone: bool = True,
+) -> Plan | str:
+    """The best plan that fits, or a sentence that says why there is none.
+
+    sets: weight sets that run side by side (directions). precision: "tf32" or "ieee" for float32. max_programs: the user's cap on
+    programs that must run at the same time; fewer than the multiprocessors leave room for collectives. allow_alone=False: exchange even
+    where one program could hold all units (for tests).
+    """
+    if dtype not in DTYPES:
+        return f"the kernels compute in {', '.join(DTYPES)}, not in {dtype}"
+    if device.arch < 80:
+        return f"the kernels need compute capability 8.0 or later, {device.name} has {device.arch / 10}"
+    resident = min(max_programs or device.multiprocessors, device.multiprocessors)
+    precision = (precision or "tf32") if dtype == "float32" else None
+    problem = (cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision)
+    found = list(_alone(*problem)) if allow_alone else []
+    if not found:
+        found = [p for p in _exchanging(*problem) if p.unit_slices * sets <= resident]
+        found = [_with_batch(p, device, resident) for p in found]
+    if not found:
+        return f"{hidden_size} hidden units in {sets} set(s) need more than the {resident} programs that can run at the same time"
+    return min(found, key=lambda p: (p.microseconds, p.programs))
+
+
+def _alone(cell, hidden_size, batch_size, sets, dtype, device, backward, precision):
+    """Plans in which one program holds all units, and batch slices share nothing: any number of programs will do."""
+    gates, bytes_ = CELLS[cell].gates, itemsize(dtype)
+    units = max(16, 1 << (hidden_size - 1).bit_length())
+    warps = 8 if units >= 128 else 4
+    for rows in (8, 16, 32):
+        weights = gates * units * units * bytes_
+        # Beside the weights: the state on its way to the operand layout, and tiles on theirs from the loads' layout.
+        scratch = (gates if backward else 1) * units * max(rows, 16) * bytes_ + units * rows * 8
+        too_many = gates * units * rows // (warps * 32) > 64  # accumulators a thread; beyond this the equations spill
+        if weights + scratch > device.shared_memory or too_many or (precision == "ieee" and units > 64):
+            continue
+        programs = -(-batch_size // rows)
+        waves = -(-programs * sets // device.multiprocessors)
+        cycles = weights / SHARED_BYTES_PER_CYCLE + (200 + 60 * gates * units * rows / (warps * 32) / 4) * warps * ISSUE_CYCLES
+        yield Plan(
+            cell, hidden_size, batch_size, sets, dtype, backward, precision, True, units, rows, 1, warps, 0, 0, 0, 0, 1,
+            1, programs, 1, weights + scratch, waves * cycles / device.gigahertz / 1e3,
+            "one program holds all hidden units: nothing to exchange",
+        )  # fmt: skip
+
+
+def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, precision):
+    """Plans that cut the hidden units into slices, without the batch: rows, slices, weights and where they stay."""
+    spec, bytes_ = CELLS[cell], itemsize(dtype)
+    size = padded(hidden_size, dtype)
+    # Half the warps where half the chunks are enough: fewer partial sums to add, and no thread without a (row, unit) pair.
+    warps = 4 if size <= chunk_width(8, dtype) else 8
+    chunks = -(-size // chunk_width(warps, dtype))
+    for units in (8, 16, 32, 64):
+        if units == 8 and (backward or spec.gates == 1):  # a tile of weights has 16 rows at least
+            continue
+        per_tile = spec.gates if spec.gates in (1, 4) else 2 if units == 8 else 1
+        tile_gates = -(-spec.gates // per_tile) * per_tile
+        for rows, slices in ((8, 1), (8, 2), (8, 4)):
+            if tile_gates * units * rows // 32 > 64:  # accumulators a thread
+                continue
+            chunk_registers = tile_gates * units // 2  # a chunk has 16 words a row and warp
+            registers = min(chunks, (WEIGHT_REGISTERS[backward, slices] if precision != "ieee" else 0) // chunk_registers)
+            chunk_bytes = warps * tile_gates * units * 64
+            scratch = warps * (1 if backward else tile_gates) * units * rows * 4 + 4096
+            room = device.shared_memory - scratch
+            shared = min(chunks - registers, max(0, room // chunk_bytes) if precision != "ieee" else 0)
+            yield Plan(
+                cell, hidden_size, batch_size, sets, dtype, backward, precision, False, units, rows, slices, warps,
+                registers, shared, chunks - registers - shared, 2 if backward and spec.gates > 1 else 0, per_tile,
+                -(-size // units), 0, 0, scratch + shared * chunk_bytes, 0.0, "",
+            )  # fmt: skip
+
+
+def _with_batch(p: Plan, device: Device, resident: int) -> Plan:
+    """The plan with its batch slices, launches, predicted time and reason."""
+    spec, bytes_ = CELLS[p.cell], itemsize(p.dtype)
+    wanted = -(-p.batch_size // (p.rows * p.slices))
+    batch_slices = min(wanted, resident // (p.unit_slices * p.sets))
+    launches = -(-wanted // batch_slices)
+    batch_slices = -(-wanted // launches)  # even launches
+    programs = p.unit_slices * batch_slices * p.sets
+    polled = p.rows * padded(p.hidden_size, p.dtype) * bytes_ * (spec.gates if p.backward else 1)
+    chunk_bytes = p.warps * spec.gates * p.units * 64
+    chunks = p.registers + p.shared + p.streamed
+    instructions = 150 + 30 * spec.gates * p.units // 16 + chunks * (2 if p.backward else 1) * (4 + spec.gates * p.units // 8)
+    if p.precision == "ieee":
+        instructions += chunks * spec.gates * p.units * p.rows // 2
+    tile = instructions * p.warps * ISSUE_CYCLES / device.gigahertz / 1e3
+    tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / device.gigahertz / 1e3
+    streamed = p.streamed * chunk_bytes * programs / p.slices  # a tile's weights stay in the first-level cache at best
+    l2 = streamed <= device.l2_bytes
+    tile += p.streamed * chunk_bytes * programs / (L2_BYTES_PER_MICROSECOND if l2 else device.memory_gigabytes_per_second * 1e3)
+    poll = POLLS * max(
+        polled * programs / L2_BYTES_PER_MICROSECOND, polled / POLL_BYTES_PER_CYCLE / device.gigahertz / 1e3
+    )
+    # The exchange of one tile hides behind the work on the others.
+    step = max(EXCHANGE_MICROSECONDS + poll + tile, p.slices * (poll + tile))
+    if p.streamed:
+        reason = f"weights do not all fit on the chip: {p.streamed} of {chunks} chunks are read again in every step"
+    elif p.shared:
+        reason = "all weights stay on the chip, part of them in shared memory"
+    else:
+        reason = "all weights stay in registers"
+    if launches > 1:
+        reason += f"; the batch takes {launches} launches one after another"
+    return replace(p, batch_slices=batch_slices, launches=launches, microseconds=launches * step, reason=reason)
+
+
+def cudnn_microseconds(p: Plan, device: Device) -> float:
+    """Estimated time of a step (recurrence alone) with cuDNN as PyTorch drives it, for the problem of a plan."""
+    spec, bytes_ = CELLS[p.cell], itemsize(p.dtype)
+    weights = spec.gates * p.hidden_size * p.hidden_size * bytes_ * p.sets
+    memory = weights / (L2_BYTES_PER_MICROSECOND if weights <= device.l2_bytes else device.memory_gigabytes_per_second * 1e3)
+    flops = 2 * spec.gates * p.hidden_size**2 * p.batch_size * p.sets
+    rate = device.multiprocessors * device.gigahertz * (1024 if p.dtype != "float32" else 512 if p.precision == "tf32" else 256)
+    products = max(memory, flops / rate / 1e3)
+    small = p.hidden_size <= ((256 if p.backward else 384) if spec.gates == 1 else (128 if p.backward else 192))
+    static = p.dtype == "float16" and spec.gates != 3 and p.sets == 1 and p.hidden_size <= 1024 and p.hidden_size % 128 == 0
+    static = static and p.batch_size % 8 == 0 and p.batch_size <= 128
+    return products + (CUDNN_PERSISTENT_MICROSECONDS if small or static else CUDNN_STEP_MICROSECONDS)
+
+
+@cache
+def cached_plan(*args, **kwargs) -> Plan | str:
+    """`plan`, remembered: it is asked for at every call of a layer."""
+    return plan(*args, **kwargs)

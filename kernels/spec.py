@@ -1,0 +1,55 @@
+"""What the host must know about each cell: sizes and names, no device code (cells.py has the equations)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recurrent cell.
+
+    gates: G, the tiles of the input's and of the hidden state's part.
+    slots: E, the gradients a unit publishes backwards; the first G are at the hidden side of the gate sums, in the order
+        `slot_order` of the gates, the last G at the input side, in the order of the gates.
+    carry: what stays in registers from step to step besides h: "c" (LSTM, float32), "h" (GRU: its own h) or None.
+    saves_gates: the backward needs the gates; otherwise the output y is enough.
+    aux: what else it needs: "c" (float32), "q" (the hidden part of the GRU's n), or "y".
+    """
+
+    name: str
+    gates: int
+    slots: int
+    slot_order: tuple
+    carry: str | None
+    saves_gates: bool
+    aux: str
+    mode: str  # name of the torch.nn layer's mode
+
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell("lstm", 4, 4, (0, 1, 2, 3), "c", True, "c", "LSTM"),
+        # The hidden side wants (r * dn, dr, dz), the input side (dr, dz, dn): four slots in this order hold both as neighbours.
+        Cell("gru", 3, 4, (2, 0, 1), "h", True, "q", "GRU"),
+        Cell("rnn_tanh", 1, 1, (0,), None, False, "y", "RNN_TANH"),
+        Cell("rnn_relu", 1, 1, (0,), None, False, "y", "RNN_RELU"),
+    )
+}
+
+DTYPES = ("float32", "float16", "bfloat16")  # what the kernels compute in
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a value."""
+    return 4 if dtype == "float32" else 2
+
+
+def padded(hidden_size: int, dtype: str) -> int:
+    """HS: units a row of every exchanged or saved buffer has room for; whole 16-byte loads."""
+    step = 16 // itemsize(dtype)
+    return -(-hidden_size // step) * step
+
+
+def chunk_width(warps: int, dtype: str) -> int:
+    """Values of K in one chunk of all warps: 16 words of 32 bits a warp (tiles.py)."""
+    return warps * 64 // itemsize(dtype)

@@ -1,0 +1,182 @@
+"""Operand layouts: from a coalesced load to the tensor core, with nothing in between.
+
+A step of the recurrence multiplies a slice of the recurrent weight, which never changes, by the hidden
+state, which is new in every step. Both should reach the tensor core straight from the registers that a
+16-byte load filled: no shared memory, no conversion, no barrier. Four ideas make that possible.
+
+1. K (the hidden units that are summed over) is split over the S warps of a program by the leading axis of a
+   three-dimensional `tl.dot`; a warp multiplies its own K and nobody else's.
+2. K is cut into chunks of S x WORDS words of 32 bits: chunk i, warp s, word w stands at memory word
+   (i*S + s)*WORDS + w. Four neighbouring lanes load 16 bytes each of one row, eight rows a warp.
+3. A matrix instruction wants the same 32 x 8 fragment with K spread over the lanes in another order. But K is
+   only summed over, so any order will do as long as weight and state agree: both are PERMUTED alike, and
+   the layout of the load is the layout of the operand. The weight therefore stays in registers for all steps.
+4. Every warp ends with a partial sum of all gates. `over_warps` adds them by halving the leading axis with
+   `tl.split`, which compiles to one exchange through shared memory, and leaves each (row, unit) pair with all its
+   gates in one thread: the equations run once and nothing is converted again.
+
+The order in which the compiler spreads equally strided axes over lanes, warps and registers differs between releases of
+Triton, and so does the width of the operand it infers; LAYOUT names the variant. A wrong one gives right results,
+slowly, so tests count the machine instructions of a step (tests/test_resources.py).
+
+Sizes, all powers of two unless said otherwise: S warps; UB units a program; NB rows of the batch a tile; CHUNKS chunks of K
+(any number); PER gates that share one weight tile of M = PER*UB rows.
+"""
+
+import triton
+import triton.language as tl
+
+WORDS = 16  # 32-bit words of K a chunk and warp: 4 lanes x 16 bytes
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+LAYOUT = tl.constexpr(36 if _VERSION <= (3, 6) else 37 if _VERSION <= (3, 8) else 39)
+
+
+@triton.constexpr_function
+def chunk_words():
+    """Words of K in a warp's part of a chunk."""
+    return WORDS
+
+
+@triton.constexpr_function
+def chunk_values(dtype):
+    """Values of K in a warp's part of a chunk: 32 of 16 bits, 16 of 32 bits."""
+    return WORDS * 32 // dtype.primitive_bitwidth
+
+
+@triton.jit
+def axis(n: tl.constexpr, WHICH: tl.constexpr):
+    """Index along one axis of a chunk tile: 0 the 8 rows of a matrix instruction, 1 warp, 2 tile of 8 rows; K comes last."""
+    i = tl.arange(0, n)
+    if WHICH == 1:
+        return i[None, :, None, None]
+    elif (WHICH == 0) == (LAYOUT == 36):
+        return i[:, None, None, None]
+    else:
+        return i[None, None, :, None]
+
+
+@triton.jit
+def chunk_rows(ROWS: tl.constexpr):
+    """The row numbers 0..ROWS-1 along the two row axes of a chunk tile."""
+    return axis(ROWS // 8, 2) * 8 + axis(8, 0)
+
+
+@triton.jit
+def chunk_columns(S: tl.constexpr, N: tl.constexpr):
+    """The N columns (values of K, or words) of each warp's part of chunk 0; chunk i lies i*S*N further on."""
+    return axis(S, 1) * N + tl.arange(0, N)[None, None, None, :]
+
+
+@triton.jit
+def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
+    """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction."""
+    if K == 16:  # 32-bit values: lane, pair, half -> pair, half, lane
+        x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 4, 2)
+    elif LAYOUT == 39:  # 16-bit values, operands 2 values wide
+        x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
+    else:  # 16-bit values, operands 4 values wide
+        x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5)
+    return x.reshape(S, ROWS, K)
+
+
+@triton.jit
+def operand(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
+    """A chunk tile, its row axes as `axis` orders them -> operand [S, ROWS, K]. Moves nothing: only names change."""
+    if LAYOUT == 36:
+        x = x.reshape(8, S, ROWS // 8, K).permute(1, 2, 0, 3)
+    else:
+        x = x.reshape(ROWS // 8, S, 8, K).permute(1, 0, 2, 3)
+    return permuted(x.reshape(S, ROWS, K), S, ROWS, K)
+
+
+@triton.jit
+def values(words, DTYPE: tl.constexpr):
+    """32-bit words [..., n] as loaded -> the values they hold: [..., n] of 32 bits, or [..., n, 2] of 16 bits."""
+    if DTYPE.primitive_bitwidth == 32:
+        return words.to(DTYPE, bitcast=True)
+    else:
+        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+        return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def over_warps(x, S: tl.constexpr, GP: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
+    """Partial sums [S, GP, UB, NB] of the warps -> GP sums [NB, UB] as a tuple, those of a (row, unit) pair in one thread."""
+    LEVELS: tl.constexpr = (S > 1) + (S > 2) + (S > 4) + (S > 8)
+    x = x.permute(0, 1, 3, 2)
+    for level in tl.static_range(LEVELS):
+        even, odd = tl.split(x.reshape(S >> (level + 1), 2, GP, NB, UB).permute(0, 2, 3, 4, 1))
+        x = even + odd
+    if GP == 4:
+        even, odd = tl.split(x.reshape(2, 2, NB, UB).permute(2, 3, 0, 1))
+        s0, s2 = tl.split(even)
+        s1, s3 = tl.split(odd)
+        return s0, s1, s2, s3
+    else:
+        return (x.reshape(NB, UB),)
+
+
+@triton.jit
+def side_by_side(parts, COUNT: tl.constexpr, S: tl.constexpr, PER: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
+    """COUNT tiles [S, PER*UB, NB] of PER gates each -> [S, GP, UB, NB] with all gates, GP a power of two."""
+    if COUNT == 1:
+        x = parts[0].reshape(S, PER, UB, NB)
+    elif COUNT == 2:  # pairs of gates: gate = 2 * part + which
+        x = tl.join(parts[0], parts[1]).reshape(S, 2, UB, NB, 2).permute(0, 4, 1, 2, 3).reshape(S, 4, UB, NB)
+    else:
+        last = parts[0] * 0.0 if COUNT == 3 else parts[3]
+        x = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], last))
+        x = x.reshape(S, UB, NB, 4).permute(0, 3, 1, 2)
+    return x
+
+
+@triton.jit
+def to_tf32(x):
+    """float32 bits (or values) -> values whose truncation to tf32, which is what the tensor core does, rounds to nearest."""
+    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight_chunk(p, columns, i: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Chunk i of a weight tile as loaded. p, columns: pointers to and columns of chunk 0; zeros from column WIDTH on."""
+    K: tl.constexpr = columns.shape[len(columns.shape) - 1]
+    if (i + 1) * S * K > WIDTH:
+        x = tl.load(p + i * (S * K), mask=columns < WIDTH - i * (S * K), other=0.0)
+    else:
+        x = tl.load(p + i * (S * K))
+    return to_tf32(x) if PRECISION == "tf32" else x
+
+
+@triton.jit
+def resident_weights(
+    p, rows, stride, COUNT: tl.constexpr, IN_REGISTERS: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The first COUNT chunks of a weight tile [ROWS, WIDTH] as operands: IN_REGISTERS of them there, the rest in shared memory.
+
+    `rows` gives the row of the weight for each row of the tile, twice: along the axes of a chunk tile, and plainly [1, ROWS, 1]
+    for shared memory, where the compiler keeps an operand that was loaded in any other way than a chunk tile.
+    """
+    W = ()
+    for i in tl.static_range(COUNT):
+        if i < IN_REGISTERS:
+            columns = chunk_columns(S, K)
+            W = W + (operand(weight_chunk(p + rows[0] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),)
+        else:
+            columns = tl.arange(0, S)[:, None, None] * K + tl.arange(0, K)[None, None, :]
+            W = W + (permuted(weight_chunk(p + rows[1] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),)
+    return W
+
+
+@triton.jit
+def two_ways(ROWS: tl.constexpr):
+    """The numbers 0..ROWS-1 as `resident_weights` wants its rows."""
+    return chunk_rows(ROWS), tl.arange(0, ROWS)[None, :, None]
+
+
+@triton.jit
+def state_operand(words, S: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A chunk tile of the exchanged state, as polled -> operand [S, K, NB]."""
+    K: tl.constexpr = chunk_values(DTYPE)
+    x = to_tf32(words) if PRECISION == "tf32" else values(words, DTYPE)
+    return operand(x, S, NB, K).permute(0, 2, 1)
