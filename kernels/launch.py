@@ -8,7 +8,6 @@ import itertools
 import os
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,11 +29,7 @@ BACKWARD = {
     "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_backward),
     "rnn_relu": (cells.rnn_relu_factors, cells.rnn_backward),
 }
-ELEMENT = {  # type: element, its bits, and the torch type of the same width that can hold "unwritten"
-    torch.float32: (tl.float32, tl.int32, torch.int32),
-    torch.float16: (tl.float16, tl.int16, torch.int16),
-    torch.bfloat16: (tl.bfloat16, tl.int16, torch.int16),
-}
+HOLDER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}  # same width, holds all ones
 UNWRITTEN = -1  # all ones
 
 # Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far more than a
@@ -78,52 +73,67 @@ def check(device: torch.device | str | None = None) -> None:
         raise_if_late(one)
 
 
-def precision_of(dtype: torch.dtype) -> str | None:
-    """How float32 products are to be made, as PyTorch's switches for RNNs say: "tf32" or "ieee"; None for 16-bit types."""
-    if dtype != torch.float32:
-        return None
-    setting = torch.backends.cudnn.rnn.fp32_precision
-    if setting == "none":
-        setting = torch.backends.cudnn.fp32_precision
-    if setting == "none":
-        setting = torch.backends.fp32_precision
-    return "ieee" if setting == "ieee" else "tf32"
 
 
-def _launch(kernel, plan: Plan, name: str, device: torch.device, batch: int, arguments: dict, constants: dict) -> None:
-    """Launch `kernel` for all rows of the batch, in as many launches as the plan needs, on the current stream of `device`."""
+def constants(plan: Plan, reversed_sets: int) -> dict:
+    """The compile-time arguments of a plan's kernel."""
+    cell, dtype = CELLS[plan.cell], getattr(tl, plan.dtype)
+    common = dict(
+        G=cell.gates,
+        H=plan.hidden_size,
+        HS=padded(plan.hidden_size, plan.dtype),
+        N=plan.sets,
+        REVERSED=reversed_sets,
+        UB=plan.units,
+        NB=plan.rows,
+        SLICES=plan.slices,
+        S=plan.warps,
+        REGISTERS=plan.registers,
+        SHARED=plan.shared,
+        DTYPE=dtype,
+        BITS=tl.int32 if plan.dtype == "float32" else tl.int16,
+        PRECISION=plan.precision,
+        ALONE=plan.alone,
+    )
+    if plan.backward:
+        factors, step = BACKWARD[plan.cell]
+        shared_tile = cell.aux == "c"  # LSTM: this step's `previous` is the next one's `aux`
+        return common | dict(FACTORS=factors, CELL=step, E=cell.slots, AUX_IS_HISTORY=shared_tile, ORDER=plan.order)
+    return common | dict(CELL=FORWARD[plan.cell], PER=plan.gates_per_tile)
+
+
+def options(plan: Plan) -> dict:
+    """How a plan's kernel is compiled and launched. num_stages=1: the pipeliner would load the state across the wait."""
+    return dict(num_warps=plan.warps, num_stages=1, launch_cooperative_grid=not plan.alone)
+
+
+def _launch(plan: Plan, device: torch.device, time: int, batch: int, reversed_sets: int, tensors: dict) -> None:
+    """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of `device`."""
     raise_if_late(device)
-    status = status_word(device)
     if interpreter.interpreting():
         context = interpreter.concurrent_programs()
     elif device.type == "cuda":
         context = torch.cuda.device(device)
     else:
         raise RuntimeError("rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)")
+    kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
     rows = plan.rows * plan.slices  # of a program
     with context:
         for begin in range(0, batch, rows * plan.batch_slices):
-            number = next(_numbers) % (1 << 31) or next(_numbers)
-            _launches[number] = f"{name}, rows {begin} to {min(begin + rows * plan.batch_slices, batch) - 1}, {plan}"
+            number = next(_numbers) & 0x7FFFFFFF or next(_numbers)
+            _launches[number] = f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {time}, B {batch} from row {begin}, {plan}"
             _launches.pop(number - 256, None)
-            kernel[(plan.unit_slices, min(plan.batch_slices, triton.cdiv(batch - begin, rows)), plan.sets)](
-                **arguments,
-                status=status,
+            grid = plan.unit_slices, min(plan.batch_slices, -(-(batch - begin) // rows)), plan.sets
+            kernel[grid](
+                **tensors,
+                status=status_word(device),
+                T=time,
                 B=batch,
                 begin=begin,
                 limit=WAIT_LIMIT,
                 launch=number,
-                **constants,
-                UB=plan.units,
-                NB=plan.rows,
-                SLICES=plan.slices,
-                S=plan.warps,
-                REGISTERS=plan.registers,
-                SHARED=plan.shared,
-                ALONE=plan.alone,
-                num_warps=plan.warps,
-                num_stages=1,  # the pipeliner would load the state across the wait
-                launch_cooperative_grid=not plan.alone,
+                **constants(plan, reversed_sets),
+                **options(plan),
             )
     if device.type == "cpu":
         raise_if_late(device)
@@ -177,10 +187,9 @@ def forward(
     time, batch, sets, _ = x_part.shape
     hidden_size, dtype, device = plan.hidden_size, x_part.dtype, x_part.device
     size = padded(hidden_size, plan.dtype)
-    element, bits, holder = ELEMENT[dtype]
     y = torch.empty((time + 2, batch, sets, size), dtype=dtype, device=device)
     if not plan.alone:
-        y.view(holder).fill_(UNWRITTEN)
+        y.view(HOLDER[dtype]).fill_(UNWRITTEN)
         h0 = torch.where(h0 == h0, h0, torch.nan)  # a NaN of the user's could be all ones
     _state_blocks(y, h0, hidden_size)
     carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[0] if cell.carry == "h" else None
@@ -192,11 +201,11 @@ def forward(
     if size != hidden_size:
         weight_hh = torch.nn.functional.pad(weight_hh, (0, size - hidden_size))
     _launch(
-        forward_kernel.forward,
         plan,
-        f"{plan.cell} forward, T {time}, B {batch}",
         device,
+        time,
         batch,
+        reversed_sets,
         dict(
             x_part=x_part,
             weight=weight_hh.contiguous(),
@@ -206,19 +215,6 @@ def forward(
             gates=x_part if save and cell.saves_gates else None,
             aux=aux,
             carry_n=carry_n,
-            T=time,
-        ),
-        dict(
-            CELL=FORWARD[plan.cell],
-            G=cell.gates,
-            PER=plan.gates_per_tile,
-            H=hidden_size,
-            HS=size,
-            N=sets,
-            REVERSED=reversed_sets,
-            DTYPE=element,
-            BITS=bits,
-            PRECISION=precision_of(dtype),
         ),
     )
     c_n = None if carry_n is None else carry_n[..., :hidden_size].transpose(0, 1)
@@ -249,10 +245,9 @@ def backward(
     time, batch, sets, hidden_size = y.shape
     dtype, device = y.dtype, y.device
     size = padded(hidden_size, plan.dtype)
-    element, bits, holder = ELEMENT[dtype]
     d_gates = torch.empty((time + 2, batch, sets, cell.slots, size), dtype=dtype, device=device)
     if not plan.alone:
-        d_gates.view(holder).fill_(UNWRITTEN)
+        d_gates.view(HOLDER[dtype]).fill_(UNWRITTEN)
         _state_blocks(d_gates, None, hidden_size)
     weight = weight_hh.new_zeros((sets, size, cell.gates, size))
     by_unit = weight_hh.view(sets, cell.gates, hidden_size, hidden_size)[:, list(cell.slot_order)].permute(0, 3, 1, 2)
@@ -266,13 +261,12 @@ def backward(
     d_carry_0 = None
     if cell.carry is not None:
         d_carry_0 = torch.empty((batch, sets, size), dtype=torch.float32, device=device)
-    factors, step = BACKWARD[plan.cell]
     _launch(
-        backward_kernel.backward,
         plan,
-        f"{plan.cell} backward, T {time}, B {batch}",
         device,
+        time,
         batch,
+        reversed_sets,
         dict(
             d_y=None if d_y is None else d_y.contiguous(),
             d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
@@ -284,22 +278,6 @@ def backward(
             history_0=history_0,
             d_gates=d_gates.view(torch.int32),
             d_carry_0=d_carry_0,
-            T=time,
-        ),
-        dict(
-            FACTORS=factors,
-            CELL=step,
-            G=cell.gates,
-            E=cell.slots,
-            AUX_IS_HISTORY=cell.aux == "c",
-            H=hidden_size,
-            HS=size,
-            N=sets,
-            REVERSED=reversed_sets,
-            ORDER=plan.order,
-            DTYPE=element,
-            BITS=bits,
-            PRECISION=precision_of(dtype),
         ),
     )
     d_carry_0 = None if d_carry_0 is None else d_carry_0[..., :hidden_size].transpose(0, 1)

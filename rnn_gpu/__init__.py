@@ -1,0 +1,26 @@
+"""Recurrent layers for PyTorch whose whole time loop runs in one persistent Triton kernel.
+
+>>> import torch, rnn_gpu
+>>> layer = rnn_gpu.LSTM(10, 20)  # in place of torch.nn.LSTM
+>>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+"""
+
+from .backends import backend, current_backend, max_programs
+from .explanation import explain
+from .modules import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+__all__ = ["GRU", "LSTM", "RNN", "backend", "check", "current_backend", "explain", "max_programs"]
+
+
+def check(device=None) -> None:
+    """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not end.
+
+    Every call of a layer looks for such an error without waiting; this looks at once, after the replay of a CUDA graph for instance.
+    """
+    from .backends import triton_missing
+
+    if not triton_missing():
+        from .kernels import launch
+
+        launch.check(device)

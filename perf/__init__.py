@@ -1,0 +1,1 @@
+"""What the kernels cost: machine code counted offline (resources.py)."""

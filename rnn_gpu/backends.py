@@ -1,0 +1,205 @@
+"""Which backend serves a call, and why.
+
+"triton": the persistent kernels. "torch": PyTorch's own layers (ATen, cuDNN). "auto", the default: the kernels for CUDA tensors wherever
+they can serve the call and are predicted to be faster, torch elsewhere.
+
+Environment variables, read when rnn_gpu is imported:
+
+    RNN_GPU_BACKEND       auto, triton or torch
+    RNN_GPU_MAX_PROGRAMS  most programs that may have to run at the same time (default: the multiprocessors of the device)
+    RNN_GPU_ALONE         0: exchange between programs even where one could hold all units (for tests)
+    RNN_GPU_WAIT_LIMIT    polls before a wait becomes an error (kernels/launch.py)
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .kernels import plan as planning
+from .kernels.spec import CELLS
+
+BACKENDS = ("auto", "triton", "torch")
+CELL_OF_MODE = {cell.mode: cell.name for cell in CELLS.values()}
+
+logger = logging.getLogger("rnn_gpu")
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown backend {name!r}. Select from {', '.join(map(repr, BACKENDS))}.")
+    return name
+
+
+# Plain globals, not context variables: torch.compile can trace these.
+_backend = _checked(os.environ.get("RNN_GPU_BACKEND", "auto"))
+_max_programs = int(os.environ["RNN_GPU_MAX_PROGRAMS"]) if "RNN_GPU_MAX_PROGRAMS" in os.environ else None
+_allow_alone = os.environ.get("RNN_GPU_ALONE", "1") != "0"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within this context, layers use the backend `name`: "auto", "triton" or "torch". ValueError for another name.
+
+    "triton" raises a RuntimeError that says why where the kernels cannot serve a call; "auto" falls back and logs it once.
+    """
+    global _backend
+    before, _backend = _backend, _checked(name)
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def current_backend() -> str:
+    """The backend in force: "auto", "triton" or "torch"."""
+    return _backend
+
+
+@contextlib.contextmanager
+def max_programs(count: int | None) -> Iterator[None]:
+    """Within this context, at most `count` programs have to run at the same time (None: one for each multiprocessor).
+
+    Leave room where collectives hold multiprocessors: a launch that needs them all waits until they are free.
+    """
+    global _max_programs
+    if count is not None and count < 1:
+        raise ValueError(f"max_programs should be a positive number or None, got: {count}")
+    before, _max_programs = _max_programs, count
+    try:
+        yield
+    finally:
+        _max_programs = before
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used, or None."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, so that they take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _properties(index: int) -> planning.Device:
+    found = torch.cuda.get_device_properties(index)
+    like = next((d for d in planning.DEVICES.values() if d.name in found.name), planning.DEVICES["a100"])
+    return planning.Device(
+        name=found.name,
+        arch=found.major * 10 + found.minor,
+        multiprocessors=found.multi_processor_count,
+        shared_memory=found.shared_memory_per_block_optin,
+        gigahertz=getattr(found, "clock_rate", like.gigahertz * 1e6) / 1e6,
+        l2_bytes=found.L2_cache_size,
+        memory_gigabytes_per_second=like.memory_gigabytes_per_second,
+    )
+
+
+def device_of(device: torch.device | str) -> planning.Device:
+    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or a name of `kernels.plan.DEVICES` such as "h200"."""
+    if isinstance(device, str) and device in planning.DEVICES:
+        return planning.DEVICES[device]
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        known = ", ".join(map(repr, planning.DEVICES))
+        raise ValueError(f"Unknown device {device!r}. Select a torch device or one of {known}.") from None
+    if device.type == "cuda":
+        return _properties(torch.cuda.current_device() if device.index is None else device.index)
+    return planning.DEVICES["h200"]  # the interpreter, and plans made where there is no GPU
+
+
+def precision_of(dtype: str) -> str | None:
+    """How float32 products are made, as PyTorch's switches for RNNs say: "tf32" or "ieee"; None for 16-bit types."""
+    if dtype != "float32":
+        return None
+    for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
+        setting = switch.fp32_precision
+        if setting != "none":
+            return "ieee" if setting == "ieee" else "tf32"
+    return "tf32"  # PyTorch's default for RNNs
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """torch.float16 -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def plan_for(
+    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: planning.Device, backward: bool
+) -> planning.Plan | str:
+    """The plan of one pass under the settings in force, or why there is none."""
+    return planning.cached_plan(
+        cell, hidden_size, batch_size, sets, dtype, device, backward, precision_of(dtype), _max_programs, _allow_alone
+    )
+
+
+class Choice(NamedTuple):
+    """A backend, "triton" or "torch", the reason, and the plans of the passes where it is "triton"."""
+
+    name: str
+    reason: str
+    plans: tuple[planning.Plan, ...] = ()
+
+
+def kernels_for(
+    module: torch.nn.RNNBase,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: planning.Device,
+    training: bool,
+    packed: bool = False,
+) -> Choice:
+    """Whether the kernels can serve a call of `module`, and whether they are predicted to be the faster choice."""
+    if triton_missing():
+        return Choice("torch", triton_missing())
+    if packed:
+        return Choice("torch", "packed input is not in the kernels yet")
+    if module.proj_size > 0:
+        return Choice("torch", f"proj_size={module.proj_size} is not in the kernels yet")
+    plans = []
+    for backward in (False, True) if training else (False,):
+        found = plan_for(
+            CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype), device, backward
+        )  # fmt: skip
+        if isinstance(found, str):
+            return Choice("torch", found)
+        plans.append(found)
+    ours = sum(p.microseconds for p in plans)
+    theirs = sum(planning.cudnn_microseconds(p, device) for p in plans)
+    estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}, cuDNN {theirs:.1f}"
+    return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, packed: bool) -> Choice:
+    """The backend for a call of `module` with `input`; RuntimeError where "triton" was asked for and cannot serve it."""
+    wanted = _backend
+    if wanted == "torch" or (wanted == "auto" and input.device.type != "cuda"):
+        return Choice("torch", f"backend {wanted!r} on {input.device.type}")
+    if input.device.type != "cuda" and not (input.device.type == "cpu" and interpreting()):
+        raise RuntimeError(
+            f"backend 'triton' cannot serve this call: the input is on {input.device.type}. It takes CUDA tensors "
+            "(or CPU tensors with TRITON_INTERPRET=1, set before Python starts)."
+        )
+    training = torch.is_grad_enabled()
+    choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, packed)
+    if wanted == "auto":
+        if choice.name == "torch":
+            _log_once(f"{module}: torch instead of the kernels: {choice.reason}")
+        return choice
+    if not choice.plans:
+        raise RuntimeError(f"backend 'triton' cannot serve this call: {choice.reason}.")
+    return choice._replace(name="triton")

@@ -1,0 +1,55 @@
+"""What would run for a layer, and why, in words and numbers."""
+
+import torch
+
+from . import backends
+from .kernels.plan import Plan, cudnn_microseconds
+
+
+def _dtype_of(module: torch.nn.RNNBase, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or next(module.parameters()).dtype
+
+
+def _pass_lines(plan: Plan, device) -> list[str]:
+    name = "backward" if plan.backward else "forward"
+    return [
+        f"  {name}: {plan}",
+        f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
+        f"    estimated {plan.microseconds:.2f} us a step; cuDNN {cudnn_microseconds(plan, device):.2f}",
+    ]
+
+
+def explain(
+    module: torch.nn.RNNBase, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """Say which backend and which plan would run `module` in training, and why.
+
+    module: an LSTM, GRU or RNN of this library or of torch.nn. batch_size: rows of the batch. device: a CUDA device, or a name such as
+    "h200", "a100", "rtx4090", "b200" to plan for a GPU that is not here; default: the current GPU, or an H200 where there is none.
+    dtype: default that of the module's parameters; give autocast's where it is used.
+
+    The times are estimates of a model, not measurements: see docs/design.md.
+    """
+    if not isinstance(module, torch.nn.RNNBase):
+        raise TypeError(f"explain expects an LSTM, GRU or RNN layer, got: {type(module).__name__}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "h200"
+    gpu, dtype = backends.device_of(device), _dtype_of(module, dtype)
+    choice = backends.kernels_for(module, batch_size, dtype, gpu, training=True)
+    wanted = backends.current_backend()
+    lines = [
+        f"{type(module).__name__} of {module.hidden_size} hidden units, {module.num_layers} layer(s), "
+        f"{'both directions' if module.bidirectional else 'one direction'}, batch {batch_size}, {backends.name_of(dtype)}"
+        f" on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.shared_memory // 1024} KiB shared memory a program)"
+    ]
+    if choice.plans:
+        lines.append(f"backend 'auto' takes {choice.name}: {choice.reason}")
+        for plan in choice.plans:
+            lines += _pass_lines(plan, gpu)
+        lines.append("Times are estimates of the model in kernels/plan.py; none has been measured on this device.")
+    else:
+        lines.append(f"backend 'auto' takes torch: {choice.reason}")
+        lines.append("backend 'triton' would raise a RuntimeError with that reason")
+    if wanted != "auto":
+        lines.append(f"The backend in force now is {wanted!r}.")
+    return "\n".join(lines)
