@@ -406,21 +406,17 @@ def _wrap_binary(binary):
     return honest_binary
 
 
-def _wrap_ternary(ternary):
-    def honest_ternary(self, lhs, rhs, other, op):
-        if op is np.where or not _is_bfloat16(other):  # a selection moves bits: right as it is
-            return ternary(self, lhs, rhs, other, op)
-        return _round_to_bfloat16(op(*(_as_float32(handle).data for handle in (lhs, rhs, other))))
-
-    return honest_ternary
-
-
 def _wrap_fma(fma):
+    """A fused product and sum rounds once: the product of two float32 numbers is exact in float64."""
+
     def honest_fma(self, x, y, z):
-        if not _is_bfloat16(z):
+        kind = z.dtype.scalar
+        if kind not in (tl.bfloat16, tl.float16, tl.float32):
             return fma(self, x, y, z)
         x, y, z = (_as_float32(handle).data.astype(np.float64) for handle in (x, y, z))
-        return _round_to_bfloat16(x * y + z)
+        if kind == tl.bfloat16:
+            return _round_to_bfloat16(x * y + z)
+        return interpreter.TensorHandle((x * y + z).astype(interpreter._get_np_dtype(kind)), kind)
 
     return honest_fma
 
@@ -520,7 +516,6 @@ def _wrap_interpreter():
         wrap(builder, "create_fma", _wrap_fma)
         wrap(builder, "cast_impl", _wrap_cast)
         wrap(builder, "binary_op", _wrap_binary)
-        wrap(builder, "ternary_op", _wrap_ternary)
         wrap(interpreter.ReduceOps, "generic_reduce", _wrap_generic_reduce)
         wrap(interpreter.ReduceOps, "sum", _wrap_sum)
         if not hasattr(builder, "get_bf16"):  # a constant of that type

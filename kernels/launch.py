@@ -148,6 +148,11 @@ def _state_blocks(buffer: Tensor, state: Tensor | None, hidden_size: int) -> Non
             block[..., :hidden_size].copy_(state.transpose(0, 1))
 
 
+def _apart(view: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: autograd then treats it as a result, which users may change in place, not as a view."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+
+
 def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) -> Tensor | None:
     """A state [N, B, H] as the kernels read it: [B, N, HS], contiguous, in `dtype`."""
     if state is None:
@@ -218,7 +223,7 @@ def forward(
         ),
     )
     c_n = None if carry_n is None else carry_n[..., :hidden_size].transpose(0, 1)
-    return y[1:-1, ..., :hidden_size], c_n, aux
+    return _apart(y[1:-1, ..., :hidden_size]), c_n, aux
 
 
 def backward(
@@ -281,4 +286,4 @@ def backward(
         ),
     )
     d_carry_0 = None if d_carry_0 is None else d_carry_0[..., :hidden_size].transpose(0, 1)
-    return d_gates[1:-1, ..., :hidden_size], d_carry_0
+    return _apart(d_gates[1:-1, ..., :hidden_size]), d_carry_0

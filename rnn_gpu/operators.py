@@ -6,9 +6,8 @@ T steps, B rows, I input features, N weight sets (directions), G gates, H hidden
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import backends
+from . import backends, reference
 from .kernels.spec import CELLS, padded
 
 
@@ -113,10 +112,11 @@ def runs_backwards(reversed_sets: int, n: int) -> bool:
 
 
 class Layer(torch.autograd.Function):
-    """One layer, all directions: (input, weights, biases, h0, c0) -> (y, h_n, c_n), and what the backward needs.
+    """One layer, all directions: (input, weights, biases, states) -> (y, h_n, c_n), and what the backward needs.
 
-    input [T, B, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; h0 [N, B, H]; c0 [N, B, H] or None.
-    -> y [T, B, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates [T, B, N, G*H] and aux, not differentiable.
+    input [T, B, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; h0 [N, B, H];
+    c0 [N, B, H] or None. -> y [T, B, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates
+    [T, B, N, G*H] and aux, which are not differentiable.
     """
 
     @staticmethod
@@ -124,16 +124,16 @@ class Layer(torch.autograd.Function):
         """The input product, then the recurrence."""
         sets, rows, input_size = weight_ih.shape
         time, batch, _ = input.shape
-        hidden_size = weight_hh.shape[-1]
         bias, bias_hn = None, None
         if bias_ih is not None:
             bias = bias_ih + bias_hh
-            if cell == "gru":  # n's hidden bias stands inside the product with r
-                bias_hn = bias_hh[:, 2 * hidden_size :]
-                bias[:, 2 * hidden_size :] = bias_ih[:, 2 * hidden_size :]
+            if cell == "gru":  # the hidden bias of n stands inside the product with r
+                n_gate = slice(2 * weight_hh.shape[-1], None)
+                bias_hn = bias_hh[:, n_gate]
+                bias[:, n_gate] = bias_ih[:, n_gate]
             bias = bias.flatten()
-        x_part = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
-        gates = x_part.view(time, batch, sets, rows)
+        gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
+        gates = gates.view(time, batch, sets, rows)
         y, c_n, aux = recurrence(gates, weight_hh, bias_hn, h0, c0, cell, reversed_sets, save)
         ends = [y[0 if runs_backwards(reversed_sets, n) else -1, :, n] for n in range(sets)]
         return y, torch.stack(ends), c_n.to(y.dtype), gates, aux
@@ -141,59 +141,134 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
-        input, weight_ih, weight_hh, bias_ih, _, h0, c0, ctx.cell, ctx.reversed_sets, _ = inputs
+        *tensors, ctx.cell, ctx.reversed_sets, _ = inputs
         y, _, _, gates, aux = output
-        ctx.has_bias = bias_ih is not None
-        ctx.save_for_backward(input, weight_ih, weight_hh, h0, c0, y, gates, aux)
+        ctx.save_for_backward(*tensors, y, gates, aux)
         ctx.mark_non_differentiable(gates, aux)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_y, d_h_n, d_c_n, _gates, _aux):
-        """The recurrence backwards, then the products with its gradients at the gate sums; none that is not needed."""
-        input, weight_ih, weight_hh, h0, c0, y, gates, aux = ctx.saved_tensors
-        need = dict(zip(("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0"), ctx.needs_input_grad, strict=False))
-        cell = CELLS[ctx.cell]
-        d_gates, d_carry_0 = recurrence_backward(
-            d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, ctx.cell, ctx.reversed_sets
+        """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
+        need = ctx.needs_input_grad[: len(LAYER_INPUTS)]
+        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, ctx.cell, ctx.reversed_sets, need)
+        return *found, None, None, None
+
+
+LAYER_INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0")  # the tensors of Layer.forward, in order
+
+
+def layer_gradients(
+    d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, y, gates, aux, name, reversed_sets, need
+) -> tuple[Tensor | None, ...]:
+    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate gradients."""
+    cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
+    d_gates, d_carry_0 = recurrence_backward(d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, name, reversed_sets)
+    sets, rows, _ = weight_hh.shape
+    by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]  # where each gate stands among the hidden slots
+    d_input = None
+    collected = {name: [] for name in LAYER_INPUTS}
+    for n in range(sets):
+        slots = d_gates[:, :, n].flatten(2)  # [T, B, E*H]; a copy only where H is padded
+        hidden, inner = slots[..., :rows], slots[..., slots.shape[-1] - rows :].flatten(0, 1)
+        backwards = runs_backwards(reversed_sets, n)
+        first = hidden[-1 if backwards else 0]
+        if need["input"]:
+            d_input = inner @ weight_ih[n] if n == 0 else torch.addmm(d_input, inner, weight_ih[n])
+        if need["weight_ih"]:
+            collected["weight_ih"].append(inner.t() @ input.flatten(0, 1))
+        if need["weight_hh"]:
+            later, before = (hidden[:-1], y[1:, :, n]) if backwards else (hidden[1:], y[:-1, :, n])
+            product = torch.addmm(first.t() @ h0[n], later.flatten(0, 1).t(), before.flatten(0, 1))
+            collected["weight_hh"].append(_reordered(product, by_gate))
+        if need["bias_ih"]:
+            collected["bias_ih"].append(inner.sum(0))
+        if need["bias_hh"]:
+            collected["bias_hh"].append(_reordered(hidden.flatten(0, 1).sum(0), by_gate))
+        if need["h0"]:
+            collected["h0"].append(first @ _reordered(weight_hh[n], cell.slot_order))
+    found = {name: torch.stack(parts) if parts else None for name, parts in collected.items()}
+    if need["input"]:
+        found["input"] = d_input.view_as(input)
+    if need["h0"] and cell.carry == "h":
+        found["h0"] = (found["h0"] + d_carry_0).to(h0.dtype)
+    if need["c0"] and cell.carry == "c":
+        found["c0"] = d_carry_0.to(c0.dtype)
+    return tuple(found.values())
+
+
+class LayerBackward(torch.autograd.Function):
+    """`layer_gradients`, differentiable again: through the readable loop of reference.py, which is slow and right."""
+
+    @staticmethod
+    def forward(*arguments):
+        """See `layer_gradients`."""
+        return layer_gradients(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save gradients and inputs; the reference makes the rest again."""
+        *tensors, ctx.cell, ctx.reversed_sets, ctx.need = inputs
+        ctx.save_for_backward(*tensors[: 3 + len(LAYER_INPUTS)])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *d_gradients):
+        """Differentiate the gradients of the reference by everything they depend on."""
+        with torch.enable_grad():
+            leaves = [None if t is None else _alias(t) for t in ctx.saved_tensors]
+            d_outputs, inputs = leaves[:3], leaves[3:]
+            outputs = _reference_layer(inputs, ctx.cell, ctx.reversed_sets)
+            pairs = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
+            wanted = [t for t, need in zip(inputs, ctx.need, strict=True) if need]
+            first = torch.autograd.grad(
+                [out for out, _ in pairs], wanted, [d for _, d in pairs], create_graph=True, allow_unused=True
+            )
+            second = [d for d, need in zip(d_gradients, ctx.need, strict=True) if need]
+            pairs = [(g, d.float()) for g, d in zip(first, second, strict=True) if g is not None and d is not None]
+            again = torch.autograd.grad(
+                [g for g, _ in pairs],
+                [t for t in leaves if t is not None],
+                [d for _, d in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        found = iter(again)
+        found = [None if t is None else next(found) for t in leaves]
+        found = [None if g is None else g.to(t.dtype) for g, t in zip(found, ctx.saved_tensors, strict=True)]
+        return *found, *[None] * 6
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The tensor in float32 under a name of its own: differentiating by it stops here, though it may depend on another leaf."""
+    if not tensor.requires_grad:
+        return tensor.detach().float().requires_grad_()
+    return tensor.float() if tensor.dtype != torch.float32 else tensor.view_as(tensor)
+
+
+def _reference_layer(inputs, cell: str, reversed_sets: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs y [T, B, N, H], h_n and c_n [N, B, H] of `Layer`, by the loop of reference.py."""
+    input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = inputs
+    results = [
+        reference.layer(
+            cell,
+            input,
+            weight_ih[n],
+            weight_hh[n],
+            None if bias_ih is None else bias_ih[n],
+            None if bias_hh is None else bias_hh[n],
+            h0[n],
+            None if c0 is None else c0[n],
+            reverse=runs_backwards(reversed_sets, n),
         )
-        sets, rows, hidden_size = weight_hh.shape
-        gradient = dict.fromkeys(need)
-        collected = {name: [] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0")}
-        to_gates = torch.tensor(cell.slot_order).argsort().tolist()  # position of each gate among the hidden slots
-        flat_input = input.flatten(0, 1)
-        for n in range(sets):
-            slots = d_gates[:, :, n].flatten(2)  # [T, B, E*H], no copy where H needs no padding
-            hidden, inner = slots[..., :rows], slots[..., slots.shape[-1] - rows :]
-            flat_inner = inner.flatten(0, 1)
-            if need["input"]:
-                part = flat_inner @ weight_ih[n] if n == 0 else torch.addmm(part, flat_inner, weight_ih[n])
-                gradient["input"] = part.view_as(input)
-            if need["weight_ih"]:
-                collected["weight_ih"].append(flat_inner.t() @ flat_input)
-            if ctx.has_bias and need["bias_ih"]:
-                collected["bias_ih"].append(flat_inner.sum(0))
-            backwards = runs_backwards(ctx.reversed_sets, n)
-            first = hidden[-1 if backwards else 0]
-            if need["weight_hh"]:
-                later, before = (hidden[:-1], y[1:, :, n]) if backwards else (hidden[1:], y[:-1, :, n])
-                product = torch.addmm(first.t() @ h0[n], later.flatten(0, 1).t(), before.flatten(0, 1))
-                collected["weight_hh"].append(_by_gate(product, to_gates))
-            if ctx.has_bias and need["bias_hh"]:
-                collected["bias_hh"].append(_by_gate(hidden.flatten(0, 1).sum(0), to_gates))
-            if need["h0"]:
-                by_slot = _by_gate(weight_hh[n], cell.slot_order)
-                collected["h0"].append(first @ by_slot)
-        gradient |= {name: torch.stack(parts) for name, parts in collected.items() if parts}
-        if need["h0"] and cell.carry == "h":
-            gradient["h0"] = (gradient["h0"] + d_carry_0).to(h0.dtype)
-        if need["c0"] and cell.carry == "c":
-            gradient["c0"] = d_carry_0.to(c0.dtype)
-        return *gradient.values(), None, None, None
+        for n in range(weight_ih.shape[0])
+    ]
+    y, h_n, c_n = zip(*results, strict=True)
+    return torch.stack(y, 2), torch.stack(h_n), None if c0 is None else torch.stack(c_n)
 
 
-def _by_gate(rows: Tensor, order) -> Tensor:
+def _reordered(rows: Tensor, order) -> Tensor:
     """Rows [G*H, ...] with their G parts in another order; as they are where it is the same."""
     if list(order) == sorted(order):
         return rows

@@ -54,9 +54,7 @@ def minimum(a, b):
 
 
 @triton.jit
-def exchange(
-    board, out, late, limit, T: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TESTED: tl.constexpr
-):
+def exchange(board, out, late, limit, T: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TESTED: tl.constexpr):
     """At each step each program publishes N numbers, then waits for those of all P and sums them.
 
     board [T, P, N] starts as -1, which means unwritten; only the first TESTED numbers of each are awaited.
@@ -203,6 +201,27 @@ def test_torn_stores_may_overtake_each_other(masked):
 
 
 @triton.jit
+def meet(counter, data, out, N: tl.constexpr, P: tl.constexpr):
+    """Each program stores its data, then waits at a barrier of atomic operations, which order the stores."""
+    p, n = tl.program_id(0), tl.arange(0, N)
+    tl.store(data + p * N + n, p + n)
+    tl.atomic_add(counter, 1)
+    while tl.atomic_add(counter, 0) < P:
+        pass
+    tl.store(out + p * N + n, tl.load(data + (p + 1) % P * N + n))
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_programs_meet_by_atomic_operations(torn):
+    """Catches a hang where the wait is an atomic operation, and one that does not order the stores before it."""
+    for seed in SEEDS:
+        out = torch.empty(4, N, dtype=torch.int32)
+        with concurrent_programs(seed, torn=torn):
+            meet[(4,)](torch.zeros(1, dtype=torch.int32), torch.full((4, N), -1, dtype=torch.int32), out, N, 4)
+        assert torch.equal(out, (torch.arange(1, 5)[:, None] % 4 + torch.arange(N)).int()), f"seed {seed}"
+
+
+@triton.jit
 def overwrite(x, N: tl.constexpr):
     n = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(x + n, 1)
@@ -336,9 +355,7 @@ def test_two_copies_of_the_module_are_refused():
 
 
 @triton.jit
-def multiply(
-    a, b, out, S: tl.constexpr, M: tl.constexpr, K: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr
-):
+def multiply(a, b, out, S: tl.constexpr, M: tl.constexpr, K: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):
     s, m, k, n = tl.arange(0, S), tl.arange(0, M), tl.arange(0, K), tl.arange(0, L)
     x = tl.load(a + s[:, None, None] * (M * K) + m[None, :, None] * K + k[None, None, :])
     y = tl.load(b + s[:, None, None] * (L * K) + n[None, :, None] * K + k[None, None, :]).permute(0, 2, 1)
@@ -448,7 +465,7 @@ def test_conversion_from_16_bits_is_exact(dtype):
 
 
 def test_other_conversions_of_bfloat16():
-    """Catches integers, float64 and float16 that reach bfloat16 as bits and not as values, and the way back."""
+    """Catches integers, float64 and float16 that reach bfloat16 as bits, not as values, and the way back."""
     integers = torch.arange(-1024, 1024, dtype=torch.int32) * 37
     assert same_bits(converted(integers, torch.bfloat16), integers.to(torch.bfloat16))
     halves = random_bits((4096,), torch.float16)
@@ -480,13 +497,14 @@ def operate(x, y, out, N: tl.constexpr):
     tl.store(out + 11 * N + n, tl.full((N,), 0.75, a.dtype) + tl.zeros((N,), a.dtype))
     tl.store(out + 12 * N + n, tl.clamp(a, b - b, b - b + 1.0))
     tl.store(out + 13 * N + n, (a.to(tl.float32) / b.to(tl.float32)).to(a.dtype))
+    tl.store(out + 14 * N + n, tl.fma(a, b, a))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_arithmetic_in_16_bits(dtype):
     """Catches bfloat16 added, compared or selected as integers, constants of it, and a load's `other`."""
     x, y = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = torch.empty(14, 256, dtype=dtype)
+    out = torch.empty(15, 256, dtype=dtype)
     with concurrent_programs():
         operate[(1,)](x, y, out, 256)
     even = torch.arange(256) % 2 == 0
@@ -505,6 +523,7 @@ def test_arithmetic_in_16_bits(dtype):
         torch.full_like(x, 0.75),
         x.clamp(0, 1),
         x / y,
+        (x.double() * y.double() + x.double()).float(),
     ]
     for row, (got, wanted) in enumerate(zip(out, expected, strict=True)):
         assert torch.equal(got, wanted.to(dtype)), f"row {row}"
@@ -541,9 +560,7 @@ def test_moves_of_16_bit_numbers_keep_every_bit(dtype):
     shuffled, tiles = torch.empty(2 * W, R, dtype=dtype), torch.empty(2, W, R, dtype=dtype)
     back = torch.empty(R, W, dtype=torch.int32)
     with concurrent_programs():
-        move[(1,)](
-            x.view(torch.int32), shuffled, back, tiles, R, W, getattr(tl, str(dtype).removeprefix("torch."))
-        )
+        move[(1,)](x.view(torch.int32), shuffled, back, tiles, R, W, getattr(tl, str(dtype).removeprefix("torch.")))
     bits = x.view(torch.int16)
     assert torch.equal(shuffled.view(torch.int16), bits.T)
     assert torch.equal(tiles.view(torch.int16).flatten(0, 1), bits.T)
@@ -564,9 +581,7 @@ def test_exp2_and_its_overflow():
     out = torch.empty(2, 512)
     with concurrent_programs():
         transcendental[(1,)](x, out, 512)
-    torch.testing.assert_close(
-        out[0].double(), torch.exp2(x.double()).float().double(), rtol=3e-7, atol=1e-44
-    )
+    torch.testing.assert_close(out[0].double(), torch.exp2(x.double()).float().double(), rtol=3e-7, atol=1e-44)
     torch.testing.assert_close(out[1].double(), torch.sigmoid(x.double()), rtol=1e-5, atol=1e-38)
 
 
@@ -614,14 +629,19 @@ def reduce_all(x, y, scalars, rows, halves, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def sum_in_float32(a, b):
+    return a.to(tl.float32) + b.to(tl.float32)
+
+
+@triton.jit
 def reduce_and_promote(y, out, M: tl.constexpr):
-    tl.store(out, tl.reduce(tl.load(y + tl.arange(0, M)), 0, minimum))
+    tl.store(out, tl.reduce(tl.load(y + tl.arange(0, M)), 0, sum_in_float32))
 
 
 def test_reductions():
-    """Catches the reduction by halves, ours, mixing axes, shapes, operands, or taking one branch for all.
+    """Catches the reduction by halves, ours, that mixes axes or operands, or takes one branch for all.
 
-    And a combining function that changes the type, as `tl.minimum` does for bfloat16: it would store nonsense.
+    And a combining function that changes the type, as `tl.minimum` may for bfloat16: nonsense is stored.
     """
     n, m = 8, 4
     generator = torch.Generator().manual_seed(0)
