@@ -14,10 +14,7 @@ a layer, H hidden size, V characters in the vocabulary. The exit status is 1 whe
 """
 
 import argparse
-import importlib.util
 import math
-import os
-import subprocess
 import sys
 import sysconfig
 import time
@@ -32,6 +29,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import rnn_gpu
+from rnn_gpu import selfcheck
 
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,8 +101,6 @@ VALIDATIONS = 4  # in the course of training, besides the one at its end
 # Bits by which the validation of the reloaded model may differ. It is 0 where the same kernels ran, and where
 # others did, the rounding of the dtype (on a GPU float32 rounds to tf32), averaged over all characters.
 RELOADED_BITS = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 2e-2}
-# Largest relative difference of interpreted kernels in float32 from torch.nn in float64, by norm.
-INTERPRETED_DIFFERENCE = 1e-4
 
 State = Tensor | tuple[Tensor, Tensor] | None
 
@@ -184,9 +180,7 @@ def mean_loss(
 
 
 @torch.no_grad()
-def bits_per_character(
-    model: CharacterModel, streams: Tensor, sequence_length: int, dtype: torch.dtype
-) -> float:
+def bits_per_character(model: CharacterModel, streams: Tensor, sequence_length: int, dtype: torch.dtype) -> float:
     """Cross entropy on all of the streams [S, B], with the state carried along them."""
     model.eval()
     losses, state = [], None
@@ -267,9 +261,7 @@ def train(trainer: Trainer, validation: Tensor, seconds: float) -> None:
             if elapsed > (validated + 1) / (VALIDATIONS + 1) * seconds:
                 validated += 1
                 bits = bits_per_character(trainer.model, validation, trainer.sequence_length, trainer.dtype)
-                progress.write(
-                    f"  {elapsed:5.0f} s   step {steps:6d}   validation {bits:.3f} bits per character"
-                )
+                progress.write(f"  {elapsed:5.0f} s   step {steps:6d}   validation {bits:.3f} bits per character")
             elapsed = time.perf_counter() - start
             progress.update(min(elapsed, seconds) - progress.n)
     print(f"{steps} steps in {elapsed:.0f} s: {steps / elapsed:.1f} steps a second")
@@ -331,62 +323,6 @@ def load_plain(options: argparse.Namespace) -> CharacterModel:
     return model.to(options.device)
 
 
-# ---- The real kernels, without a GPU -----------------------------------------------------------------------
-
-
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference by the norm of the expected, in float64."""
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-def gradients(layer: nn.Module, inputs: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
-    """By name: output for inputs [T, B, I], and all gradients from that of the output [T, B, H]."""
-    inputs = inputs.clone().requires_grad_()
-    output, _ = layer(inputs)
-    output.backward(output_gradient)
-    result = {"output": output.detach(), "gradient of input": inputs.grad}
-    return result | {f"gradient of {name}": weight.grad for name, weight in layer.named_parameters()}
-
-
-def check_interpreted(cell: str) -> int:
-    """Run a small layer's Triton kernels in the interpreter, in float32, against torch.nn in float64.
-
-    Prints the relative differences; 0, or 1 when the largest is above the bound.
-    """
-    time_steps, batch_size, input_size, hidden_size = 5, 3, 16, 24
-    # PyTorch lets recurrent layers round products to tf32 by default; this compares with full float32.
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    torch.manual_seed(0)
-    layer = getattr(rnn_gpu, LAYERS[cell])(input_size, hidden_size)
-    plain = getattr(nn, LAYERS[cell])(input_size, hidden_size)
-    plain.load_state_dict(layer.state_dict())
-    inputs = torch.randn(time_steps, batch_size, input_size)
-    output_gradient = torch.randn(time_steps, batch_size, hidden_size)
-
-    with rnn_gpu.backend("triton"):
-        actual = gradients(layer, inputs, output_gradient)
-    expected = gradients(plain.double(), inputs.double(), output_gradient.double())
-    differences = {name: relative_difference(actual[name], expected[name]) for name in expected}
-
-    print(f"Triton kernels, interpreted: {layer}, T {time_steps}, B {batch_size}, float32")
-    for name, difference in differences.items():
-        print(f"  {name:25s} {difference:.1e}")
-    largest = max(differences.values())
-    print(f"largest relative difference from torch.nn in float64: {largest:.1e}")
-    print(f"allowed: {INTERPRETED_DIFFERENCE:.0e}")
-    return 0 if largest <= INTERPRETED_DIFFERENCE else 1
-
-
-def check_interpreted_elsewhere(cell: str) -> bool:
-    """The check above in a process of its own: interpreted and compiled kernels cannot share one."""
-    if importlib.util.find_spec("triton") is None:
-        print("Triton is not installed here: its kernels were not run")
-        return True
-    sys.stdout.flush()
-    command = [sys.executable, __file__, "--interpreted-check", "--cell", cell]
-    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode == 0
-
-
 # ---- The command -------------------------------------------------------------------------------------------
 
 
@@ -409,7 +345,6 @@ def read_options() -> argparse.Namespace:
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     add("--dtype", choices=DTYPES, default="float32", help="of the computation; weights stay in float32")
     add("--save", type=Path, metavar="PATH", default="char_language_model.pt", help="file of the checkpoint")
-    add("--interpreted-check", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.dtype == "float16" and options.device.type == "cpu":
         parser.error("argument --dtype: float16 needs a GPU, because PyTorch's CPU layers do not have it")
@@ -454,7 +389,7 @@ def run(options: argparse.Namespace) -> list[str]:
         compare_speed(options, training)
     else:
         print()
-        if not check_interpreted_elsewhere(options.cell):
+        if not selfcheck.in_interpreter([options.cell]):
             failures.append("the interpreted Triton kernels failed, or differ from torch.nn")
     return failures
 
@@ -462,8 +397,6 @@ def run(options: argparse.Namespace) -> list[str]:
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     options = read_options()
-    if options.interpreted_check:
-        return check_interpreted(options.cell)
     with rnn_gpu.backend(options.backend):
         failures = run(options)
     for failure in failures:

@@ -181,7 +181,7 @@ def backward(
         present = load_or_zero(aux, own[j], exists, SHAPE)
         saved = saved + (load_step(d_y, gates, None, before, own_y[j], own_gates[j], own[j], present, exists, G, H, SHAPE),)
 
-    late = 0
+    late, lost = 0, 0.0
     for s in range(T):
         more = tl.where(s + 1 < T, step, 0)
         if d_y is not None:
@@ -210,6 +210,9 @@ def backward(
                 if gave_up != 0:  # wait no more for the rest of the launch
                     limit = 0
                     late = 1
+                    lost = float("nan")
+                if PRECISION == "tf32":  # where an unwritten word, a NaN in all other types, rounds to zero
+                    later += lost
             slots, kept = CELL(factors, known + later, dcarry[j])
             published = ()
             for e in tl.static_range(E):

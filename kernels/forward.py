@@ -118,6 +118,15 @@ def with_bias(r, bias, G: tl.constexpr):
     return out
 
 
+@triton.jit
+def with_lost(r, lost):
+    """r with `lost`, 0 or NaN, added to the first gate, from where a NaN reaches every result of a step."""
+    out = (r[0] + lost,)
+    for g in tl.static_range(1, len(r)):
+        out = out + (r[g],)
+    return out
+
+
 @triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
 def forward(
     x_part, weight, bias, y, carry_0, gates, aux, carry_n, status, T, B, begin, limit, launch,
@@ -164,7 +173,7 @@ def forward(
         if ALONE:
             state = state + (tl.load(read.to(tl.pointer_type(DTYPE)) + own[j], mask=mine[j], other=0.0),)
 
-    late = 0
+    late, lost = 0, 0.0
     for t in range(T):
         x_part += tl.where(t + 1 < T, step, 0) * (N * G * H)
         carry_next, x_next, state_next = (), (), ()
@@ -178,7 +187,10 @@ def forward(
                 if gave_up != 0:  # wait no more for the rest of the launch
                     limit = 0
                     late = 1
+                    lost = float("nan")
                 r = hidden_part(W, rest, h_words, CHUNKS, REGISTERS + SHARED, G, PER, HS, UB, NB, S, DTYPE, PRECISION)
+                if PRECISION == "tf32":  # where an unwritten word, a NaN in all other types, rounds to zero
+                    r = with_lost(r, lost)
             h, kept, saved, extra = CELL(as_float(x[j]), with_bias(r, hidden_bias, G), carry[j])
             h = h if H == HS else tl.where(exists, h, 0.0)  # the neighbours read padded units too
             tl.store(write + own[j], publishable(h, DTYPE, BITS), mask=mine[j], cache_modifier=".cg")

@@ -392,18 +392,19 @@ def _wrap_cast(cast):
     return honest_cast
 
 
-def _wrap_binary(binary):
+def _wrap_elementwise(apply):
     """Operations on bfloat16 work on the values and round; comparisons give booleans."""
 
-    def honest_binary(self, lhs, rhs, op):
-        if not (_is_bfloat16(lhs) and _is_bfloat16(rhs)):
-            return binary(self, lhs, rhs, op)
-        result = op(_as_float32(lhs).data, _as_float32(rhs).data)
+    def honest_apply(self, *handles_and_operation):
+        *handles, operation = handles_and_operation
+        if not all(_is_bfloat16(handle) for handle in handles):
+            return apply(self, *handles_and_operation)
+        result = operation(*(_as_float32(handle).data for handle in handles))
         if result.dtype == np.bool_:
             return interpreter.TensorHandle(result, tl.int1)
         return _round_to_bfloat16(result)
 
-    return honest_binary
+    return honest_apply
 
 
 def _wrap_fma(fma):
@@ -515,7 +516,8 @@ def _wrap_interpreter():
         wrap(builder, "create_dot", _wrap_dot)
         wrap(builder, "create_fma", _wrap_fma)
         wrap(builder, "cast_impl", _wrap_cast)
-        wrap(builder, "binary_op", _wrap_binary)
+        for arity in ("unary_op", "binary_op", "ternary_op"):
+            wrap(builder, arity, _wrap_elementwise)
         wrap(interpreter.ReduceOps, "generic_reduce", _wrap_generic_reduce)
         wrap(interpreter.ReduceOps, "sum", _wrap_sum)
         if not hasattr(builder, "get_bf16"):  # a constant of that type

@@ -29,7 +29,11 @@ BACKWARD = {
     "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_backward),
     "rnn_relu": (cells.rnn_relu_factors, cells.rnn_backward),
 }
-HOLDER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}  # same width, holds all ones
+HOLDER = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}  # same width, holds all ones
 UNWRITTEN = -1  # all ones
 
 # Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far more than a
@@ -38,7 +42,9 @@ WAIT_LIMIT = int(os.environ.get("RNN_GPU_WAIT_LIMIT", 20_000_000))
 
 _numbers = itertools.count(1)
 _launches: dict[int, str] = {}  # the latest launches by number, for the message of a wait that did not end
-_status: dict[torch.device, Tensor] = {}  # a word that kernels write to and the host reads without waiting for the device
+_status: dict[
+    torch.device, Tensor
+] = {}  # a word that kernels write to and the host reads without waiting for the device
 
 
 def status_word(device: torch.device) -> Tensor:
@@ -71,8 +77,6 @@ def check(device: torch.device | str | None = None) -> None:
         if one.type == "cuda":
             torch.cuda.synchronize(one)
         raise_if_late(one)
-
-
 
 
 def constants(plan: Plan, reversed_sets: int) -> dict:
@@ -115,13 +119,17 @@ def _launch(plan: Plan, device: torch.device, time: int, batch: int, reversed_se
     elif device.type == "cuda":
         context = torch.cuda.device(device)
     else:
-        raise RuntimeError("rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)")
+        raise RuntimeError(
+            "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"
+        )
     kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
     rows = plan.rows * plan.slices  # of a program
     with context:
         for begin in range(0, batch, rows * plan.batch_slices):
             number = next(_numbers) & 0x7FFFFFFF or next(_numbers)
-            _launches[number] = f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {time}, B {batch} from row {begin}, {plan}"
+            _launches[number] = (
+                f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {time}, B {batch} from row {begin}, {plan}"
+            )
             _launches.pop(number - 256, None)
             grid = plan.unit_slices, min(plan.batch_slices, -(-(batch - begin) // rows)), plan.sets
             kernel[grid](

@@ -131,9 +131,19 @@ def side_by_side(parts, COUNT: tl.constexpr, S: tl.constexpr, PER: tl.constexpr,
 
 
 @triton.jit
+def rounded_to_tf32(words):
+    """float32 bits -> values whose truncation to tf32, which is what the tensor core does, rounds to nearest.
+
+    Only for bits that were published: a NaN whose low bits are all set would become a zero. So does an unwritten word: see `lost`
+    in the loops.
+    """
+    return (words + 0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def to_tf32(x):
-    """float32 bits (or values) -> values whose truncation to tf32, which is what the tensor core does, rounds to nearest."""
-    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    """The same for any float32 values, NaN for every NaN: the one that CUDA's own arithmetic makes has all its low bits set."""
+    return tl.where(x == x, rounded_to_tf32(x.to(tl.int32, bitcast=True)), x)
 
 
 @triton.jit
@@ -178,5 +188,5 @@ def two_ways(ROWS: tl.constexpr):
 def state_operand(words, S: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """A chunk tile of the exchanged state, as polled -> operand [S, K, NB]."""
     K: tl.constexpr = chunk_values(DTYPE)
-    x = to_tf32(words) if PRECISION == "tf32" else values(words, DTYPE)
+    x = rounded_to_tf32(words) if PRECISION == "tf32" else values(words, DTYPE)
     return operand(x, S, NB, K).permute(0, 2, 1)

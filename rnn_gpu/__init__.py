@@ -14,9 +14,11 @@ __all__ = ["GRU", "LSTM", "RNN", "backend", "check", "current_backend", "explain
 
 
 def check(device=None) -> None:
-    """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not end.
+    """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not
+    end.
 
-    Every call of a layer looks for such an error without waiting; this looks at once, after the replay of a CUDA graph for instance.
+    Every call of a layer looks for such an error without waiting; this looks at once, after the replay of a CUDA
+    graph for instance.
     """
     from .backends import triton_missing
 

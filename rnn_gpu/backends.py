@@ -1,12 +1,12 @@
 """Which backend serves a call, and why.
 
-"triton": the persistent kernels. "torch": PyTorch's own layers (ATen, cuDNN). "auto", the default: the kernels for CUDA tensors wherever
-they can serve the call and are predicted to be faster, torch elsewhere.
+"triton": the persistent kernels. "torch": PyTorch's own layers (ATen, cuDNN). "auto", the default: the kernels for
+CUDA tensors wherever they can serve the call and are predicted to be faster, torch elsewhere.
 
 Environment variables, read when rnn_gpu is imported:
 
     RNN_GPU_BACKEND       auto, triton or torch
-    RNN_GPU_MAX_PROGRAMS  most programs that may have to run at the same time (default: the multiprocessors of the device)
+    RNN_GPU_MAX_PROGRAMS  most programs that may have to run at the same time (default: one for each multiprocessor)
     RNN_GPU_ALONE         0: exchange between programs even where one could hold all units (for tests)
     RNN_GPU_WAIT_LIMIT    polls before a wait becomes an error (kernels/launch.py)
 """
@@ -46,7 +46,8 @@ _allow_alone = os.environ.get("RNN_GPU_ALONE", "1") != "0"
 def backend(name: str) -> Iterator[None]:
     """Within this context, layers use the backend `name`: "auto", "triton" or "torch". ValueError for another name.
 
-    "triton" raises a RuntimeError that says why where the kernels cannot serve a call; "auto" falls back and logs it once.
+    "triton" raises a RuntimeError that says why where the kernels cannot serve a call; "auto" falls back and logs it
+    once.
     """
     global _backend
     before, _backend = _backend, _checked(name)
@@ -77,6 +78,19 @@ def max_programs(count: int | None) -> Iterator[None]:
         _max_programs = before
 
 
+@contextlib.contextmanager
+def always_exchange() -> Iterator[None]:
+    """Within this context, programs exchange their state even where one could hold all units: for tests on small
+    layers.
+    """
+    global _allow_alone
+    before, _allow_alone = _allow_alone, False
+    try:
+        yield
+    finally:
+        _allow_alone = before
+
+
 @functools.cache
 def triton_missing() -> str | None:
     """Why Triton cannot be used, or None."""
@@ -104,7 +118,9 @@ def _properties(index: int) -> planning.Device:
 
 
 def device_of(device: torch.device | str) -> planning.Device:
-    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or a name of `kernels.plan.DEVICES` such as "h200"."""
+    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or a name of `kernels.plan.DEVICES` such
+    as "h200".
+    """
     if isinstance(device, str) and device in planning.DEVICES:
         return planning.DEVICES[device]
     try:
@@ -165,11 +181,10 @@ def kernels_for(
         return Choice("torch", "packed input is not in the kernels yet")
     if module.proj_size > 0:
         return Choice("torch", f"proj_size={module.proj_size} is not in the kernels yet")
+    cell, sets = CELL_OF_MODE[module.mode], 2 if module.bidirectional else 1
     plans = []
     for backward in (False, True) if training else (False,):
-        found = plan_for(
-            CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype), device, backward
-        )  # fmt: skip
+        found = plan_for(cell, module.hidden_size, batch_size, sets, name_of(dtype), device, backward)
         if isinstance(found, str):
             return Choice("torch", found)
         plans.append(found)
@@ -179,13 +194,21 @@ def kernels_for(
     return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
+_logged: set[str] = set()
+
+
+def _log_once(module: torch.nn.RNNBase, reason: str) -> None:
+    """Say once for each kind of layer that "auto" fell back, not again for every batch size."""
+    if (layer := str(module)) not in _logged:
+        _logged.add(layer)
+        logger.warning("%s: PyTorch's own kernels serve it, not rnn_gpu's: %s", layer, reason)
 
 
 def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, packed: bool) -> Choice:
-    """The backend for a call of `module` with `input`; RuntimeError where "triton" was asked for and cannot serve it."""
+    """The backend for a call; RuntimeError where "triton" was asked for and cannot serve it.
+
+    input: the input's data; dtype: that of the computation; packed: the input was a PackedSequence.
+    """
     wanted = _backend
     if wanted == "torch" or (wanted == "auto" and input.device.type != "cuda"):
         return Choice("torch", f"backend {wanted!r} on {input.device.type}")
@@ -198,7 +221,7 @@ def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype
     choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, packed)
     if wanted == "auto":
         if choice.name == "torch":
-            _log_once(f"{module}: torch instead of the kernels: {choice.reason}")
+            _log_once(module, choice.reason)
         return choice
     if not choice.plans:
         raise RuntimeError(f"backend 'triton' cannot serve this call: {choice.reason}.")

@@ -20,13 +20,16 @@ def _pass_lines(plan: Plan, device) -> list[str]:
 
 
 def explain(
-    module: torch.nn.RNNBase, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    module: torch.nn.RNNBase,
+    batch_size: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Say which backend and which plan would run `module` in training, and why.
 
-    module: an LSTM, GRU or RNN of this library or of torch.nn. batch_size: rows of the batch. device: a CUDA device, or a name such as
-    "h200", "a100", "rtx4090", "b200" to plan for a GPU that is not here; default: the current GPU, or an H200 where there is none.
-    dtype: default that of the module's parameters; give autocast's where it is used.
+    module: an LSTM, GRU or RNN of this library or of torch.nn. batch_size: rows of the batch. device: a CUDA device,
+    or a name such as "h200", "a100", "rtx4090", "b200" to plan for a GPU that is not here; default: the current GPU,
+    or an H200 where there is none. dtype: default that of the module's parameters; give autocast's where it is used.
 
     The times are estimates of a model, not measurements: see docs/design.md.
     """
@@ -37,10 +40,11 @@ def explain(
     gpu, dtype = backends.device_of(device), _dtype_of(module, dtype)
     choice = backends.kernels_for(module, batch_size, dtype, gpu, training=True)
     wanted = backends.current_backend()
+    directions = "both directions" if module.bidirectional else "one direction"
     lines = [
         f"{type(module).__name__} of {module.hidden_size} hidden units, {module.num_layers} layer(s), "
-        f"{'both directions' if module.bidirectional else 'one direction'}, batch {batch_size}, {backends.name_of(dtype)}"
-        f" on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.shared_memory // 1024} KiB shared memory a program)"
+        f"{directions}, batch {batch_size}, {backends.name_of(dtype)}"
+        f" on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.shared_memory // 1024} KiB of shared memory each)"
     ]
     if choice.plans:
         lines.append(f"backend 'auto' takes {choice.name}: {choice.reason}")

@@ -26,13 +26,16 @@ def recurrent_stack(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run `num_layers` layers of `cell` ("lstm", "gru", "rnn_tanh", "rnn_relu") on the Triton kernels.
 
-    input [T, B, I]; h0 [L*D, B, H]; c0 [L*D, B, H] for the LSTM, else None; weights in the order of torch.nn: for each layer and
-    direction weight_ih, weight_hh and, if `bias`, bias_ih, bias_hh. All of one dtype: float32, float16 or bfloat16.
+    input [T, B, I]; h0 [L*D, B, H]; c0 [L*D, B, H] for the LSTM, else None; weights in the order of torch.nn: for
+    each layer and direction weight_ih, weight_hh and, if `bias`, bias_ih, bias_hh. All of one dtype: float32, float16
+    or bfloat16.
     -> output [T, B, D*H], h_n [L*D, B, H], c_n [L*D, B, H] or None.
     """
     directions = 2 if bidirectional else 1
     each = 4 if bias else 2
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, h0, *weights, *([] if c0 is None else [c0])))
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (input, h0, *weights, *([] if c0 is None else [c0]))
+    )
     h_n, c_n = [], []
     for layer in range(num_layers):
         sets = slice(layer * directions, (layer + 1) * directions)

@@ -1,7 +1,8 @@
 """LSTM, GRU and RNN: torch.nn's layers under their own names and rules, with the time loop in one persistent kernel.
 
-They derive from torch.nn's own `RNNBase`, so parameters, names, initialisation, state dicts and repr are PyTorch's. Not from `torch.nn.LSTM`
-itself: `torch.compile` breaks the graph at that. Each class names the torch.nn class whose forward serves the "torch" backend.
+They derive from torch.nn's own `RNNBase`, so parameters, names, initialisation, state dicts and repr are PyTorch's.
+Not from `torch.nn.LSTM` itself: `torch.compile` breaks the graph at that. Each class names the torch.nn class whose
+forward serves the "torch" backend.
 """
 
 import torch
@@ -17,7 +18,8 @@ class _Layer(RNNBase):
     """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words."""
 
     def forward(self, input, hx=None):
-        """As torch.nn: input [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence; hx: initial states.
+        """As torch.nn: input [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence; hx: initial
+        states.
 
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
@@ -51,9 +53,17 @@ class _Layer(RNNBase):
         weights = [weight.to(dtype) for weight in self._flat_weights]
         self._check_devices(input, states)
         output, h_n, c_n = recurrent_stack(
-            backends.CELL_OF_MODE[self.mode], input.to(dtype), h0, c0, weights, self.bias, self.num_layers, self.dropout,
-            self.training, self.bidirectional,
-        )  # fmt: skip
+            backends.CELL_OF_MODE[self.mode],
+            input.to(dtype),
+            h0,
+            c0,
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
         output = output.transpose(0, 1) if self.batch_first else output
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
@@ -87,8 +97,8 @@ class _Layer(RNNBase):
 class LSTM(_Layer):
     """Long short-term memory: `torch.nn.LSTM`, same arguments, parameters, results and errors.
 
-    LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, proj_size=0,
-    device=None, dtype=None)
+    LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
+    proj_size=0, device=None, dtype=None)
 
     >>> layer = LSTM(10, 20, num_layers=2)
     >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
@@ -106,7 +116,8 @@ class LSTM(_Layer):
 class GRU(_Layer):
     """Gated recurrent unit, reset after the product: `torch.nn.GRU`, same arguments, parameters, results and errors.
 
-    GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)
+    GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
+    device=None, dtype=None)
 
     >>> layer = GRU(10, 20)
     >>> output, h_n = layer(torch.randn(5, 3, 10))
@@ -123,8 +134,8 @@ class GRU(_Layer):
 class RNN(_Layer):
     """Elman network, tanh or relu: `torch.nn.RNN`, same arguments, parameters, results and errors.
 
-    RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    device=None, dtype=None)
+    RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False, dropout=0.0,
+    bidirectional=False, device=None, dtype=None)
 
     >>> layer = RNN(10, 20, nonlinearity="relu")
     >>> output, h_n = layer(torch.randn(5, 3, 10))

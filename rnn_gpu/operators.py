@@ -1,7 +1,9 @@
-"""The one door between torch and the kernels: opaque operators for the recurrence, and the autograd Function around them.
+"""The one door between torch and the kernels: opaque operators for the recurrence, and the autograd Function around
+them.
 
-A Function stands for one layer with all its directions. The recurrence alone is opaque; the products before and after it are plain torch.
-T steps, B rows, I input features, N weight sets (directions), G gates, H hidden units, E slots a unit (kernels/spec.py).
+A Function stands for one layer with all its directions. The recurrence alone is opaque; the products before and after
+it are plain torch. T steps, B rows, I input features, N weight sets (directions), G gates, H hidden units, E slots a
+unit (kernels/spec.py).
 """
 
 import torch
@@ -83,8 +85,8 @@ def recurrence_backward(
     """The recurrence backward, for all steps and sets.
 
     d_y [T, B, N, H], d_h_n and d_c_n [N, B, H]: gradients, None for zero. The rest as `recurrence` took and left it.
-    -> d_gates [T, B, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H] float32, empty for cells without a
-    carry: LSTM the gradient of c0, GRU what of h0's gradient does not pass through the gates.
+    -> d_gates [T, B, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H] float32, empty for cells
+    without a carry: LSTM the gradient of c0, GRU what of h0's gradient does not pass through the gates.
     """
     from .kernels import launch
 
@@ -156,17 +158,29 @@ class Layer(torch.autograd.Function):
         return *found, None, None, None
 
 
-LAYER_INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0")  # the tensors of Layer.forward, in order
+LAYER_INPUTS = (
+    "input",
+    "weight_ih",
+    "weight_hh",
+    "bias_ih",
+    "bias_hh",
+    "h0",
+    "c0",
+)  # the tensors of Layer.forward, in order
 
 
 def layer_gradients(
     d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, y, gates, aux, name, reversed_sets, need
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate gradients."""
+    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
+    gradients.
+    """
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
     d_gates, d_carry_0 = recurrence_backward(d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, name, reversed_sets)
     sets, rows, _ = weight_hh.shape
-    by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]  # where each gate stands among the hidden slots
+    by_gate = [
+        cell.slot_order.index(gate) for gate in range(cell.gates)
+    ]  # where each gate stands among the hidden slots
     d_input = None
     collected = {name: [] for name in LAYER_INPUTS}
     for n in range(sets):
@@ -241,7 +255,9 @@ class LayerBackward(torch.autograd.Function):
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The tensor in float32 under a name of its own: differentiating by it stops here, though it may depend on another leaf."""
+    """The tensor in float32 under a name of its own: differentiating by it stops here, though it may depend on
+    another leaf.
+    """
     if not tensor.requires_grad:
         return tensor.detach().float().requires_grad_()
     return tensor.float() if tensor.dtype != torch.float32 else tensor.view_as(tensor)

@@ -225,9 +225,7 @@ def previous_states(y: Tensor, h0: Tensor, reverse: bool = False) -> Tensor:
     return torch.cat([y[1:], h0[None]]) if reverse else torch.cat([h0[None], y[:-1]])
 
 
-def fold_biases(
-    cell: str, bias_ih: Tensor | None, bias_hh: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def fold_biases(cell: str, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Split a layer's biases into what x_part takes and what must stay on the hidden side.
 
     bias_ih, bias_hh [G*H] or None -> bias of x_part [G*H] or None, bias_hn [H] or None.
@@ -418,9 +416,7 @@ class WeightGradients(NamedTuple):
     bias_hn: Tensor | None  # [H]
 
 
-def weight_gradients(
-    cell: str, d_hidden: Tensor, d_input: Tensor, h_prev: Tensor, input: Tensor
-) -> WeightGradients:
+def weight_gradients(cell: str, d_hidden: Tensor, d_input: Tensor, h_prev: Tensor, input: Tensor) -> WeightGradients:
     """Gradients of a layer's parameters from those of its gate sums: products outside the loop over time.
 
     d_hidden, d_input [T, B, G*H] of `recurrence_backward`; h_prev [T, B, H] of `previous_states`;

@@ -1,0 +1,37 @@
+"""`python -m rnn_gpu`: versions, device, the backend that would be used and why, and a self-check of seconds."""
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__, backends, explain, modules, selfcheck
+
+
+def version_of(package: str) -> str:
+    """The installed version, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> int:
+    """0 if the self-check passed."""
+    print(f"rnn_gpu {__version__}, Python {platform.python_version()}, torch {torch.__version__}", end=", ")
+    print(", ".join(f"{package} {version_of(package)}" for package in ("triton", "numpy")))
+    gpu = torch.cuda.is_available()
+    print(f"device: {torch.cuda.get_device_name() if gpu else 'no CUDA device'}")
+    print(f"backend setting: {backends.current_backend()}")
+    if gpu:
+        print(explain(modules.LSTM(512, 512, dtype=torch.bfloat16), batch_size=16))
+        return 0 if selfcheck.check(list(selfcheck.LAYERS)) else 1
+    print("backend used: torch (PyTorch's own kernels), because there is no CUDA device")
+    print("On an H200 it would be:")
+    print(explain(modules.LSTM(512, 512, dtype=torch.bfloat16), batch_size=16, device="h200"))
+    return 0 if selfcheck.in_interpreter(list(selfcheck.LAYERS)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""A check of seconds: small layers on the backend that is there, against torch.nn in float64.
+
+    python -m rnn_gpu.selfcheck [lstm|gru|rnn ...]     here: on the GPU, or with TRITON_INTERPRET=1 in the interpreter
+
+Without a GPU, `in_interpreter` runs the same in a process of its own, because interpreted and compiled kernels cannot
+share one.
+"""
+
+import os
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+
+from . import backends, modules
+
+LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+ALLOWED = 1e-5  # float32 with full products: 2e-7 is usual, and a wrong equation or a stale state gives 1e-2 or more
+
+
+def _results(layer: torch.nn.Module, input: Tensor, d_output: Tensor) -> dict[str, Tensor]:
+    """Output and the gradient of every parameter and of the input."""
+    input = input.clone().requires_grad_()
+    output, _ = layer(input)
+    named = {"input": input, **dict(layer.named_parameters())}
+    gradients = torch.autograd.grad(output, list(named.values()), d_output)
+    return {"output": output.detach()} | {f"gradient of {name}": g for name, g in zip(named, gradients, strict=True)}
+
+
+def differences(cell: str, device: torch.device | str = "cpu", hidden_size: int = 24) -> dict[str, float]:
+    """Relative difference, by norm, between the Triton kernels in float32 and torch.nn in float64, for outputs and
+    gradients.
+
+    cell: "lstm", "gru" or "rnn". T 5, B 3, both directions, several programs that exchange their state.
+    """
+    switch = torch.backends.cudnn.rnn
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"  # torch rounds to tf32 by default: not compared here
+    generator = torch.Generator().manual_seed(0)
+    layer = getattr(modules, LAYERS[cell])(16, hidden_size, bidirectional=True)
+    plain = getattr(torch.nn, LAYERS[cell])(16, hidden_size, bidirectional=True).double()
+    with torch.no_grad():
+        for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+            theirs.uniform_(-(hidden_size**-0.5), hidden_size**-0.5, generator=generator)
+            ours.copy_(theirs)
+            theirs.copy_(ours)
+    input = torch.randn(5, 3, 16, generator=generator)
+    d_output = torch.randn(5, 3, 2 * hidden_size, generator=generator)
+    try:
+        with backends.backend("triton"), backends.always_exchange():
+            actual = _results(layer.to(device), input.to(device), d_output.to(device))
+    finally:
+        switch.fp32_precision = before
+    expected = _results(plain, input.double(), d_output.double())
+    return {name: ((actual[name].cpu().double() - e).norm() / e.norm()).item() for name, e in expected.items()}
+
+
+def check(cells: list[str]) -> bool:
+    """Print the largest difference of each cell; whether all are as small as they should be."""
+    device = "cpu" if backends.interpreting() or not torch.cuda.is_available() else "cuda"
+    where = (
+        "Triton kernels in Triton's interpreter"
+        if device == "cpu"
+        else f"Triton kernels on {torch.cuda.get_device_name()}"
+    )
+    good = True
+    for cell in cells:
+        found = differences(cell, device)
+        name, largest = max(found.items(), key=lambda item: item[1])
+        fine = largest <= ALLOWED  # False for NaN
+        good &= fine
+        print(
+            f"{LAYERS[cell]:4s} {where}, against torch.nn in float64: largest relative difference of outputs and "
+            f"gradients {largest:.1e} ({name}), allowed {ALLOWED:.0e}: {'ok' if fine else 'WRONG'}"
+        )
+    return good
+
+
+def in_interpreter(cells: list[str]) -> bool:
+    """`check` in a process of its own with TRITON_INTERPRET=1; True too, with a line that says so, where Triton is
+    missing.
+    """
+    if backends.triton_missing():
+        print(f"{backends.triton_missing()}: its kernels were not run")
+        return True
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "rnn_gpu.selfcheck", *cells]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(0 if check(sys.argv[1:] or list(LAYERS)) else 1)
