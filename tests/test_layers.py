@@ -141,7 +141,7 @@ def test_backend_context():
 @pytest.mark.compiled  # with TRITON_INTERPRET=1 the kernels take CPU tensors
 def test_triton_on_cpu_tensors_raises_and_says_why():
     """Catches: a silent fall-back where the user asked for the kernels."""
-    with rnn_gpu.backend("triton"), pytest.raises(RuntimeError, match="the input is on cpu.*TRITON_INTERPRET=1"):
+    with rnn_gpu.backend("triton"), pytest.raises(RuntimeError, match=r"the input is on cpu.*TRITON_INTERPRET=1"):
         rnn_gpu.LSTM(3, 4)(torch.randn(2, 1, 3))
 
 
@@ -174,10 +174,14 @@ class Missing:
             raise ModuleNotFoundError("No module named 'triton'", name="triton")
 sys.meta_path.insert(0, Missing())
 import importlib.util
-importlib.util.find_spec = lambda name, *rest, found=importlib.util.find_spec: None if name == "triton" else
-found(name, *rest) import torch, rnn_gpu output, _ = rnn_gpu.LSTM(3, 4)(torch.randn(2, 1, 3)) output.sum().backward()
-print(rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, "h200")) rnn_gpu.check() import runpy runpy.run_module("rnn_gpu",
-run_name="__main__")
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+import runpy, torch, rnn_gpu
+output, _ = rnn_gpu.LSTM(3, 4)(torch.randn(2, 1, 3))
+output.sum().backward()
+print(rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, "h200"))
+rnn_gpu.check()
+runpy.run_module("rnn_gpu", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

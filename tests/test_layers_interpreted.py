@@ -94,8 +94,20 @@ def test_unbatched_and_without_states(name):
     torn=st.booleans(),
 )
 def test_any_shape(
-    name, input_size, hidden_size, num_layers, time, batch, bidirectional, batch_first, bias, states, exchange, schedule, torn
-):  # fmt: skip
+    name,
+    input_size,
+    hidden_size,
+    num_layers,
+    time,
+    batch,
+    bidirectional,
+    batch_first,
+    bias,
+    states,
+    exchange,
+    schedule,
+    torn,
+):
     """Catches: a shape, a mixture of options or a schedule nobody thought of."""
     layers = pair(
         name,
@@ -125,7 +137,7 @@ def test_empty_batch(name):
 def bad_calls(name):
     """Inputs and states that torch.nn refuses."""
     zeros = torch.zeros
-    states = lambda *shape: (zeros(*shape), zeros(*shape)) if name == "LSTM" else zeros(*shape)  # noqa: E731
+    states = lambda *shape: (zeros(*shape), zeros(*shape)) if name == "LSTM" else zeros(*shape)
     yield zeros(0, 2, 3), None
     yield zeros(3), None
     yield zeros(2, 2, 2, 3), None
