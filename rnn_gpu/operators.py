@@ -137,6 +137,8 @@ class Layer(torch.autograd.Function):
         gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
         gates = gates.view(time, batch, sets, rows)
         y, c_n, aux = recurrence(gates, weight_hh, bias_hn, h0, c0, cell, reversed_sets, save)
+        if not (save and CELLS[cell].saves_gates):
+            gates = gates.new_empty(0)
         ends = [y[0 if runs_backwards(reversed_sets, n) else -1, :, n] for n in range(sets)]
         return y, torch.stack(ends), c_n.to(y.dtype), gates, aux
 
