@@ -22,9 +22,9 @@ shared memory and a few multiplications.
 import triton
 import triton.language as tl
 
-from .exchange import poll, publishable, until_written
+from .exchange import poll, poll_again, publishable, until_written
 from .forward import as_float, load_gates
-from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, operand, over_warps, resident_weights, state_operand, to_tf32, two_ways, weight_chunk
+from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, operand, over_warps, resident_weights, state_operand, streamed_chunk, to_tf32, two_ways
 
 
 @triton.jit
@@ -48,8 +48,10 @@ def hold_weights(
 
 
 @triton.jit
-def product(acc, W, rest, words, FIRST: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr,
-            NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def product(
+    acc, W, rest, words, p, inside, FIRST: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, HS: tl.constexpr,
+    UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add to acc, two partial sums [S, UB, NB], the weights of the slots from FIRST on times their polled gradients.
 
     Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
@@ -57,15 +59,22 @@ def product(acc, W, rest, words, FIRST: tl.constexpr, CHUNKS: tl.constexpr, HELD
     K: tl.constexpr = chunk_values(DTYPE)
     even, odd = acc
     for j in tl.static_range(len(words)):
-        d = state_operand(words[j], S, NB, DTYPE, PRECISION)
         if j % CHUNKS < HELD:
             w = W[(FIRST + j // CHUNKS) * HELD + j % CHUNKS]
-        else:
-            w = operand(weight_chunk(rest[FIRST + j // CHUNKS], chunk_columns(S, K), j % CHUNKS, S, HS, PRECISION), S, UB, K)
-        if j % 2 == 0:
-            even = tl.dot(w, d, even, input_precision=PRECISION)
-        else:
-            odd = tl.dot(w, d, odd, input_precision=PRECISION)
+            d = state_operand(words[j], S, NB, DTYPE, PRECISION)
+            if j % 2 == 0:
+                even = tl.dot(w, d, even, input_precision=PRECISION)
+            else:
+                odd = tl.dot(w, d, odd, input_precision=PRECISION)
+    if HELD < CHUNKS:  # a loop at run time, as in forward.hidden_part
+        for i in tl.range(HELD, CHUNKS):
+            for slot in tl.static_range(len(words) // CHUNKS):
+                d = state_operand(poll_again(p + slot * SLOT, inside, i, CHUNKS, S * chunk_words()), S, NB, DTYPE, PRECISION)
+                w = operand(streamed_chunk(rest[FIRST + slot], chunk_columns(S, K), i, S, HS, PRECISION), S, UB, K)
+                if slot % 2 == 0:
+                    even = tl.dot(w, d, even, input_precision=PRECISION)
+                else:
+                    odd = tl.dot(w, d, odd, input_precision=PRECISION)
     return even, odd
 
 
@@ -76,7 +85,8 @@ def await_and_multiply(
 ):  # fmt: skip
     """Gradient [NB, UB] of h through the later step's gate sums, awaited in the ORDER given -> it, 1 if a wait gave up."""
     STEP: tl.constexpr = S * chunk_words()
-    GROUPS: tl.constexpr = 1 if ORDER == 0 else G if ORDER == 1 else 2  # together; one by one; the first, then the others
+    # 0: together; 1: one by one, the next on its way meanwhile; 2: the first, then the others; 3: one by one, none on its way
+    GROUPS: tl.constexpr = 1 if ORDER == 0 else 2 if ORDER == 2 else G
     zero, late = tl.zeros((S, UB, NB), tl.float32), 0
     acc = zero, zero
     HEAD: tl.constexpr = G if ORDER == 0 else 1  # slots of the first group, and of each later one
@@ -89,7 +99,9 @@ def await_and_multiply(
         late |= gave_up
         if ORDER == 2 and k + 1 < GROUPS:
             following = poll(p + (k + 1) * SLOT, inside, TAIL, SLOT, CHUNKS, STEP)
-        acc = product(acc, W, rest, words, k, CHUNKS, HELD, HS, UB, NB, S, DTYPE, PRECISION)
+        acc = product(acc, W, rest, words, p + k * SLOT, inside, k, SLOT, CHUNKS, HELD, HS, UB, NB, S, DTYPE, PRECISION)
+        if ORDER == 3 and k + 1 < GROUPS:
+            following = poll(p + (k + 1) * SLOT, inside, TAIL, SLOT, CHUNKS, STEP)
         if k + 1 < GROUPS:
             words = following
     return over_warps((acc[0] + acc[1]).reshape(S, 1, UB, NB), S, 1, UB, NB)[0], late

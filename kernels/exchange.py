@@ -34,6 +34,16 @@ def poll(p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexp
 
 
 @triton.jit
+def poll_again(p, inside, i, CHUNKS: tl.constexpr, STEP: tl.constexpr):
+    """Tile i of those that `poll` reads: for one that was found written and not kept."""
+    if inside is None:
+        words = tl.load(p + i * STEP, volatile=True)
+    else:
+        words = tl.load(p + i * STEP, mask=inside | (i < CHUNKS - 1), other=0, volatile=True)
+    return words
+
+
+@triton.jit
 def unwritten(words, BITS: tl.constexpr):
     """Not zero while some element of some word is all ones. For 16 bits: the exact test for a zero half word, on the complement."""
     ONE: tl.constexpr = 0x00010001 if BITS == tl.int16 else 1

@@ -19,7 +19,7 @@ ALONE: one program holds all units; nothing is exchanged, and y is only written.
 import triton
 import triton.language as tl
 
-from .exchange import poll, publishable, until_written
+from .exchange import poll, poll_again, publishable, until_written
 from .tiles import (
     chunk_columns,
     chunk_rows,
@@ -30,9 +30,9 @@ from .tiles import (
     resident_weights,
     side_by_side,
     state_operand,
+    streamed_chunk,
     to_tf32,
     two_ways,
-    weight_chunk,
 )
 
 
@@ -79,8 +79,8 @@ def hold_weights(
 
 @triton.jit
 def hidden_part(
-    W, rest, words, CHUNKS: tl.constexpr, HELD: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr,
-    NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    W, rest, words, p, inside, CHUNKS: tl.constexpr, HELD: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, HS: tl.constexpr,
+    UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The product of the held weights (and of the rest, read again) with the polled state: G or 4 tiles [NB, UB]."""
     PARTS: tl.constexpr = (G + PER - 1) // PER
@@ -88,14 +88,17 @@ def hidden_part(
     parts = ()
     for part in tl.static_range(PARTS):
         acc = tl.zeros((S, PER * UB, NB), tl.float32)
-        for i in tl.static_range(CHUNKS):
-            h = state_operand(words[i], S, NB, DTYPE, PRECISION)
-            if i < HELD:
-                acc = tl.dot(W[part * HELD + i], h, acc, input_precision=PRECISION)
-            else:
-                w = weight_chunk(rest[part], chunk_columns(S, K), i, S, HS, PRECISION)
-                acc = tl.dot(operand(w, S, PER * UB, K), h, acc, input_precision=PRECISION)
+        for i in tl.static_range(HELD):
+            acc = tl.dot(W[part * HELD + i], state_operand(words[i], S, NB, DTYPE, PRECISION), acc, input_precision=PRECISION)
         parts = parts + (acc,)
+    if HELD < CHUNKS:  # a loop at run time, state read again too: unrolled, the loads rise to the top and the registers spill
+        for i in tl.range(HELD, CHUNKS):
+            h = state_operand(poll_again(p, inside, i, CHUNKS, S * chunk_words()), S, NB, DTYPE, PRECISION)
+            sums = ()
+            for part in tl.static_range(PARTS):
+                w = operand(streamed_chunk(rest[part], chunk_columns(S, K), i, S, HS, PRECISION), S, PER * UB, K)
+                sums = sums + (tl.dot(w, h, parts[part], input_precision=PRECISION),)
+            parts = sums
     return over_warps(side_by_side(parts, PARTS, S, PER, UB, NB), S, 4 if G > 1 else 1, UB, NB)
 
 
@@ -188,7 +191,9 @@ def forward(
                     limit = 0
                     late = 1
                     lost = float("nan")
-                r = hidden_part(W, rest, h_words, CHUNKS, REGISTERS + SHARED, G, PER, HS, UB, NB, S, DTYPE, PRECISION)
+                r = hidden_part(
+                    W, rest, h_words, read + tile[j], inside, CHUNKS, REGISTERS + SHARED, G, PER, HS, UB, NB, S, DTYPE, PRECISION
+                )  # fmt: skip
                 if PRECISION == "tf32":  # where an unwritten word, a NaN in all other types, rounds to zero
                     r = with_lost(r, lost)
             h, kept, saved, extra = CELL(as_float(x[j]), with_bias(r, hidden_bias, G), carry[j])

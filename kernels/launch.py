@@ -161,6 +161,12 @@ def _apart(view: Tensor) -> Tensor:
     return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary: Triton compiles narrower loads, in another layout, for any other address."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) -> Tensor | None:
     """A state [N, B, H] as the kernels read it: [B, N, HS], contiguous, in `dtype`."""
     if state is None:
@@ -168,7 +174,7 @@ def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) ->
     state = state.transpose(0, 1).to(dtype)
     if state.shape[-1] != padded_size:
         state = torch.nn.functional.pad(state, (0, padded_size - state.shape[-1]))
-    return state.contiguous()
+    return _aligned(state)
 
 
 def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
@@ -221,8 +227,8 @@ def forward(
         reversed_sets,
         dict(
             x_part=x_part,
-            weight=weight_hh.contiguous(),
-            bias=None if bias_hn is None else bias_hn.contiguous(),
+            weight=_aligned(weight_hh),
+            bias=None if bias_hn is None else _aligned(bias_hn),
             y=y.view(torch.int32),
             carry_0=carry_0,
             gates=x_part if save and cell.saves_gates else None,
@@ -281,7 +287,7 @@ def backward(
         batch,
         reversed_sets,
         dict(
-            d_y=None if d_y is None else d_y.contiguous(),
+            d_y=None if d_y is None else _aligned(d_y),
             d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
             d_carry_n=_rows_of_sets(d_c_n, size, torch.float32) if cell.carry == "c" else None,
             weight=weight,

@@ -158,6 +158,17 @@ def weight_chunk(p, columns, i: tl.constexpr, S: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def streamed_chunk(p, columns, i, S: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """`weight_chunk` for a chunk number that is known at run time only."""
+    K: tl.constexpr = columns.shape[len(columns.shape) - 1]
+    if WIDTH % (S * K) == 0:
+        x = tl.load(p + i * (S * K))
+    else:
+        x = tl.load(p + i * (S * K), mask=columns < WIDTH - i * (S * K), other=0.0)
+    return to_tf32(x) if PRECISION == "tf32" else x
+
+
+@triton.jit
 def resident_weights(
     p, rows, stride, COUNT: tl.constexpr, IN_REGISTERS: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr
