@@ -97,6 +97,12 @@ def rnn_tanh_factors(gates, aux, previous):
 
 
 @triton.jit
+def rnn_tanh_backward(factors, dh, dcarry):
+    """One slot: dh * (1 - h'^2)."""
+    return (dh * factors[0],), dcarry
+
+
+@triton.jit
 def rnn_relu_forward(x, r, carry):
     """h' = relu(x + r), NaN for NaN."""
     s = x[0] + r[0]
@@ -105,9 +111,10 @@ def rnn_relu_forward(x, r, carry):
 
 @triton.jit
 def rnn_relu_factors(gates, aux, previous):
-    return (tl.where(aux <= 0.0, 0.0, 1.0),)
+    return (aux <= 0.0,)
 
 
 @triton.jit
-def rnn_backward(factors, dh, dcarry):
-    return (dh * factors[0],), dcarry
+def rnn_relu_backward(factors, dh, dcarry):
+    """One slot: dh, or 0 where h' <= 0, whatever dh is: 0 * NaN would be NaN, and torch.nn has 0 there."""
+    return (tl.where(factors[0], 0.0, dh),), dcarry

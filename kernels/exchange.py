@@ -56,13 +56,25 @@ def unwritten(words, BITS: tl.constexpr):
 
 @triton.jit
 def until_written(
-    words, p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, limit
-):
-    """Poll again, `limit` times at most, until every element of `words` is written -> words, 1 if it gave up."""
+    words, p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr, ALL_KEPT: tl.constexpr,
+    BITS: tl.constexpr, limit
+):  # fmt: skip
+    """Poll again, `limit` times at most, until every element of `words` is written -> words, 1 if it gave up.
+
+    ALL_KEPT: every word is used afterwards. The compiler fails on a tile that a `while` tests and nobody uses after it, so
+    where some are only tested, the test has a copy in the loop.
+    """
     polls = 0
-    while (unwritten(words, BITS) != 0) & (polls < limit):
-        words = poll(p, inside, SLOTS, SLOT, CHUNKS, STEP)
-        polls += 1
+    if ALL_KEPT:
+        while (unwritten(words, BITS) != 0) & (polls < limit):
+            words = poll(p, inside, SLOTS, SLOT, CHUNKS, STEP)
+            polls += 1
+    else:
+        found = unwritten(words, BITS)
+        while (found != 0) & (polls < limit):
+            words = poll(p, inside, SLOTS, SLOT, CHUNKS, STEP)
+            found = unwritten(words, BITS)
+            polls += 1
     return words, (polls >= limit).to(tl.int32)
 
 

@@ -1,11 +1,12 @@
 """The launchers: from tensors to one persistent launch, and what happens when a wait does not end.
 
 Buffers are allocated here in the layouts that forward.py and backward.py describe, and given back as views in the layouts of
-torch. T steps, B rows, N weight sets, G gates, H hidden units, HS = padded H, E slots.
+torch. T steps, B rows of the batch, R rows of all steps, N weight sets, G gates, H hidden units, HS = padded H, E slots.
 """
 
 import itertools
 import os
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -15,7 +16,7 @@ from . import backward as backward_kernel
 from . import cells, interpreter
 from . import forward as forward_kernel
 from .plan import Plan
-from .spec import CELLS, padded
+from .spec import CELLS, padded, runs_backwards
 
 FORWARD = {
     "lstm": cells.lstm_forward,
@@ -26,8 +27,8 @@ FORWARD = {
 BACKWARD = {
     "lstm": (cells.lstm_factors, cells.lstm_backward),
     "gru": (cells.gru_factors, cells.gru_backward),
-    "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_backward),
-    "rnn_relu": (cells.rnn_relu_factors, cells.rnn_backward),
+    "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_tanh_backward),
+    "rnn_relu": (cells.rnn_relu_factors, cells.rnn_relu_backward),
 }
 HOLDER = {
     torch.float32: torch.int32,
@@ -111,7 +112,27 @@ def options(plan: Plan) -> dict:
     return dict(num_warps=plan.warps, num_stages=1, launch_cooperative_grid=not plan.alone)
 
 
-def _launch(plan: Plan, device: torch.device, time: int, batch: int, reversed_sets: int, tensors: dict) -> None:
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of the steps lie. R rows in all: R = T * B, or fewer where sequences are packed.
+
+    lengths: int32 [B], steps of each row, or None where all have T. offsets: int64 [T+1], the first row of each step, where sequences
+    are packed (longest first, as PackedSequence has them), else None. resets: int8 [T, B], not zero where a row's state starts anew,
+    or None.
+    """
+
+    time: int
+    batch: int
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+    resets: Tensor | None = None
+
+    def pointers(self) -> dict:
+        """The arguments of both kernels that say where rows lie."""
+        return dict(lengths=self.lengths, offsets=self.offsets, resets=self.resets, T=self.time, B=self.batch)
+
+
+def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict) -> None:
     """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of `device`."""
     raise_if_late(device)
     if interpreter.interpreting():
@@ -119,24 +140,20 @@ def _launch(plan: Plan, device: torch.device, time: int, batch: int, reversed_se
     elif device.type == "cuda":
         context = torch.cuda.device(device)
     else:
-        raise RuntimeError(
-            "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"
-        )
+        raise RuntimeError("rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)")
     kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
-    rows = plan.rows * plan.slices  # of a program
+    what = f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {rows.time}, B {rows.batch}"
+    each = plan.rows * plan.slices  # rows of a program
     with context:
-        for begin in range(0, batch, rows * plan.batch_slices):
+        for begin in range(0, rows.batch, each * plan.batch_slices):
             number = next(_numbers) & 0x7FFFFFFF or next(_numbers)
-            _launches[number] = (
-                f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {time}, B {batch} from row {begin}, {plan}"
-            )
+            _launches[number] = f"{what} from row {begin}, {plan}"
             _launches.pop(number - 256, None)
-            grid = plan.unit_slices, min(plan.batch_slices, -(-(batch - begin) // rows)), plan.sets
+            grid = plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets
             kernel[grid](
                 **tensors,
+                **rows.pointers(),
                 status=status_word(device),
-                T=time,
-                B=batch,
                 begin=begin,
                 limit=WAIT_LIMIT,
                 launch=number,
@@ -147,13 +164,13 @@ def _launch(plan: Plan, device: torch.device, time: int, batch: int, reversed_se
         raise_if_late(device)
 
 
-def _state_blocks(buffer: Tensor, state: Tensor | None, hidden_size: int) -> None:
-    """Fill the first and the last time block of `buffer` [T+2, B, N, ..., HS] with `state` [N, B, H], or zeros."""
-    for block in (buffer[0], buffer[-1]):
-        if state is None or hidden_size != buffer.shape[-1]:
+def _fill_ends(buffer: Tensor, state: Tensor, hidden_size: int) -> None:
+    """Fill the first and the last B rows of `buffer` [B + R + B, N, HS] with `state` [N, B, H]."""
+    batch = state.shape[1]
+    for block in (buffer[:batch], buffer[-batch:] if batch else buffer[:0]):
+        if hidden_size != buffer.shape[-1]:
             block.zero_()
-        if state is not None:
-            block[..., :hidden_size].copy_(state.transpose(0, 1))
+        block[..., :hidden_size].copy_(state.transpose(0, 1))
 
 
 def _apart(view: Tensor) -> Tensor:
@@ -178,9 +195,9 @@ def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) ->
 
 
 def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
-    """[T, B, N, H] with HS units from row to row: as it lies where it came from this module, a copy where it did not."""
-    time, batch, sets, hidden_size = rows.shape
-    if rows.stride() == (batch * sets * padded_size, sets * padded_size, padded_size, 1):
+    """[R, N, H] with HS units from row to row: as it lies where it came from this module, a copy where it did not."""
+    _, sets, hidden_size = rows.shape
+    if rows.stride() == (sets * padded_size, padded_size, 1):
         return rows
     return torch.nn.functional.pad(rows, (0, padded_size - hidden_size)).contiguous()
 
@@ -192,52 +209,53 @@ def forward(
     bias_hn: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
+    rows: Rows,
     reversed_sets: int,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All T steps forward.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All steps forward.
 
-    x_part [T, B, N, G*H]: contiguous; the gates are saved over it if `save` (and the cell needs them).
-    weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H], c0 [N, B, H] or None; reversed_sets: 0 none of the sets runs
-    backwards in time, 1 all, 2 every second one.
-    -> y [T, B, N, H], c_n [N, B, H] float32 or None, aux [T, B, N, HS] or None.
+    x_part [R, N, G*H]: contiguous; the gates are saved over it if `save` (and the cell needs them).
+    weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H], c0 [N, B, H] or None; reversed_sets: 0 none of the sets
+    runs backwards in time, 1 all, 2 every second one.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] float32 or None, aux [R, N, HS] or None.
     """
     cell = CELLS[plan.cell]
-    time, batch, sets, _ = x_part.shape
-    hidden_size, dtype, device = plan.hidden_size, x_part.dtype, x_part.device
+    count, sets, _ = x_part.shape
+    hidden_size, dtype, device, batch = plan.hidden_size, x_part.dtype, x_part.device, rows.batch
     size = padded(hidden_size, plan.dtype)
-    y = torch.empty((time + 2, batch, sets, size), dtype=dtype, device=device)
+    y = torch.empty((batch + count + batch, sets, size), dtype=dtype, device=device)
     if not plan.alone:
         y.view(HOLDER[dtype]).fill_(UNWRITTEN)
         h0 = torch.where(h0 == h0, h0, torch.nan)  # a NaN of the user's could be all ones
-    _state_blocks(y, h0, hidden_size)
-    carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[0] if cell.carry == "h" else None
+    _fill_ends(y, h0, hidden_size)
+    carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[:batch] if cell.carry == "h" else None
     carry_n = torch.empty((batch, sets, size), dtype=torch.float32, device=device) if cell.carry == "c" else None
     aux = None
     if save and cell.aux != "y":
-        aux_dtype = torch.float32 if cell.aux == "c" else dtype
-        aux = torch.empty((time, batch, sets, size), dtype=aux_dtype, device=device)
+        aux = torch.empty((count, sets, size), dtype=torch.float32 if cell.aux == "c" else dtype, device=device)
     if size != hidden_size:
         weight_hh = torch.nn.functional.pad(weight_hh, (0, size - hidden_size))
-    _launch(
-        plan,
-        device,
-        time,
-        batch,
-        reversed_sets,
-        dict(
-            x_part=x_part,
-            weight=_aligned(weight_hh),
-            bias=None if bias_hn is None else _aligned(bias_hn),
-            y=y.view(torch.int32),
-            carry_0=carry_0,
-            gates=x_part if save and cell.saves_gates else None,
-            aux=aux,
-            carry_n=carry_n,
-        ),
+    h_n = None if rows.lengths is None else _rows_of_sets(h0, size, dtype).clone()
+    tensors = dict(
+        x_part=x_part,
+        weight=_aligned(weight_hh),
+        bias=None if bias_hn is None else _aligned(bias_hn),
+        y=y.view(torch.int32),
+        carry_0=carry_0,
+        gates=x_part if save and cell.saves_gates else None,
+        aux=aux,
+        carry_n=carry_n,
+        h_n=h_n,
     )
-    c_n = None if carry_n is None else carry_n[..., :hidden_size].transpose(0, 1)
-    return _apart(y[1:-1, ..., :hidden_size]), c_n, aux
+    _launch(plan, device, rows, reversed_sets, tensors)
+    y = y[batch : batch + count, :, :hidden_size]
+    if h_n is not None:
+        h_n = h_n[..., :hidden_size].transpose(0, 1)
+    else:
+        last, first = y[count - batch :], y[:batch]  # the ends of the sets that run forward, and backwards
+        h_n = torch.stack([first[:, n] if runs_backwards(reversed_sets, n) else last[:, n] for n in range(sets)])
+    return _apart(y), h_n, None if carry_n is None else carry_n[..., :hidden_size].transpose(0, 1), aux
 
 
 def backward(
@@ -251,23 +269,24 @@ def backward(
     y: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    rows: Rows,
     reversed_sets: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """All T steps backward.
+    """All steps backward.
 
-    d_y [T, B, N, H], d_h_n and d_c_n [N, B, H], each may be None for zero; weight_hh [N, G*H, H]; gates [T, B, N, G*H], aux and
-    y as `forward` left them; h0, c0 [N, B, H].
-    -> d_gates [T, B, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H] float32:
-    LSTM the gradient of c0, GRU what of h0's does not pass through the gates, else None.
+    d_y [R, N, H], d_h_n and d_c_n [N, B, H], each may be None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H], aux
+    and y as `forward` left them; h0, c0 [N, B, H].
+    -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H]
+    float32: LSTM the gradient of c0, GRU what of h0's does not pass through the gates, else None.
     """
     cell = CELLS[plan.cell]
-    time, batch, sets, hidden_size = y.shape
-    dtype, device = y.dtype, y.device
+    count, sets, hidden_size = y.shape
+    dtype, device, batch = y.dtype, y.device, rows.batch
     size = padded(hidden_size, plan.dtype)
-    d_gates = torch.empty((time + 2, batch, sets, cell.slots, size), dtype=dtype, device=device)
+    d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
     if not plan.alone:
         d_gates.view(HOLDER[dtype]).fill_(UNWRITTEN)
-        _state_blocks(d_gates, None, hidden_size)
+        d_gates[:batch].zero_()  # what the first step of the backward reads
     weight = weight_hh.new_zeros((sets, size, cell.gates, size))
     by_unit = weight_hh.view(sets, cell.gates, hidden_size, hidden_size)[:, list(cell.slot_order)].permute(0, 3, 1, 2)
     weight[:, :hidden_size, :, :hidden_size].copy_(by_unit)
@@ -280,24 +299,18 @@ def backward(
     d_carry_0 = None
     if cell.carry is not None:
         d_carry_0 = torch.empty((batch, sets, size), dtype=torch.float32, device=device)
-    _launch(
-        plan,
-        device,
-        time,
-        batch,
-        reversed_sets,
-        dict(
-            d_y=None if d_y is None else _aligned(d_y),
-            d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
-            d_carry_n=_rows_of_sets(d_c_n, size, torch.float32) if cell.carry == "c" else None,
-            weight=weight,
-            gates=gates,
-            aux=aux,
-            history=history,
-            history_0=history_0,
-            d_gates=d_gates.view(torch.int32),
-            d_carry_0=d_carry_0,
-        ),
+    tensors = dict(
+        d_y=None if d_y is None else _aligned(d_y),
+        d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
+        d_carry_n=_rows_of_sets(d_c_n, size, torch.float32) if cell.carry == "c" else None,
+        weight=weight,
+        gates=gates,
+        aux=aux,
+        history=history,
+        history_0=history_0,
+        d_gates=d_gates.view(torch.int32),
+        d_carry_0=d_carry_0,
     )
+    _launch(plan, device, rows, reversed_sets, tensors)
     d_carry_0 = None if d_carry_0 is None else d_carry_0[..., :hidden_size].transpose(0, 1)
-    return _apart(d_gates[1:-1, ..., :hidden_size]), d_carry_0
+    return _apart(d_gates[batch : batch + count, ..., :hidden_size]), d_carry_0

@@ -1,8 +1,9 @@
 """The plan: how a recurrence is cut into programs. Pure Python: needs no GPU and no Triton.
 
-`plan()` enumerates the ways that fit the device and takes the one whose predicted step is the shortest. The times come from a
-model whose constants stand below, each with its reason; none of them has been measured by this project yet, so a prediction ranks
-plans and is no promise. `cudnn_microseconds` is the same kind of estimate for what `auto` would use instead.
+`plan()` enumerates the ways that fit the device and takes the one whose predicted step is the shortest. The times come
+from a model whose constants stand below, each with its reason; none of them has been measured by this project yet, so a
+prediction ranks plans and is no promise. `cudnn_microseconds` is the same kind of estimate for what `auto` would use
+instead.
 """
 
 from dataclasses import dataclass, replace
@@ -39,9 +40,11 @@ DEVICES = {
 class Plan:
     """How one pass (forward or backward) of a recurrence runs.
 
-    units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a step.
-    warps: also the number of ways K is split. registers, shared, streamed: chunks of K whose weights stay in registers, in shared
-    memory, or are read again in every step. order: see kernels/backward.py. alone: one program holds all units, no exchange.
+    units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a
+    step.
+    warps: also the number of ways K is split. registers, shared, streamed: chunks of K whose weights stay in registers,
+    in shared memory, or are read again in every step. order: see kernels/backward.py. alone: one program holds all
+    units, no exchange.
     unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
     """
@@ -77,25 +80,43 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan in one line."""
-        weights = f"{self.registers} chunks of weights in registers, {self.shared} in shared memory, {self.streamed} read every step"
+        where = f"{self.registers} chunks of weights in registers, {self.shared} in shared memory"
+        weights = f"{where}, {self.streamed} read every step"
         if self.alone:
             weights = "all weights in shared memory, no exchange"
         return (
-            f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x {self.rows} rows x "
-            f"{self.sets} sets = {self.programs} programs of {self.warps} warps, {self.launches} launch(es); {weights}"
+            f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x "
+            f"{self.rows} rows x {self.sets} sets = {self.programs} programs of {self.warps} warps, {self.launches} "
+            f"launch(es); {weights}"
         )
 
 
-# Registers a thread may spend on weights without spilling, compiled for sm_80 to sm_120 with Triton 3.6 and 3.7 and counted
-# (perf/resources.py repeats it): (backward, tiles a program works through) -> registers. A thread has 255; the rest goes to the polled
-# state, the accumulators, the input part on its way and the addresses.
-WEIGHT_REGISTERS = {(False, 1): 192, (False, 2): 128, (False, 4): 128, (True, 1): 128, (True, 2): 96, (True, 4): 64}
-EXCHANGE_MICROSECONDS = 0.7  # publish, reach L2, be polled, at about 130 programs: between 0.6 and 0.9 in published measurements
+# Residency. A thread has 255 registers, and what does not fit spills to memory in every step. Words of 32 bits that a
+# thread may spend on weights, polled state and accumulators, forward and backward; the rest goes to the input part on
+# its way, the equations and the addresses. Found by compiling for sm_80 to sm_120 with Triton 3.6 and 3.7
+# (perf/resources.py, which repeats it): the LSTM with 1536 units forward takes all 248; backward there are more tensors
+# to address, and the factors wait in registers.
+THREAD_WORDS = {False: 248, True: 224}
+# What each further (row, unit) pair of a thread takes of them: its input part of this step and the next, its carry, its
+# offsets.
+PAIR_WORDS = {False: 24, True: 16}
+# Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
+# to have room for.
+PASSING_WORDS = 32
+# Accumulators a thread where one program holds all units: beside them stand the gates of as many (row, unit) pairs.
+ALONE_ACCUMULATORS = 32
+# Full float32 products are made of scalar ones, each operand copied through shared memory and into registers for all of
+# K.
+ALONE_IEEE_ACCUMULATORS, ALONE_IEEE_UNITS = 16, 32
+# Tiles polled in a step where a program works through several slices of rows: Triton's time to compile grows with their
+# cube.
+POLLED_TILES = 48
+EXCHANGE_MICROSECONDS = 0.7  # publish, reach L2, be polled, at about 130 programs; published: 0.6 to 0.9
 L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
 POLL_BYTES_PER_CYCLE = 64  # what one multiprocessor takes in from L2
 POLLS = 1.5  # times a tile is read on the average: one poll in two comes too early
 SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared memory
-ISSUE_CYCLES = 0.45  # cycles an instruction and warp of a multiprocessor, 4 schedulers, dependences included: an estimate
+ISSUE_CYCLES = 0.45  # cycles an instruction and warp of a multiprocessor, 4 schedulers, dependences included: estimated
 CUDNN_STEP_MICROSECONDS = 5.0  # two launches a step or more
 CUDNN_PERSISTENT_MICROSECONDS = 1.9  # float16 where cuDNN has a persistent kernel; published, H100, H 768, B 16
 
@@ -114,9 +135,9 @@ def plan(
 ) -> Plan | str:
     """The best plan that fits, or a sentence that says why there is none.
 
-    sets: weight sets that run side by side (directions). precision: "tf32" or "ieee" for float32. max_programs: the user's cap on
-    programs that must run at the same time; fewer than the multiprocessors leave room for collectives. allow_alone=False: exchange even
-    where one program could hold all units (for tests).
+    sets: weight sets that run side by side (directions). precision: "tf32" or "ieee" for float32. max_programs: the
+    user's cap on programs that must run at the same time; fewer than the multiprocessors leave room for collectives.
+    allow_alone=False: exchange even where one program could hold all units (for tests).
     """
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(DTYPES)}, not in {dtype}"
@@ -130,7 +151,8 @@ def plan(
         found = [p for p in _exchanging(*problem) if p.unit_slices * sets <= resident]
         found = [_with_batch(p, device, resident) for p in found]
     if not found:
-        return f"{hidden_size} hidden units in {sets} set(s) need more than the {resident} programs that can run at the same time"
+        what = f"{hidden_size} hidden units in {sets} set(s)"
+        return f"{what} need more than the {resident} programs that can run at the same time"
     return min(found, key=lambda p: (p.microseconds, p.programs))
 
 
@@ -141,14 +163,18 @@ def _alone(cell, hidden_size, batch_size, sets, dtype, device, backward, precisi
     warps = 8 if units >= 128 else 4
     for rows in (8, 16, 32):
         weights = gates * units * units * bytes_
-        # Beside the weights: the state on its way to the operand layout, and tiles on theirs from the loads' layout.
-        scratch = (gates if backward else 1) * units * max(rows, 16) * bytes_ + units * rows * 8
-        too_many = gates * units * rows // (warps * 32) > 64  # accumulators a thread; beyond this the equations spill
-        if weights + scratch > device.shared_memory or too_many or (precision == "ieee" and units > 64):
+        # Beside the weights: the sums on their way to the layout of the loads and, backward, the state of all gates on
+        # its way to the product.
+        scratch = units * rows * 4 + (gates if backward else 1) * units * max(rows, 16) * bytes_
+        accumulators = gates * units * rows // (warps * 32)
+        if weights + scratch > device.shared_memory or accumulators > ALONE_ACCUMULATORS:
+            continue
+        if precision == "ieee" and (units > ALONE_IEEE_UNITS or accumulators > ALONE_IEEE_ACCUMULATORS):
             continue
         programs = -(-batch_size // rows)
         waves = -(-programs * sets // device.multiprocessors)
-        cycles = weights / SHARED_BYTES_PER_CYCLE + (200 + 60 * gates * units * rows / (warps * 32) / 4) * warps * ISSUE_CYCLES
+        instructions = 200 + 60 * gates * units * rows / (warps * 32) / 4
+        cycles = weights / SHARED_BYTES_PER_CYCLE + instructions * warps * ISSUE_CYCLES
         yield Plan(
             cell, hidden_size, batch_size, sets, dtype, backward, precision, True, units, rows, 1, warps, 0, 0, 0, 0, 1,
             1, programs, 1, weights + scratch, waves * cycles / device.gigahertz / 1e3,
@@ -158,30 +184,68 @@ def _alone(cell, hidden_size, batch_size, sets, dtype, device, backward, precisi
 
 def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, precision):
     """Plans that cut the hidden units into slices, without the batch: rows, slices, weights and where they stay."""
-    spec, bytes_ = CELLS[cell], itemsize(dtype)
+    spec = CELLS[cell]
     size = padded(hidden_size, dtype)
-    # Half the warps where half the chunks are enough: fewer partial sums to add, and no thread without a (row, unit) pair.
+    # Half the warps where half the chunks are enough: fewer partial sums to add, and no thread without a (row, unit)
+    # pair.
     warps = 4 if size <= chunk_width(8, dtype) else 8
     chunks = -(-size // chunk_width(warps, dtype))
     for units in (8, 16, 32, 64):
         if units == 8 and (backward or spec.gates == 1):  # a tile of weights has 16 rows at least
             continue
-        per_tile = spec.gates if spec.gates in (1, 4) else 2 if units == 8 else 1
-        tile_gates = -(-spec.gates // per_tile) * per_tile
-        for rows, slices in ((8, 1), (8, 2), (8, 4)):
-            if tile_gates * units * rows // 32 > 64:  # accumulators a thread
+        # Gates that share a tile of weights: those that fill the 16 rows of a matrix instruction, all four of the LSTM
+        # (fewer exchanges through shared memory), but not where a tile of a chunk would take half of the registers.
+        per_tile = 2 if units == 8 and spec.gates == 3 else 1 if units == 64 else spec.gates if spec.gates == 4 else 1
+        for rows, slices in ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2)):
+            if slices > 1 and chunks * slices * (spec.gates if backward else 1) > POLLED_TILES:
                 continue
-            chunk_registers = tile_gates * units // 2  # a chunk has 16 words a row and warp
-            registers = min(chunks, (WEIGHT_REGISTERS[backward, slices] if precision != "ieee" else 0) // chunk_registers)
-            chunk_bytes = warps * tile_gates * units * 64
-            scratch = warps * (1 if backward else tile_gates) * units * rows * 4 + 4096
-            room = device.shared_memory - scratch
-            shared = min(chunks - registers, max(0, room // chunk_bytes) if precision != "ieee" else 0)
+            found = _residency(spec.gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision)
+            if found is None:
+                continue
+            order, registers, shared, shared_bytes = found
             yield Plan(
                 cell, hidden_size, batch_size, sets, dtype, backward, precision, False, units, rows, slices, warps,
-                registers, shared, chunks - registers - shared, 2 if backward and spec.gates > 1 else 0, per_tile,
-                -(-size // units), 0, 0, scratch + shared * chunk_bytes, 0.0, "",
+                registers, shared, chunks - registers - shared, order, per_tile,
+                -(-size // units), 0, 0, shared_bytes, 0.0, "",
             )  # fmt: skip
+
+
+def _residency(gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision):
+    """Order of the waits, chunks of weights in registers and in shared memory, bytes of it all; None: it would spill.
+
+    The order that keeps most weights on the chip; where two are equal, the first of the list: fewer waits, or waits
+    that overlap.
+    """
+    tile_gates = gates if backward else -(-gates // per_tile) * per_tile
+    words = tile_gates * units // 2  # of a chunk of weights, a thread: a chunk has 16 words a row and warp
+    chunk_bytes = warps * tile_gates * units * 64
+    sums = 1 if backward or gates == 1 else 4  # tiles, as tiles.side_by_side makes them
+    # A thread holds its warp's sums, the backward two of each, and then as many words of those of all warps.
+    accumulators = 2 * (2 if backward else sums) * units * rows // 32
+    pairs = max(1, units * rows // (warps * 32)) * slices
+    room = THREAD_WORDS[backward] - PAIR_WORDS[backward] * (pairs - 1)
+    scratch = warps * sums * units * rows * 4 + 1024
+    if precision == "ieee":  # an operand passes through shared memory chunk by chunk, of all gates that share a tile
+        scratch = max(scratch, warps * 64 * ((1 if backward else per_tile) * units + rows) + 1024)
+    best = None
+    for order, slots in ((2, gates), (1, 2), (3, 1)) if backward and gates > 1 else ((0, 1),):
+        state = chunks * slots * rows // 2  # polled words in a thread at the same time
+        for registers in range(0 if precision == "ieee" else chunks, -1, -1):
+            fitting = 0 if precision == "ieee" else max(0, device.shared_memory - scratch) // chunk_bytes
+            shared = min(chunks - registers, fitting)
+            held = registers + shared
+            if held == chunks:
+                needed = state + accumulators
+            else:  # only the held weights need their state kept, the others read it again, chunk by chunk
+                one_chunk = (units if backward else per_tile * units) // 2 + rows // 2
+                needed = max(state, -(-state * held // chunks) + accumulators, accumulators + one_chunk)
+            if registers < chunks:
+                needed += PASSING_WORDS
+            if registers * words + needed <= room:
+                if best is None or held > best[1] + best[2]:
+                    best = order, registers, shared, scratch + shared * chunk_bytes
+                break
+    return best
 
 
 def _with_batch(p: Plan, device: Device, resident: int) -> Plan:
@@ -195,20 +259,24 @@ def _with_batch(p: Plan, device: Device, resident: int) -> Plan:
     polled = p.rows * padded(p.hidden_size, p.dtype) * bytes_ * (spec.gates if p.backward else 1)
     chunk_bytes = p.warps * spec.gates * p.units * 64
     chunks = p.registers + p.shared + p.streamed
-    instructions = 150 + 30 * spec.gates * p.units // 16 + chunks * (2 if p.backward else 1) * (4 + spec.gates * p.units // 8)
+    instructions = 30 * spec.gates * p.units // 16 + chunks * (2 if p.backward else 1) * (4 + spec.gates * p.units // 8)
+    instructions = 150 + instructions * p.rows // 8
     if p.precision == "ieee":
         instructions += chunks * spec.gates * p.units * p.rows // 2
     tile = instructions * p.warps * ISSUE_CYCLES / device.gigahertz / 1e3
     tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / device.gigahertz / 1e3
     streamed = p.streamed * chunk_bytes * programs / p.slices  # a tile's weights stay in the first-level cache at best
     l2 = streamed <= device.l2_bytes
-    tile += p.streamed * chunk_bytes * programs / (L2_BYTES_PER_MICROSECOND if l2 else device.memory_gigabytes_per_second * 1e3)
+    rate = L2_BYTES_PER_MICROSECOND if l2 else device.memory_gigabytes_per_second * 1e3
+    tile += p.streamed * chunk_bytes * programs / rate
     poll = POLLS * max(
         polled * programs / L2_BYTES_PER_MICROSECOND, polled / POLL_BYTES_PER_CYCLE / device.gigahertz / 1e3
     )
     # The exchange of one tile hides behind the work on the others.
     step = max(EXCHANGE_MICROSECONDS + poll + tile, p.slices * (poll + tile))
-    if p.streamed:
+    if p.precision == "ieee":
+        reason = "full float32 products go without tensor cores: all weights are read again in every step"
+    elif p.streamed:
         reason = f"weights do not all fit on the chip: {p.streamed} of {chunks} chunks are read again in every step"
     elif p.shared:
         reason = "all weights stay on the chip, part of them in shared memory"
@@ -223,12 +291,14 @@ def cudnn_microseconds(p: Plan, device: Device) -> float:
     """Estimated time of a step (recurrence alone) with cuDNN as PyTorch drives it, for the problem of a plan."""
     spec, bytes_ = CELLS[p.cell], itemsize(p.dtype)
     weights = spec.gates * p.hidden_size * p.hidden_size * bytes_ * p.sets
-    memory = weights / (L2_BYTES_PER_MICROSECOND if weights <= device.l2_bytes else device.memory_gigabytes_per_second * 1e3)
+    l2 = weights <= device.l2_bytes
+    memory = weights / (L2_BYTES_PER_MICROSECOND if l2 else device.memory_gigabytes_per_second * 1e3)
     flops = 2 * spec.gates * p.hidden_size**2 * p.batch_size * p.sets
-    rate = device.multiprocessors * device.gigahertz * (1024 if p.dtype != "float32" else 512 if p.precision == "tf32" else 256)
-    products = max(memory, flops / rate / 1e3)
+    per_cycle = 1024 if p.dtype != "float32" else 512 if p.precision == "tf32" else 256
+    products = max(memory, flops / (device.multiprocessors * device.gigahertz * per_cycle) / 1e3)
     small = p.hidden_size <= ((256 if p.backward else 384) if spec.gates == 1 else (128 if p.backward else 192))
-    static = p.dtype == "float16" and spec.gates != 3 and p.sets == 1 and p.hidden_size <= 1024 and p.hidden_size % 128 == 0
+    static = p.dtype == "float16" and spec.gates != 3 and p.sets == 1
+    static = static and p.hidden_size <= 1024 and p.hidden_size % 128 == 0
     static = static and p.batch_size % 8 == 0 and p.batch_size <= 128
     return products + (CUDNN_PERSISTENT_MICROSECONDS if small or static else CUDNN_STEP_MICROSECONDS)
 

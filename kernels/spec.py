@@ -53,3 +53,8 @@ def padded(hidden_size: int, dtype: str) -> int:
 def chunk_width(warps: int, dtype: str) -> int:
     """Values of K in one chunk of all warps: 16 words of 32 bits a warp (tiles.py)."""
     return warps * 64 // itemsize(dtype)
+
+
+def runs_backwards(reversed_sets: int, n: int) -> bool:
+    """Whether weight set n runs backwards in time. reversed_sets: 0 none, 1 all, 2 every second one."""
+    return reversed_sets == 1 or (reversed_sets == 2 and n % 2 == 1)

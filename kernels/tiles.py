@@ -158,9 +158,9 @@ def weight_chunk(p, columns, i: tl.constexpr, S: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def streamed_chunk(p, columns, i, S: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def streamed_chunk(p, i, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """`weight_chunk` for a chunk number that is known at run time only."""
-    K: tl.constexpr = columns.shape[len(columns.shape) - 1]
+    columns = chunk_columns(S, K)
     if WIDTH % (S * K) == 0:
         x = tl.load(p + i * (S * K))
     else:

@@ -1,8 +1,8 @@
-"""`python -m perf.resources`: what the kernels of a grid of plans need and issue, compiled for a GPU that need not be there.
+"""`python -m perf.resources`: what the kernels of a grid of plans need and issue, with no GPU.
 
-Every plan is compiled exactly as launch.py would, its machine code is taken apart, and one row says: registers of a thread, spills,
-shared memory of a program, and what a warp issues in one time step (polls once, as if each state were there at the first look). Exit
-status 1 when a plan spills or does not fit the shared memory of the device.
+Every plan is compiled exactly as launch.py would, its machine code is taken apart, and one row says: registers of a
+thread, spills, shared memory of a program, and what a warp issues in one time step (polls once, as if each state were
+there at the first look). Exit status 1 when a plan spills or does not fit the shared memory of the device.
 
     python -m perf.resources --arch 90 --quick
     python -m perf.resources --arch 86 --cell gru --dtype float32 --json -
@@ -12,6 +12,7 @@ import argparse
 import collections
 import concurrent.futures
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,8 +35,8 @@ ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made f
 }
 # What makes one compiled kernel different from another; the batch size itself does not.
 KEY = (
-    "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps", "registers", "shared",
-    "order", "gates_per_tile",
+    "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
+    "registers", "shared", "order", "gates_per_tile",
 )  # fmt: skip
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QGMMA", "UTCMMA")  # matrix instructions, Ampere to Blackwell
 COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MUFU")
@@ -43,7 +44,7 @@ COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MU
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs, and its machine code: `before` the time loop, and `step`, one pass through the time loop."""
+    """What a compiled kernel needs, and its machine code: `before` the time loop, and `step`, one pass through it."""
 
     arch: int
     triton: str
@@ -76,7 +77,10 @@ class Resources:
     def as_dict(self) -> dict:
         """All numbers, for JSON."""
         small = {k: v for k, v in asdict(replace(self, before=(), step=())).items() if k not in ("before", "step")}
-        return small | {"problem": self.problem, "step": {"all": len(self.step)} | dict(_counts(self.step).most_common())}
+        return small | {
+            "problem": self.problem,
+            "step": {"all": len(self.step)} | dict(_counts(self.step).most_common()),
+        }
 
 
 def is_poll(instruction: str) -> bool:
@@ -119,8 +123,9 @@ def machine_code(cubin: bytes) -> tuple[str, str]:
 def time_loop(disassembly: str) -> tuple[list[str], int, int]:
     """All instructions, and the first and one past the last of the time loop.
 
-    A loop is what stands between a label and a branch back to it; the time loop is the innermost one that publishes. The loops inside
-    it, which poll again, hold copies of the polls, and count once.
+    A loop is what stands between a label and a branch back to it; the time loop is the shortest one with the most
+    publishing stores (the compiler may have taken the first step out of it). The loops inside it, which poll again,
+    hold copies of the polls, and those of streamed weights; all count once.
     """
     code, labels = [], {}
     for line in disassembly.splitlines():
@@ -128,22 +133,26 @@ def time_loop(disassembly: str) -> tuple[list[str], int, int]:
             labels[line.strip().rstrip(":")] = len(code)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(found[1])
-    publishing = [i for i, instruction in enumerate(code) if is_publish(instruction)]
     spans = []
-    for end, instruction in enumerate(code):
+    for last, instruction in enumerate(code):
         target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction)
-        begin = labels.get(target[1], end + 1) if target else end + 1
-        if begin <= end and publishing and begin <= publishing[0] and publishing[-1] <= end:
-            spans.append((end + 1 - begin, begin, end + 1))
+        first = labels.get(target[1], last + 1) if target else last + 1
+        published = sum(map(is_publish, code[first : last + 1]))
+        if published:
+            spans.append((-published, last + 1 - first, first, last + 1))
     if not spans:
         raise ValueError("no loop that publishes in the machine code")
-    _, begin, end = min(spans)
+    _, _, begin, end = min(spans)
     return code, begin, end
 
 
 def signature(p: Plan) -> dict:
     """Types of the tensor arguments as launch.py passes them in training; None where it passes None."""
-    cell, element, exact = CELLS[p.cell], {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype], "*fp32"
+    cell, element, exact = (
+        CELLS[p.cell],
+        {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype],
+        "*fp32",
+    )
     carry = {"c": exact, "h": element, None: None}[cell.carry]
     gates = element if cell.saves_gates else None
     aux = exact if cell.aux == "c" else element
@@ -158,6 +167,10 @@ def signature(p: Plan) -> dict:
             "aux": None if cell.aux == "y" else aux,
             "carry_n": exact if cell.carry == "c" else None,
             "status": "*i32",
+            "lengths": None,
+            "offsets": None,
+            "resets": None,
+            "h_n": None,
         }
     return {
         "d_y": element,
@@ -171,18 +184,21 @@ def signature(p: Plan) -> dict:
         "d_gates": "*i32",
         "d_carry_0": None if cell.carry is None else exact,
         "status": "*i32",
+        "lengths": None,
+        "offsets": None,
+        "resets": None,
     }
 
 
 def compile_kernel(p: Plan, arch: int):
-    """The Triton kernel of a plan, compiled for an architecture. Tensors are aligned to 16 bytes, as torch allocates them."""
+    """The Triton kernel of a plan for an architecture. Tensors are aligned to 16 bytes, as launch.py sees to."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from rnn_gpu.kernels import launch
 
-    kernel = (launch.backward_kernel.backward if p.backward else launch.forward_kernel.forward)
+    kernel = launch.backward_kernel.backward if p.backward else launch.forward_kernel.forward
     if not hasattr(kernel, "arg_names"):
         raise RuntimeError("nothing can be compiled with TRITON_INTERPRET=1")
     tensors = signature(p)
@@ -190,7 +206,9 @@ def compile_kernel(p: Plan, arch: int):
     types = {}
     for name in kernel.arg_names:
         types[name] = "constexpr" if name in fixed else tensors.get(name, "i32")  # do_not_specialize: plain numbers
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")
+    }
     source = ASTSource(kernel, types, fixed, aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(p))
 
@@ -205,9 +223,153 @@ def compile_plan(p: Plan, arch: int) -> Resources:
     code, begin, end = time_loop(disassembly)
     spills = sum(name_of(instruction) in ("LDL", "STL") for instruction in code)
     shared = kernel.metadata.shared
-    return Resources(arch, triton.__version__, registers, stack, spills, shared, tuple(code[:begin]), tuple(code[begin:end]))
+    return Resources(
+        arch, triton.__version__, registers, stack, spills, shared, tuple(code[:begin]), tuple(code[begin:end])
+    )
 
 
 def key(p: Plan) -> tuple:
     """Equal for plans that share a compiled kernel."""
     return tuple(getattr(p, name) for name in KEY)
+
+
+# Hidden sizes, batch sizes, weight sets, cells and types of each grid. Quick: each cell and pass, one or several
+# programs, seconds each. Usual: the sizes people use. Full: odd sizes, where a mask or a wider tile may cost registers,
+# and both directions of a layer.
+KINDS = {"bfloat16": (None,), "float16": (None,), "float32": ("tf32", "ieee")}
+GRIDS = {
+    "quick": ((100, 1024), (16,), (1,), ("lstm", "gru", "rnn_tanh"), ("bfloat16", "float32")),
+    "usual": (
+        (64, 256, 512, 1000, 1024, 2048),
+        (8, 64, 256),
+        (1,),
+        ("lstm", "gru", "rnn_tanh"),
+        ("bfloat16", "float32"),
+    ),
+    "full": (
+        (1, 7, 33, 64, 128, 129, 256, 300, 384, 512, 768, 1000, 1024, 1536, 2001, 2048, 3001, 4095, 4096),
+        (1, 8, 17, 64, 256, 1024),
+        (1, 2),
+        tuple(CELLS),
+        DTYPES,
+    ),
+}
+
+
+def plans(grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None) -> tuple[list[Plan], list[str]]:
+    """The plans of a grid, one for each kernel that is compiled, and a sentence for each problem without a plan."""
+    sizes, batches, sets, default_cells, default_dtypes = GRIDS[grid]
+    found, refused = {}, {}
+    for cell, dtype in itertools.product(cells or default_cells, dtypes or default_dtypes):
+        precisions = KINDS[dtype][:1] if grid == "quick" else KINDS[dtype]
+        problems = itertools.product(precisions, hidden_sizes or sizes, (False, True), sets, batches)
+        for precision, hidden_size, backward, count, batch in problems:
+            device = DEVICES[ARCHITECTURES[arch]]
+            p = plan(cell, hidden_size, batch, count, dtype, device, backward, precision)
+            if isinstance(p, Plan):
+                found.setdefault(key(p), p)
+            else:
+                refused[f"{cell} {dtype}: {p}"] = None
+    return list(found.values()), list(refused)
+
+
+def _attempt(p: Plan, arch: int) -> Resources | str:
+    """What compile_plan gives, or the reason why it failed: for a process of the pool."""
+    try:
+        return compile_plan(p, arch)
+    except Exception as error:  # whatever a compiler raises is a row of the report
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return (
+            f"does not compile: {str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__}"
+        )
+
+
+def compile_all(all_plans: list[Plan], arch: int, jobs: int):
+    """Pairs of a plan and its resources, or why it failed, as they are ready, compiled by `jobs` processes."""
+    # spawn: a fork would copy the threads' locks of a process that has imported torch
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(_attempt, p, arch): p for p in all_plans}
+        for done in concurrent.futures.as_completed(running):
+            yield running[done], done.result()
+
+
+def describe(p: Plan) -> str:
+    """A plan in a few columns."""
+    where = "alone" if p.alone else f"{p.registers}+{p.shared}+{p.streamed}"
+    kind = p.dtype if p.precision is None else p.precision
+    return (
+        f"{p.cell:8} {kind:8} {'backward' if p.backward else 'forward':8} {p.hidden_size:5} {p.sets:4} {p.units:5} "
+        f"{f'{p.slices}x{p.rows}':>5} {p.warps:5} {where:>8} {p.order:5}"
+    )
+
+
+HEADER = (
+    f"{'cell':8} {'type':8} {'pass':8} {'H':>5} {'sets':>4} {'units':>5} {'rows':>5} {'warps':>5} {'weights':>8} "
+    f"{'order':>5} | {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>7} | {'all':>5} "
+) + " ".join(f"{name:>5}" for name in COLUMNS)
+FOOTER = """\
+weights: chunks in registers + in shared memory + read again in every step; the loop over the latter counts once.
+rows: slices x rows. order: of the waits of the backward (kernels/backward.py)."""
+
+
+def row(p: Plan, r: Resources | str) -> str:
+    """A line of the table."""
+    if isinstance(r, str):
+        return f"{describe(p)} | {r}"
+    counts = " ".join(f"{r.count(*TENSOR_CORE) if name == 'MMA' else r.count(name):5}" for name in COLUMNS)
+    end = f"  <- {r.problem}" if r.problem else ""
+    return f"{describe(p)} | {r.registers:4} {r.spills:6} {r.stack:5} {r.shared:7} | {r.count():5} {counts}{end}"
+
+
+def progress(iterable, total: int):
+    """`iterable` with a progress bar on a terminal, by tqdm where it is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iterable
+    return tqdm(iterable, total=total, unit="kernel", disable=None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    purpose = "What the kernels of a grid of plans need and issue, compiled with no GPU."
+    parser = argparse.ArgumentParser(prog="python -m perf.resources", description=purpose)
+    add = parser.add_argument
+    add("--arch", type=int, choices=ARCHITECTURES, default=90, help="compute capability * 10 (default: 90)")
+    add("--grid", choices=("usual", "full"), default="usual", help="full: odd sizes too, and two directions; hours")
+    add("--quick", action="store_true", help="a grid that takes less than a minute")
+    add("--cell", action="append", choices=CELLS, help="only this cell (may be repeated)")
+    add("--dtype", action="append", choices=DTYPES, help="only this type (may be repeated)")
+    add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add("--json", metavar="PATH", help="write all numbers there too; - for standard output, without the table")
+    chosen = parser.parse_args(arguments)
+    wanted, refused = plans(
+        "quick" if chosen.quick else chosen.grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size
+    )
+    results = dict(progress(compile_all(wanted, chosen.arch, chosen.jobs), len(wanted)))
+    failed = [r for r in results.values() if isinstance(r, str) or r.problem]
+    if chosen.json != "-":
+        print(HEADER)
+        print("\n".join(row(p, results[p]) for p in wanted))
+        print("\n".join(refused), end="\n" if refused else "")
+        print(FOOTER)
+        print(f"{len(wanted)} kernels for sm_{chosen.arch}, {len(failed)} that spill, do not fit or do not compile.")
+    if chosen.json:
+        report = [
+            {"plan": asdict(p)} | ({"problem": r} if isinstance(r, str) else r.as_dict())
+            for p, r in ((p, results[p]) for p in wanted)
+        ]  # fmt: skip
+        text = json.dumps({"arch": chosen.arch, "kernels": report, "without_plan": refused}, indent=1)
+        if chosen.json == "-":
+            print(text)
+        else:
+            with open(chosen.json, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,11 +6,27 @@
 """
 
 from .backends import backend, current_backend, max_programs
+from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import replace_rnns, restore_rnns
 from .explanation import explain
 from .modules import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
-__all__ = ["GRU", "LSTM", "RNN", "backend", "check", "current_backend", "explain", "max_programs"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "backend",
+    "check",
+    "current_backend",
+    "explain",
+    "max_programs",
+    "replace_rnns",
+    "restore_rnns",
+]
 
 
 def check(device=None) -> None:

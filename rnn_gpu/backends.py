@@ -172,15 +172,10 @@ def kernels_for(
     dtype: torch.dtype,
     device: planning.Device,
     training: bool,
-    packed: bool = False,
 ) -> Choice:
     """Whether the kernels can serve a call of `module`, and whether they are predicted to be the faster choice."""
     if triton_missing():
         return Choice("torch", triton_missing())
-    if packed:
-        return Choice("torch", "packed input is not in the kernels yet")
-    if module.proj_size > 0:
-        return Choice("torch", f"proj_size={module.proj_size} is not in the kernels yet")
     cell, sets = CELL_OF_MODE[module.mode], 2 if module.bidirectional else 1
     plans = []
     for backward in (False, True) if training else (False,):
@@ -204,10 +199,10 @@ def _log_once(module: torch.nn.RNNBase, reason: str) -> None:
         logger.warning("%s: PyTorch's own kernels serve it, not rnn_gpu's: %s", layer, reason)
 
 
-def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, packed: bool) -> Choice:
+def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Choice:
     """The backend for a call; RuntimeError where "triton" was asked for and cannot serve it.
 
-    input: the input's data; dtype: that of the computation; packed: the input was a PackedSequence.
+    input: the input, or the data of a PackedSequence; dtype: that of the computation.
     """
     wanted = _backend
     if wanted == "torch" or (wanted == "auto" and input.device.type != "cuda"):
@@ -218,7 +213,7 @@ def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype
             "(or CPU tensors with TRITON_INTERPRET=1, set before Python starts)."
         )
     training = torch.is_grad_enabled()
-    choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, packed)
+    choice = kernels_for(module, batch_size, dtype, device_of(input.device), training)
     if wanted == "auto":
         if choice.name == "torch":
             _log_once(module, choice.reason)

@@ -5,38 +5,80 @@ Not from `torch.nn.LSTM` itself: `torch.compile` breaks the graph at that. Each 
 forward serves the "torch" backend.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends
-from .functional import recurrent_stack
+from .functional import Rows, packed_rows, recurrent_stack
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; some devices, meta for one, know none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class _Layer(RNNBase):
     """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words."""
 
-    def forward(self, input, hx=None):
-        """As torch.nn: input [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence; hx: initial
-        states.
+    def forward(self, input, hx=None, *, lengths=None, resets=None):
+        """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
+        input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence. hx: initial states [L*D, B, H].
+        lengths: integer tensor [B], best on the device of the input: steps of each row, in any order, zero allowed, taken as
+        within 0..T. Outputs past a row's end are zero, its final state is that at its end, the reverse direction starts
+        there. resets: bool tensor laid out as input without its last dimension, true where a row's state is zeroed before the
+        step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         dtype = self._compute_dtype(data)
-        batch_size = 1 if packed or data.dim() != 3 else data.size(0 if self.batch_first else 1)
-        if backends.choose(self, data, batch_size, dtype, packed).name == "torch":
-            return self.torch_class.forward(self, input, hx)
-        return self._forward_kernels(input, hx, dtype)
+        if dtype == data.dtype and self._wants_another(dtype):
+            return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
+        batch_size = data.size(0 if self.batch_first else 1) if data.dim() == 3 else 1
+        if packed:
+            batch_size = int(input.batch_sizes[0])
+        masked = lengths is not None or resets is not None
+        kernels = backends.choose(self, data, batch_size, dtype).name == "triton"
+        if packed:
+            if masked:
+                raise ValueError("lengths and resets are for padded input, got a PackedSequence")
+            return self._forward_packed(input, hx, dtype) if kernels else self.torch_class.forward(self, input, hx)
+        if kernels or masked:
+            return self._forward_rows(input, hx, dtype, lengths, resets, kernels)
+        return self.torch_class.forward(self, input, hx)
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
-        device = input.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        return torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
 
-    def _forward_kernels(self, input: Tensor, hx, dtype: torch.dtype):
-        self._update_flat_weights()
+    def _wants_another(self, dtype: torch.dtype) -> bool:
+        """Whether the weights are of another dtype than the input, without autocast."""
+        if self._flat_weights[0].dtype == dtype or _autocasts(self._flat_weights[0]):
+            return False
+        self._update_flat_weights(flatten=False)  # what differs may be a weight of the call before
+        return self._flat_weights[0].dtype != dtype
+
+    def _update_flat_weights(self, flatten: bool = True) -> None:
+        """Read every weight once into `_flat_weights`: torch.nn's own reads a parametrized one up to four times a
+        forward.
+
+        flatten: where weights are new, make them the one chunk of memory that cuDNN wants; the kernels need none.
+        """
+        self._flat_weights = weights = [getattr(self, name, None) for name in self._flat_weights_names]
+        refs = self._flat_weight_refs
+        same = len(refs) == len(weights) and all(w is (r and r()) for w, r in zip(weights, refs, strict=True))
+        if flatten and not same:
+            self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+            self.flatten_parameters()
+
+    def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, kernels: bool):
+        """Dense input, on the kernels or, where masks must be minded on another backend, by the readable loop."""
+        self._update_flat_weights(flatten=False)
         name = self.torch_class.__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if name == "RNN" else ""
@@ -44,38 +86,89 @@ class _Layer(RNNBase):
         batched = input.dim() == 3
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
+            resets = resets if resets is None else resets.unsqueeze(0 if self.batch_first else 1)
         states = self._initial_states(input, hx, batched)
         self.check_forward_args(input, states if len(states) == 2 else states[0], None)
         input = input.transpose(0, 1) if self.batch_first else input
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        h0, c0 = (state.to(dtype) for state in states) if len(states) == 2 else (states[0].to(dtype), None)
-        weights = [weight.to(dtype) for weight in self._flat_weights]
+        rows = self._masked_rows(input, lengths, resets)
+        output, final = self._run(input.flatten(0, 1), states, rows, dtype, kernels)
+        output = output.unflatten(0, (rows.time, rows.batch))
+        output = output.transpose(0, 1) if self.batch_first else output
+        if not batched:
+            output = output.squeeze(0 if self.batch_first else 1)
+            final = tuple(state.squeeze(1) for state in final)
+        return output, final if len(final) == 2 else final[0]
+
+    def _forward_packed(self, input: PackedSequence, hx, dtype: torch.dtype):
+        """A PackedSequence, read as it lies."""
+        self._update_flat_weights(flatten=False)
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        lstm = self.mode == "LSTM"
+        if hx is None:
+            states = self._zero_states(data, batch_sizes)
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+            states = tuple(hx) if lstm else (hx,)
+        self.check_forward_args(data, states if lstm else states[0], batch_sizes)
+        output, final = self._run(data, states, packed_rows(batch_sizes, data.device), dtype, kernels=True)
+        final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+
+    def _run(self, input: Tensor, states: tuple[Tensor, ...], rows: Rows, dtype: torch.dtype, kernels: bool):
+        """Rows [R, I] and states -> output [R, D*H] and the tuple of final states."""
         self._check_devices(input, states)
+        h0, c0 = (state.to(dtype) for state in states) if len(states) == 2 else (states[0].to(dtype), None)
         output, h_n, c_n = recurrent_stack(
             backends.CELL_OF_MODE[self.mode],
             input.to(dtype),
             h0,
             c0,
-            weights,
+            [weight.to(dtype) for weight in self._flat_weights],
+            rows,
             self.bias,
             self.num_layers,
             self.dropout,
             self.training,
             self.bidirectional,
+            self.proj_size > 0,
+            kernels,
         )
-        output = output.transpose(0, 1) if self.batch_first else output
-        if not batched:
-            output = output.squeeze(0 if self.batch_first else 1)
-            h_n, c_n = h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
-        return output, h_n if c_n is None else (h_n, c_n)
+        return output, (h_n,) if c_n is None else (h_n, c_n)
+
+    def _masked_rows(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None) -> Rows:
+        """The rows of dense input [T, B, I] with the user's masks, checked."""
+        time, batch = input.shape[:2]
+        if lengths is not None:
+            if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+                raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
+            if lengths.shape != (batch,):
+                raise RuntimeError(f"Expected lengths size {[batch]}, got {list(lengths.shape)}")
+            lengths = lengths.to(input.device, torch.int32, non_blocking=True).clamp(0, time)
+        if resets is not None:
+            if resets.dtype != torch.bool:
+                raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
+            resets = resets.transpose(0, 1) if self.batch_first and resets.dim() == 2 else resets
+            if resets.shape != (time, batch):
+                laid_out = [batch, time] if self.batch_first else [time, batch]
+                got = list(resets.shape)[::-1] if self.batch_first else list(resets.shape)
+                raise RuntimeError(f"Expected resets size {laid_out}, got {got}")
+            resets = resets.to(input.device, torch.int8, non_blocking=True).contiguous()
+        return Rows(time, batch, lengths, None, resets)
+
+    def _zero_states(self, input: Tensor, batch_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Initial states of zeros [L*D, B, H]: one, or two for the LSTM."""
+        h0 = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
+        if self.mode != "LSTM":
+            return (h0,)
+        return h0, input.new_zeros(self.get_expected_cell_size(input, batch_sizes))
 
     def _initial_states(self, input: Tensor, hx, batched: bool) -> tuple[Tensor, ...]:
         """The initial states [L*D, B, H] as a tuple: zeros where the user gave none."""
-        lstm = self.mode == "LSTM"
         if hx is None:
-            zeros = input.new_zeros(self.get_expected_hidden_size(input, None))
-            return (zeros, zeros) if lstm else (zeros,)
+            return self._zero_states(input)
+        lstm = self.mode == "LSTM"
         states = tuple(hx) if lstm else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
         if any(state.dim() != rank for state in states):
@@ -86,11 +179,18 @@ class _Layer(RNNBase):
         return states if batched else tuple(state.unsqueeze(1) for state in states)
 
     def _check_devices(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
+        """RuntimeError where a tensor is on another device than the input or, without autocast, of another dtype."""
+        same_dtype = not _autocasts(input)
         for what, tensor in [("hidden", state) for state in states] + [("parameter", w) for w in self._flat_weights]:
             if tensor.device != input.device:
                 raise RuntimeError(
                     f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {what} tensor at {tensor.device}"
+                )
+            if same_dtype and tensor.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
+                    f"and {what} tensor with {tensor.dtype}"
                 )
 
 

@@ -1,32 +1,25 @@
-"""The one door between torch and the kernels: opaque operators for the recurrence, and the autograd Function around
-them.
+"""The one door between torch and the kernels: opaque operators for the recurrence, autograd Functions around them.
 
 A Function stands for one layer with all its directions. The recurrence alone is opaque; the products before and after
-it are plain torch. T steps, B rows, I input features, N weight sets (directions), G gates, H hidden units, E slots a
-unit (kernels/spec.py).
+it are plain torch. T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequences are packed), I input
+features, N weight sets (directions), G gates, H hidden units, E slots a unit (kernels/spec.py).
+
+Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.launch.Rows`.
 """
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
-from .kernels.spec import CELLS, padded
+from .kernels.spec import CELLS, padded, runs_backwards
 
 
 def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool):
-    found = backends.plan_for(
-        cell, hidden_size, batch, sets, backends.name_of(like.dtype), backends.device_of(like.device), backward
-    )
+    name, device = backends.name_of(like.dtype), backends.device_of(like.device)
+    found = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward)
     if isinstance(found, str):
         raise RuntimeError(f"rnn_gpu: no plan for {cell}: {found}")
     return found
-
-
-def _aux_shape(cell: str, time: int, batch: int, sets: int, hidden_size: int, dtype: torch.dtype, save: bool) -> tuple:
-    if not save or CELLS[cell].aux == "y":
-        return (0,), dtype
-    shape = time, batch, sets, padded(hidden_size, backends.name_of(dtype))
-    return shape, torch.float32 if CELLS[cell].aux == "c" else dtype
 
 
 @torch.library.custom_op("rnn_gpu::recurrence", mutates_args=("x_part",))
@@ -36,36 +29,48 @@ def recurrence(
     bias_hn: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    time: int,
     cell: str,
     reversed_sets: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The recurrence forward, for all steps and sets.
 
-    x_part [T, B, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `save`.
+    x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `save`.
     weight_hh [N, G*H, H]; bias_hn [N, H] (GRU: hidden bias of n) or None; h0 [N, B, H]; c0 [N, B, H] (LSTM) or None.
-    reversed_sets: 0 no set runs backwards in time, 1 all, 2 every second one. save: the backward will follow.
-    -> y [T, B, N, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs besides.
+    lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
+    in time, 1 all, 2 every second one. save: the backward will follow.
+    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs besides.
     """
     from .kernels import launch
 
-    hidden_size = weight_hh.shape[-1]
-    plan = _plan(cell, hidden_size, x_part, x_part.shape[1], x_part.shape[2], backward=False)
-    y, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, reversed_sets, save)
-    return y, x_part.new_empty(0) if c_n is None else c_n, x_part.new_empty(0) if aux is None else aux
+    batch, sets = h0.shape[1], x_part.shape[1]
+    plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, backward=False)
+    rows = launch.Rows(time, batch, lengths, offsets, resets)
+    y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, save)
+    empty = x_part.new_empty(0)
+    return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
 
 
 @recurrence.register_fake
-def _(x_part, weight_hh, bias_hn, h0, c0, cell, reversed_sets, save):
-    time, batch, sets, _ = x_part.shape
-    hidden_size = weight_hh.shape[-1]
+def _(x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, save):
+    (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
-    y = x_part.new_empty((time + 2, batch, sets, size))[1:-1, ..., :hidden_size]
-    c_n = x_part.new_empty(0)
-    if CELLS[cell].carry == "c":
-        c_n = x_part.new_empty((batch, sets, size), dtype=torch.float32)[..., :hidden_size].transpose(0, 1)
-    shape, dtype = _aux_shape(cell, time, batch, sets, hidden_size, x_part.dtype, save)
-    return y, c_n, x_part.new_empty(shape, dtype=dtype)
+    spec = CELLS[cell]
+
+    def state(dtype):
+        return x_part.new_empty((batch, sets, size), dtype=dtype)[..., :hidden_size].transpose(0, 1)
+
+    y = x_part.new_empty((count + 2 * batch, sets, size))[batch : batch + count, :, :hidden_size]
+    h_n = x_part.new_empty((sets, batch, hidden_size)) if lengths is None else state(x_part.dtype)
+    c_n = state(torch.float32) if spec.carry == "c" else x_part.new_empty(0)
+    aux = x_part.new_empty(0)
+    if save and spec.aux != "y":
+        aux = x_part.new_empty((count, sets, size), dtype=torch.float32 if spec.aux == "c" else x_part.dtype)
+    return y, h_n, c_n, aux
 
 
 @torch.library.custom_op("rnn_gpu::recurrence_backward", mutates_args=())
@@ -79,73 +84,82 @@ def recurrence_backward(
     y: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    time: int,
     cell: str,
     reversed_sets: int,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence backward, for all steps and sets.
 
-    d_y [T, B, N, H], d_h_n and d_c_n [N, B, H]: gradients, None for zero. The rest as `recurrence` took and left it.
-    -> d_gates [T, B, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H] float32, empty for cells
-    without a carry: LSTM the gradient of c0, GRU what of h0's gradient does not pass through the gates.
+    d_y [R, N, H], d_h_n and d_c_n [N, B, H]: gradients, None for zero. The rest as `recurrence` took and left it.
+    -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H] float32, empty for cells without a
+    carry: LSTM the gradient of c0, GRU what of h0's gradient does not pass through the gates.
     """
     from .kernels import launch
 
-    spec = CELLS[cell]
-    plan = _plan(cell, weight_hh.shape[-1], y, y.shape[1], y.shape[2], backward=True)
+    spec, batch = CELLS[cell], h0.shape[1]
+    plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], backward=True)
+    gates = gates if spec.saves_gates else None
+    rows = launch.Rows(time, batch, lengths, offsets, resets)
     d_gates, d_carry_0 = launch.backward(
-        plan, d_y, d_h_n, d_c_n, weight_hh, gates if spec.saves_gates else None, aux, y, h0, c0, reversed_sets
+        plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets
     )
     return d_gates, y.new_empty(0, dtype=torch.float32) if d_carry_0 is None else d_carry_0
 
 
 @recurrence_backward.register_fake
-def _(d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, cell, reversed_sets):
-    time, batch, sets, hidden_size = y.shape
+def _(d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets):
+    (count, sets, hidden_size), batch = y.shape, h0.shape[1]
     size = padded(hidden_size, backends.name_of(y.dtype))
-    d_gates = y.new_empty((time + 2, batch, sets, CELLS[cell].slots, size))[1:-1, ..., :hidden_size]
+    d_gates = y.new_empty((count + 2 * batch, sets, CELLS[cell].slots, size))
+    d_gates = d_gates[batch : batch + count, ..., :hidden_size]
     if CELLS[cell].carry is None:
         return d_gates, y.new_empty(0, dtype=torch.float32)
     return d_gates, y.new_empty((batch, sets, size), dtype=torch.float32)[..., :hidden_size].transpose(0, 1)
 
 
-def runs_backwards(reversed_sets: int, n: int) -> bool:
-    """Whether set n runs backwards in time."""
-    return reversed_sets == 1 or (reversed_sets == 2 and n % 2 == 1)
+# The tensors of Layer.forward, in order: those with a gradient, and those that say where rows lie.
+LAYER_INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "start", "h0", "c0")
+ROWS = ("lengths", "offsets", "resets")
 
 
 class Layer(torch.autograd.Function):
     """One layer, all directions: (input, weights, biases, states) -> (y, h_n, c_n), and what the backward needs.
 
-    input [T, B, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; h0 [N, B, H];
-    c0 [N, B, H] or None. -> y [T, B, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates
-    [T, B, N, G*H] and aux, which are not differentiable.
+    input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; start [N, B, G*H] or None:
+    added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None. -> y [R, N, H], h_n [N, B, H],
+    c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not differentiable.
     """
 
     @staticmethod
-    def forward(input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, cell, reversed_sets, save):
+    def forward(
+        input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, save
+    ):
         """The input product, then the recurrence."""
         sets, rows, input_size = weight_ih.shape
-        time, batch, _ = input.shape
         bias, bias_hn = None, None
         if bias_ih is not None:
-            bias = bias_ih + bias_hh
-            if cell == "gru":  # the hidden bias of n stands inside the product with r
-                n_gate = slice(2 * weight_hh.shape[-1], None)
-                bias_hn = bias_hh[:, n_gate]
-                bias[:, n_gate] = bias_ih[:, n_gate]
-            bias = bias.flatten()
+            bias, bias_hn = zip(*map(reference.fold_biases, [cell] * sets, bias_ih, bias_hh), strict=True)
+            bias, bias_hn = torch.cat(bias), None if bias_hn[0] is None else torch.stack(bias_hn)
         gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
-        gates = gates.view(time, batch, sets, rows)
-        y, c_n, aux = recurrence(gates, weight_hh, bias_hn, h0, c0, cell, reversed_sets, save)
+        gates = gates.view(-1, sets, rows)
+        if start is not None:
+            for n in range(sets):
+                index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
+                gates[index, n] += start[n]
+        y, h_n, c_n, aux = recurrence(
+            gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, save
+        )
         if not (save and CELLS[cell].saves_gates):
             gates = gates.new_empty(0)
-        ends = [y[0 if runs_backwards(reversed_sets, n) else -1, :, n] for n in range(sets)]
-        return y, torch.stack(ends), c_n.to(y.dtype), gates, aux
+        return y, h_n, c_n.to(y.dtype), gates, aux
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
-        *tensors, ctx.cell, ctx.reversed_sets, _ = inputs
+        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, _ = inputs
         y, _, _, gates, aux = output
         ctx.save_for_backward(*tensors, y, gates, aux)
         ctx.mark_non_differentiable(gates, aux)
@@ -156,59 +170,78 @@ class Layer(torch.autograd.Function):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
         need = ctx.needs_input_grad[: len(LAYER_INPUTS)]
-        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, ctx.cell, ctx.reversed_sets, need)
-        return *found, None, None, None
+        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, ctx.time, ctx.cell, ctx.reversed_sets, need)
+        return *found, *[None] * (len(ROWS) + 4)
 
 
-LAYER_INPUTS = (
-    "input",
-    "weight_ih",
-    "weight_hh",
-    "bias_ih",
-    "bias_hh",
-    "h0",
-    "c0",
-)  # the tensors of Layer.forward, in order
+def first_rows(batch: int, lengths: Tensor | None, offsets: Tensor | None, count: int, backwards: bool):
+    """Where the B rows of each sequence's first step in the direction of flow lie among all R: a slice or an index."""
+    if not backwards:
+        return slice(0, batch)
+    if lengths is None:
+        return slice(count - batch, count)
+    last = (lengths - 1).clamp(min=0).long()
+    row = torch.arange(batch, device=lengths.device)
+    return row + (last * batch if offsets is None else offsets[last])
+
+
+def rows_before(batch: int, offsets: Tensor | None, count: int):
+    """For the rows from B on, where the rows of the same sequences one step before lie: a slice, or an index of R - B."""
+    if offsets is None:
+        return slice(0, count - batch)
+    sizes = offsets[1:] - offsets[:-1]  # a row of step t stands as many rows later as step t - 1 has
+    sizes_before = torch.repeat_interleave(sizes[:-1], sizes[1:], output_size=count - batch)
+    return torch.arange(batch, count, device=offsets.device) - sizes_before
 
 
 def layer_gradients(
-    d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, y, gates, aux, name, reversed_sets, need
-) -> tuple[Tensor | None, ...]:
-    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
-    gradients.
-    """
+    d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
+    y, gates, aux, time, name, reversed_sets, need,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate gradients."""
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
-    d_gates, d_carry_0 = recurrence_backward(d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, name, reversed_sets)
-    sets, rows, _ = weight_hh.shape
-    by_gate = [
-        cell.slot_order.index(gate) for gate in range(cell.gates)
-    ]  # where each gate stands among the hidden slots
+    d_gates, d_carry_0 = recurrence_backward(
+        d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, name, reversed_sets
+    )
+    (sets, rows, _), (count, batch) = weight_hh.shape, (y.shape[0], h0.shape[1])
+    by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]  # where each gate stands among the hidden slots
+    before, after = rows_before(batch, offsets, count), slice(batch, count)
+    anew = None if resets is None else resets.bool().flatten().unsqueeze(1)
     d_input = None
     collected = {name: [] for name in LAYER_INPUTS}
     for n in range(sets):
-        slots = d_gates[:, :, n].flatten(2)  # [T, B, E*H]; a copy only where H is padded
-        hidden, inner = slots[..., :rows], slots[..., slots.shape[-1] - rows :].flatten(0, 1)
+        slots = d_gates[:, n].flatten(1)  # [R, E*H]; a copy only where H is padded
+        hidden, inner = slots[:, :rows], slots[:, slots.shape[-1] - rows :]
         backwards = runs_backwards(reversed_sets, n)
-        first = hidden[-1 if backwards else 0]
+        first = first_rows(batch, lengths, offsets, count, backwards)
+        d_first, state = hidden[first], h0[n]
+        if anew is not None:  # nothing of before reaches a step whose row starts anew
+            d_first = d_first.masked_fill(anew[first], 0)
         if need["input"]:
             d_input = inner @ weight_ih[n] if n == 0 else torch.addmm(d_input, inner, weight_ih[n])
         if need["weight_ih"]:
-            collected["weight_ih"].append(inner.t() @ input.flatten(0, 1))
+            collected["weight_ih"].append(inner.t() @ input)
         if need["weight_hh"]:
-            later, before = (hidden[:-1], y[1:, :, n]) if backwards else (hidden[1:], y[:-1, :, n])
-            product = torch.addmm(first.t() @ h0[n], later.flatten(0, 1).t(), before.flatten(0, 1))
+            later, earlier = (before, after) if backwards else (after, before)
+            d_later, h_earlier = hidden[later], y[earlier, n]
+            if anew is not None:
+                d_later = d_later.masked_fill(anew[later], 0)
+            product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
             collected["weight_hh"].append(_reordered(product, by_gate))
         if need["bias_ih"]:
             collected["bias_ih"].append(inner.sum(0))
         if need["bias_hh"]:
-            collected["bias_hh"].append(_reordered(hidden.flatten(0, 1).sum(0), by_gate))
+            collected["bias_hh"].append(_reordered(hidden.sum(0), by_gate))
+        if need["start"]:
+            collected["start"].append(inner[first])
         if need["h0"]:
-            collected["h0"].append(first @ _reordered(weight_hh[n], cell.slot_order))
+            d_h0 = d_first @ _reordered(weight_hh[n], cell.slot_order)
+            d_h0 = d_h0 if cell.carry != "h" else (d_h0 + d_carry_0[n]).to(h0.dtype)
+            if lengths is not None and d_h_n is not None:  # an empty sequence ends in the state it began with
+                d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
+            collected["h0"].append(d_h0)
     found = {name: torch.stack(parts) if parts else None for name, parts in collected.items()}
-    if need["input"]:
-        found["input"] = d_input.view_as(input)
-    if need["h0"] and cell.carry == "h":
-        found["h0"] = (found["h0"] + d_carry_0).to(h0.dtype)
+    found["input"] = d_input
     if need["c0"] and cell.carry == "c":
         found["c0"] = d_carry_0.to(c0.dtype)
     return tuple(found.values())
@@ -225,17 +258,18 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save gradients and inputs; the reference makes the rest again."""
-        *tensors, ctx.cell, ctx.reversed_sets, ctx.need = inputs
-        ctx.save_for_backward(*tensors[: 3 + len(LAYER_INPUTS)])
+        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, ctx.need = inputs
+        ctx.save_for_backward(*tensors[: 3 + len(LAYER_INPUTS) + len(ROWS)])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *d_gradients):
         """Differentiate the gradients of the reference by everything they depend on."""
+        tensors, rows = ctx.saved_tensors[: -len(ROWS)], ctx.saved_tensors[-len(ROWS) :]
         with torch.enable_grad():
-            leaves = [None if t is None else _alias(t) for t in ctx.saved_tensors]
+            leaves = [None if t is None else _alias(t) for t in tensors]
             d_outputs, inputs = leaves[:3], leaves[3:]
-            outputs = _reference_layer(inputs, ctx.cell, ctx.reversed_sets)
+            outputs = reference_layer(inputs, rows, ctx.time, ctx.cell, ctx.reversed_sets)
             pairs = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
             wanted = [t for t, need in zip(inputs, ctx.need, strict=True) if need]
             first = torch.autograd.grad(
@@ -252,8 +286,9 @@ class LayerBackward(torch.autograd.Function):
             )
         found = iter(again)
         found = [None if t is None else next(found) for t in leaves]
-        found = [None if g is None else g.to(t.dtype) for g, t in zip(found, ctx.saved_tensors, strict=True)]
-        return *found, *[None] * 6
+        found = [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+        # y, gates and aux, time, cell, reversed_sets and need have no gradient.
+        return *found, *[None] * (len(ROWS) + 7)
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -265,25 +300,37 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype != torch.float32 else tensor.view_as(tensor)
 
 
-def _reference_layer(inputs, cell: str, reversed_sets: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs y [T, B, N, H], h_n and c_n [N, B, H] of `Layer`, by the loop of reference.py."""
-    input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = inputs
-    results = [
-        reference.layer(
-            cell,
-            input,
-            weight_ih[n],
-            weight_hh[n],
-            None if bias_ih is None else bias_ih[n],
-            None if bias_hh is None else bias_hh[n],
-            h0[n],
-            None if c0 is None else c0[n],
-            reverse=runs_backwards(reversed_sets, n),
+def reference_layer(inputs, rows, time: int, cell: str, reversed_sets: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs y [R, N, H], h_n and c_n [N, B, H] of `Layer`, by the loop of reference.py."""
+    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0 = inputs
+    lengths, offsets, resets = rows
+    batch, place = h0.shape[1], None
+    if offsets is not None:  # packed: spread over [T, B], and gathered again below
+        sizes = offsets[1:] - offsets[:-1]
+        step = torch.repeat_interleave(torch.arange(time, device=input.device), sizes, output_size=input.shape[0])
+        place = step * batch + torch.arange(input.shape[0], device=input.device) - offsets[step]
+    results = []
+    for n in range(weight_ih.shape[0]):
+        biases = (None, None) if bias_ih is None else (bias_ih[n], bias_hh[n])
+        bias, bias_hn = reference.fold_biases(cell, *biases)
+        x_part = torch.nn.functional.linear(input, weight_ih[n], bias)
+        backwards = runs_backwards(reversed_sets, n)
+        if start is not None:
+            index = first_rows(batch, lengths, offsets, input.shape[0], backwards)
+            index = torch.arange(input.shape[0], device=input.device)[index]
+            x_part = x_part.index_add(0, index, start[n])
+        if place is not None:
+            x_part = x_part.new_zeros(time * batch, x_part.shape[1]).index_copy(0, place, x_part)
+        x_part = x_part.view(time, batch, -1)
+        states = h0[n], None if c0 is None else c0[n]
+        masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
+        y, h_n, c_n = reference.recurrence(
+            cell, x_part, weight_hh[n], bias_hn, *states, reverse=backwards, **masks
         )
-        for n in range(weight_ih.shape[0])
-    ]
+        y = y.flatten(0, 1)
+        results.append((y if place is None else y[place], h_n, c_n))
     y, h_n, c_n = zip(*results, strict=True)
-    return torch.stack(y, 2), torch.stack(h_n), None if c0 is None else torch.stack(c_n)
+    return torch.stack(y, 1), torch.stack(h_n), None if c0 is None else torch.stack(c_n)
 
 
 def _reordered(rows: Tensor, order) -> Tensor:

@@ -84,10 +84,15 @@ def data(problem: Problem) -> Data:
         return values.to(device=problem.device, dtype=problem.dtype)
 
     lstm = problem.cell == "lstm"
+    x_part = draw(time, batch, sets, gates * size)
+    # Strong enough that every state matters to its neighbours in the next step.
+    scale = size**-0.5
+    if problem.cell == "rnn_relu":
+        # Far from the kink: there a rounding error, anybody's, turns a derivative of 0 into 1, and norms compare nothing.
+        x_part, scale = x_part + 4 * x_part.sign(), scale / 4
     return Data(
-        x_part=draw(time, batch, sets, gates * size),
-        # Strong enough that every state matters to its neighbours in the next step.
-        weight_hh=draw(sets, gates * size, size, scale=size**-0.5),
+        x_part=x_part,
+        weight_hh=draw(sets, gates * size, size, scale=scale),
         bias_hn=draw(sets, size, scale=0.3) if problem.cell == "gru" and problem.bias else None,
         h0=draw(sets, batch, size),
         c0=draw(sets, batch, size) if lstm else None,
@@ -221,34 +226,42 @@ def run_forward(problem: Problem, forward_plan: Plan, given: Data, save: bool = 
     """launch.forward on a copy of x_part -> y, c_n, aux, and that copy, in which the gates are saved."""
     from rnn_gpu.kernels import launch
 
-    gates = given.x_part.clone()
-    y, c_n, aux = launch.forward(
-        forward_plan, gates, given.weight_hh, given.bias_hn, given.h0, given.c0, problem.reversed_sets, save
+    gates = given.x_part.flatten(0, 1).clone()
+    rows = launch.Rows(problem.time, problem.batch)
+    states = given.h0, given.c0
+    y, _, c_n, aux = launch.forward(
+        forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, save
     )
-    return y, c_n, aux, gates
+    steps = (problem.time, problem.batch)
+    return y.unflatten(0, steps), c_n, None if aux is None else aux.unflatten(0, steps), gates.unflatten(0, steps)
+
+
+def run_backward(problem: Problem, backward_plan: Plan, given: Data, y: Tensor, aux: Tensor | None, gates: Tensor):
+    """launch.backward from what `run_forward` left -> d_gates [T, B, N, E, H], d_carry_0."""
+    from rnn_gpu.kernels import launch
+
+    d_gates, d_carry_0 = launch.backward(
+        backward_plan,
+        None if given.d_y is None else given.d_y.flatten(0, 1),
+        given.d_h_n,
+        given.d_c_n,
+        given.weight_hh,
+        gates.flatten(0, 1) if CELLS[problem.cell].saves_gates else None,
+        None if aux is None else aux.flatten(0, 1),
+        y.flatten(0, 1),
+        given.h0,
+        given.c0,
+        launch.Rows(problem.time, problem.batch),
+        problem.reversed_sets,
+    )
+    return d_gates.unflatten(0, (problem.time, problem.batch)), d_carry_0
 
 
 def run(problem: Problem, both: tuple[Plan, Plan], given: Data | None = None) -> dict[str, Tensor]:
     """Forward and backward by the kernels, under whatever schedule the caller has set."""
-    from rnn_gpu.kernels import launch
-
     given = data(problem) if given is None else given
-    cell = CELLS[problem.cell]
     y, c_n, aux, gates = run_forward(problem, both[0], given)
-    d_gates, d_carry_0 = launch.backward(
-        both[1],
-        given.d_y,
-        given.d_h_n,
-        given.d_c_n,
-        given.weight_hh,
-        gates if cell.saves_gates else None,
-        aux,
-        y,
-        given.h0,
-        given.c0,
-        problem.reversed_sets,
-    )
-    return results(problem, given, y, c_n, d_gates, d_carry_0)
+    return results(problem, given, y, c_n, *run_backward(problem, both[1], given, y, aux, gates))
 
 
 def results(

@@ -1,0 +1,92 @@
+"""Swap torch.nn's recurrent layers and cells inside a model for those of rnn_gpu, and back.
+
+Only the class of a module is changed (`module.__class__ = ...`); the object stays the one it was. A new object that
+shares the parameters would do for the optimizer, but everything else that knows the old one would be left behind:
+hooks that hold the module, its place in other containers and in plain attributes, a wrapper's or a profiler's
+references, `weakref`s. The classes of both libraries hold the same attributes (both derive from RNNBase), so nothing
+has to be converted, shared modules stay shared, and going back is the same thing again.
+
+torch.nn.utils.parametrize gives each parametrized module a class of its own, in which the parametrized tensors are
+properties. Such a class is made again on the new base.
+"""
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils import parametrize
+
+from .cells import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+OURS = {
+    torch.nn.LSTM: LSTM,
+    torch.nn.GRU: GRU,
+    torch.nn.RNN: RNN,
+    torch.nn.LSTMCell: LSTMCell,
+    torch.nn.GRUCell: GRUCell,
+    torch.nn.RNNCell: RNNCell,
+}
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def replace_rnns(model: Model) -> Model:
+    """Make every torch.nn.LSTM, GRU, RNN and cell in `model` one of rnn_gpu, in place; the model is returned.
+
+    Parameters, buffers, hooks, names, the training flag, weight_norm and parametrizations stay as they are, because
+    the modules do: an optimizer made before keeps working. Calling it again changes nothing. Sub-classes are left
+    alone, since they may override what rnn_gpu relies on, and one UserWarning names them all. Call it last: after the
+    model has been built and initialised, before DistributedDataParallel, `fully_shard` and `torch.compile`.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5))
+    >>> type(replace_rnns(model)[1])
+    <class 'rnn_gpu.modules.GRU'>
+    """
+    return _swap(model, OURS, "replace_rnns", (RNNBase, RNNCellBase), done=tuple(THEIRS))
+
+
+def restore_rnns(model: Model) -> Model:
+    """Make every rnn_gpu layer and cell in `model` one of torch.nn, in place; the model is returned.
+
+    The way back from `replace_rnns`, and the way to torch.nn for layers built with rnn_gpu: before torch.jit.script,
+    quantize_dynamic or torch.fx, and before a whole model is pickled for a place without rnn_gpu. Sub-classes of
+    rnn_gpu's classes are left alone, and one UserWarning names them all.
+
+    >>> type(restore_rnns(LSTM(3, 4)))
+    <class 'torch.nn.modules.rnn.LSTM'>
+    """
+    return _swap(model, THEIRS, "restore_rnns", tuple(THEIRS), done=())
+
+
+def _swap(
+    model: Model, table: dict[type, type], caller: str, family: tuple[type, ...], done: tuple[type, ...]
+) -> Model:
+    """Change the class of every module in `model` that `table` has; warn of others in `family` but not in `done`."""
+    left_alone = []
+    for name, module in model.named_modules():
+        new = _class_after(module, table)
+        if new is not None:
+            module.__class__ = new
+        elif isinstance(module, family) and not isinstance(module, done):
+            found = type(module)
+            left_alone.append(f"{name or 'the model itself'} ({found.__module__}.{found.__qualname__})")
+    if left_alone:
+        warnings.warn(
+            f"{caller} left sub-classes alone, which may override what it relies on: {', '.join(left_alone)}",
+            stacklevel=3,
+        )
+    return model
+
+
+def _class_after(module: torch.nn.Module, table: dict[type, type]) -> type | None:
+    """The class that `module` is to have, or None where it stays as it is."""
+    cls = type(module)
+    if cls in table:
+        return table[cls]
+    # A class made by parametrize, for this module: `class ParametrizedLSTM(LSTM)` with a property for each tensor.
+    if parametrize.is_parametrized(module) and cls.__module__ == parametrize.__name__ and cls.__bases__[0] in table:
+        return type(cls.__name__, (table[cls.__bases__[0]],), dict(vars(cls)))
+    return None

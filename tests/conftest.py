@@ -1,0 +1,70 @@
+"""What all tests share: a seed for each, which a failure names, and the rules by which markers skip.
+
+    RNN_GPU_TEST_SEED=5 pytest ...    other random data everywhere; 0 unless set
+"""
+
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+BASE_SEED = int(os.environ.get("RNN_GPU_TEST_SEED", "0"))
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+SEED = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    # One thread a worker, or the workers fight for the cores.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_report_header(config):
+    triton_mode = "interpreted" if INTERPRETING else "compiled"
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"rnn_gpu: RNN_GPU_TEST_SEED={BASE_SEED}, torch {torch.__version__}, CUDA device: {cuda}, kernels {triton_mode}"
+
+
+def why_not(item) -> str | None:
+    """Why a test cannot run here, by its markers."""
+    if item.get_closest_marker("interpreted") and not INTERPRETING:
+        return "runs the kernels in Triton's interpreter: needs TRITON_INTERPRET=1, set before Python starts"
+    if item.get_closest_marker("compiled") and INTERPRETING:
+        return "compiles the kernels: must not run with TRITON_INTERPRET=1"
+    if item.get_closest_marker("gpu"):
+        if INTERPRETING:
+            return "runs compiled kernels on a GPU: must not run with TRITON_INTERPRET=1"
+        if not torch.cuda.is_available():
+            return "needs a CUDA device"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        reason = why_not(item)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The same seed for the same test, whatever runs before it and in whichever process."""
+    seed = item.stash[SEED] = zlib.crc32(f"{BASE_SEED} {item.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.failed and SEED in item.stash:
+        text = f"torch.manual_seed({item.stash[SEED]}), from RNN_GPU_TEST_SEED={BASE_SEED} and the name of the test"
+        report.sections.append(("seed", text))
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """The seed of this test, for data drawn in other ways than from torch's and Python's global generators."""
+    return request.node.stash[SEED]

@@ -1,0 +1,47 @@
+"""The contract of torch.nn's recurrent layers on the real Triton kernels, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from tests import contract
+from tests.contract import NAMES, assert_error_sample, assert_sample, error_samples, samples
+
+pytestmark = pytest.mark.interpreted
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    """Compare with full products; tf32 has its own tests (tests/test_kernels.py)."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+
+
+class TestMachinery(contract.Machinery):
+    backend = "triton"
+
+
+class TestErrors(contract.Errors):
+    backend = "triton"
+
+
+def dense(sample) -> bool:
+    """Whether the kernels serve a sample of PyTorch: plain tensors, no projection."""
+    tensor = isinstance(sample.forward_input.args[0], torch.Tensor)
+    return tensor and not sample.constructor_input.kwargs.get("proj_size")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_of_pytorch(name, training):
+    """Catches: results or gradients that differ from torch.nn's, or from PyTorch's reference, on PyTorch's own
+    samples.
+    """
+    for sample in filter(dense, samples(name, torch.float32, training)):
+        assert_sample(name, sample, torch.float32, training, "triton", bitwise=False)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NAMES)
+def test_error_samples_of_pytorch(name, training):
+    """Catches: another exception than PyTorch's own samples ask for."""
+    for error in error_samples(name, torch.float32, training):
+        assert_error_sample(name, error, torch.float32, training, "triton")

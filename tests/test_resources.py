@@ -1,0 +1,296 @@
+"""The machine code of the kernels, compiled for GPUs that need not be there: what the interpreter cannot show.
+
+No spill, shared memory as the plan says, nothing but the state through shared memory where weights stay in registers,
+the instruction counts that the layouts of tiles.py are for, and the order of publish and poll, which the exchange rests
+on.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from perf import resources
+from perf.resources import Resources, compile_plan, is_poll, is_publish, signature
+from rnn_gpu.kernels import launch
+from rnn_gpu.kernels.plan import DEVICES, Plan, plan
+from rnn_gpu.kernels.spec import CELLS, padded
+
+pytestmark = pytest.mark.compiled
+
+compiled = functools.lru_cache(maxsize=None)(compile_plan)
+
+
+def planned(arch, cell, dtype, hidden_size, batch=8, backward=False, sets=1, precision=None, **changes) -> Plan:
+    device = DEVICES[resources.ARCHITECTURES[arch]]
+    p = plan(cell, hidden_size, batch, sets, dtype, device, backward, precision)
+    assert isinstance(p, Plan), p
+    return dataclasses.replace(p, **changes)
+
+
+def all_in_registers(p: Plan) -> bool:
+    return not p.alone and p.shared == p.streamed == 0
+
+
+def waits(p: Plan) -> int:
+    """Awaited groups of tiles in a step."""
+    gates = CELLS[p.cell].gates
+    return p.slices * (1 if not p.backward else {0: 1, 1: gates, 2: 2, 3: gates}[p.order])
+
+
+def published_before_the_next_poll(before, step) -> bool:
+    """Whether no poll of a later step stands before a publishing store of an earlier one.
+
+    The time loop begins with a poll and ends with a publish. A poll brought forward, from the next step to before this
+    one's publish, needs a copy for the first step in front of the loop, after which nothing is published (unless whole
+    steps stand there).
+    """
+    events = [[is_publish(i) for i in part if is_poll(i) or is_publish(i)] for part in (before, step)]
+    in_front, loop = events
+    whole_steps = not in_front or (not in_front[0] and in_front[-1])
+    return whole_steps and len(loop) > 1 and not loop[0] and loop[-1]
+
+
+def assert_sound(p: Plan, r: Resources) -> None:
+    """What must hold for every plan."""
+    assert r.problem is None, f"{r.problem}, {r.registers} registers, {p}"
+    assert r.shared <= p.shared_bytes, f"takes {r.shared} bytes of shared memory, the plan says {p.shared_bytes}"
+    matrix = r.count(*resources.TENSOR_CORE)
+    assert (matrix > 0) == (p.precision != "ieee"), "products not on the tensor cores, or not in full precision"
+    if p.alone:
+        assert not any(map(is_poll, r.step)), "one program has nobody to wait for"
+        return
+    assert published_before_the_next_poll(r.before, r.step), "a poll stands before what it may be waiting for"
+    if all_in_registers(p):
+        assert r.count("LDSM") == 0, "an operand goes through shared memory in every step"
+        assert r.count("SHFL") <= 3 * waits(p), (
+            "the load's layout is not that of the matrix instruction (LAYOUT in tiles.py)"
+        )
+        # Each wait has its barriers (3), and so has the sum over the warps of each tile (2).
+        assert r.count("BAR") <= 3 * waits(p) + 2 * p.slices
+
+
+# Every architecture: cell, type, precision, hidden size, batch; each forward and backward. One program (H 64), one
+# chunk, several, units that pad the last slice, both kinds of float32, weights in shared memory, weights read again.
+EVERYWHERE = [
+    ("lstm", "bfloat16", None, 1024, 8),
+    ("gru", "float16", None, 512, 8),
+    ("rnn_tanh", "bfloat16", None, 1024, 64),
+    ("lstm", "float32", "tf32", 300, 8),
+    ("gru", "float32", "ieee", 256, 8),
+    ("lstm", "bfloat16", None, 64, 16),
+    ("gru", "float32", "tf32", 33, 3),
+]
+# The main device: more of each kind.
+MAIN = [
+    ("gru", "bfloat16", None, 1024, 8, 1),
+    ("lstm", "float16", None, 300, 8, 2),
+    ("lstm", "bfloat16", None, 2048, 8, 1),
+    ("rnn_relu", "float32", "tf32", 512, 8, 2),
+    ("gru", "bfloat16", None, 128, 64, 1),
+    ("gru", "bfloat16", None, 1001, 8, 1),
+    ("lstm", "float32", "ieee", 24, 8, 1),
+    ("gru", "float32", "tf32", 2048, 8, 1),
+]
+PASSES = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+
+
+@PASSES
+@pytest.mark.parametrize(("cell", "dtype", "precision", "hidden_size", "batch"), EVERYWHERE)
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_a_plan_compiles_without_spilling_and_fits(arch, cell, dtype, precision, hidden_size, batch, backward):
+    """Catches a residency rule that promises too much, a layout that a compiler reads otherwise, a poll moved ahead."""
+    p = planned(arch, cell, dtype, hidden_size, batch, backward, precision=precision)
+    assert_sound(p, compiled(p, arch))
+
+
+@PASSES
+@pytest.mark.parametrize(("cell", "dtype", "precision", "hidden_size", "batch", "sets"), MAIN)
+def test_more_plans_of_the_main_device_are_sound(cell, dtype, precision, hidden_size, batch, sets, backward):
+    """Catches the same where rows and units are masked, two directions run, weights are in shared memory."""
+    p = planned(90, cell, dtype, hidden_size, batch, backward, sets, precision)
+    assert_sound(p, compiled(p, 90))
+
+
+@pytest.mark.parametrize(("arch", "cell", "dtype", "hidden_size", "backward"), [
+    (86, "lstm", "bfloat16", 2048, False),
+    (86, "gru", "bfloat16", 2048, True),
+    (120, "gru", "float32", 2048, False),
+])  # fmt: skip
+def test_streamed_weights_do_not_spill(arch, cell, dtype, hidden_size, backward):
+    """Catches the compiler unrolling the loop over streamed weights, which fetches more than the registers hold."""
+    p = planned(arch, cell, dtype, hidden_size, backward=backward)
+    assert p.streamed > 1, "not the case this test is about"
+    r = compiled(p, arch)
+    assert_sound(p, r)
+    # Matrix instructions of the held chunks and of one streamed chunk, which stands for all, at most.
+    chunk = compiled(dataclasses.replace(p, registers=0, shared=0, streamed=p.registers + p.shared + p.streamed), arch)
+    assert r.count(*resources.TENSOR_CORE) <= (p.registers + p.shared + 1) * chunk.count(*resources.TENSOR_CORE)
+
+
+@pytest.mark.parametrize(
+    ("backward", "most", "barriers"), [(False, 300, 5), (True, 480, 8)], ids=["forward", "backward"]
+)
+def test_the_step_of_the_main_case_stays_short(backward, most, barriers):
+    """Catches a change that makes a step of the LSTM with 1024 units issue more: a conversion, a barrier, a reload."""
+    p = planned(90, "lstm", "bfloat16", 1024, 8, backward)
+    assert (p.units, p.rows, p.slices, p.warps) == (16, 8, 1, 8) and all_in_registers(p)
+    r = compiled(p, 90)
+    assert_sound(p, r)
+    assert r.count() <= most
+    assert r.count("BAR") == barriers
+    assert r.count("LDSM") == 0 and r.count("LDS") <= 12
+    assert r.count("HMMA") == 32
+
+
+@PASSES
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("device", ["h200", "a100", "rtx3090", "b200"])
+def test_common_sizes_keep_all_weights_in_registers(device, cell, dtype, backward):
+    """Catches a rule more careful than the compiler asks for. (Pure Python; that these compile is tested above.)"""
+    for hidden_size in (256, 384, 512, 640, 768, 896, 1000, 1024):
+        p = plan(cell, hidden_size, 8, 1, dtype, DEVICES[device], backward)
+        assert all_in_registers(p), f"H {hidden_size}: {p}"
+
+
+@PASSES
+def test_2048_units_stay_on_the_chip_of_the_main_device(backward):
+    """Catches shared memory not used for what the registers do not hold."""
+    p = planned(90, "lstm", "bfloat16", 2048, 8, backward)
+    assert p.streamed == 0 and p.registers > 0 and p.shared > 0
+
+
+# Controls: each of the checks above can fail.
+
+
+def test_weights_beyond_the_registers_are_reported_as_spilling():
+    """Control: catches a report that finds no spill where there must be some."""
+    p = planned(90, "lstm", "bfloat16", 1536, 8, backward=True, order=2, registers=6, shared=0)
+    r = compiled(p, 90)
+    assert r.spills > 0 and r.stack > 0
+    assert "spills" in r.problem
+    with pytest.raises(AssertionError, match="spills"):
+        assert_sound(p, r)
+
+
+def test_too_much_shared_memory_is_reported():
+    """Control: catches a report that compares shared memory with no limit, or with that of another device."""
+    large = planned(90, "rnn_tanh", "bfloat16", 2048, 8, units=32, registers=0, shared=8)
+    for arch, fits in ((90, True), (86, False)):
+        r = compiled(large, arch)
+        assert r.shared > 100 << 10
+        assert (r.problem is None) == fits, f"sm_{arch}: {r.problem}"
+
+
+def test_weights_read_from_shared_memory_are_counted():
+    """Control: catches a count of LDSM and LDS that sees nothing."""
+    held = planned(90, "rnn_tanh", "float32", 512, 8)
+    assert all_in_registers(held)
+    reading = dataclasses.replace(held, registers=0, shared=held.registers)
+    assert compiled(reading, 90).count("LDSM", "LDS") > compiled(held, 90).count("LDSM", "LDS")
+
+
+def test_a_poll_ahead_of_a_publish_is_noticed():
+    """Control: catches a check of the order that any order passes."""
+    r = compiled(planned(90, "lstm", "bfloat16", 1024, 8), 90)
+    polls = [i for i in r.step if is_poll(i)]
+    assert polls and any(map(is_publish, r.step))
+    assert published_before_the_next_poll(r.before, r.step)
+    # The next step's polls at the end of the loop, after the publish, are no fault, but before it they are; either way
+    # they need a first copy in front of the loop.
+    rest = tuple(i for i in r.step if not is_poll(i))
+    assert not published_before_the_next_poll((*r.before, *polls), (*polls, *rest))
+    assert not published_before_the_next_poll(r.before, (*rest, *polls))
+    assert not published_before_the_next_poll(r.before, rest)
+    assert not published_before_the_next_poll(r.before, tuple(i for i in r.step if not is_publish(i)))
+
+
+def test_instructions_are_told_apart():
+    """Catches a pattern that takes another load for a poll, or another store for a publish."""
+    assert is_poll("LDG.E.128.STRONG.SYS R28, desc[UR18][R160.64]")
+    assert not is_poll("LDG.E.128 R28, desc[UR18][R160.64]") and not is_poll("LDS.128 R28, [R9]")
+    assert is_publish("@P0 STG.E.U16.STRONG.GPU desc[UR18][R26.64], R163")
+    assert not is_publish("@P0 STG.E.U16 desc[UR18][R28.64], R31")
+    assert resources.name_of("@!UP0 LDG.E R4, [R2]") == "LDG" and resources.name_of("BRA.U UP0, `(.L_x_3)") == "BRA"
+
+
+# What is compiled is what would be launched.
+
+
+@PASSES
+@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, backward):
+    """Catches a kernel compiled here with other types than a launch passes: then nothing above speaks of what runs."""
+    p = planned(90, cell, dtype, 40, 2, backward)
+    kind, passed = getattr(torch, dtype), {}
+    monkeypatch.setattr(launch, "_launch", lambda *arguments: passed.update(arguments[-1]))
+    spec, (T, B, N, H), HS = CELLS[cell], (3, 2, 1, 40), padded(40, dtype)
+    h0, weight = torch.zeros(N, B, H, dtype=kind), torch.zeros(N, spec.gates * H, H, dtype=kind)
+    c0 = h0 if spec.carry == "c" else None
+    gates = torch.zeros(T, B, N, spec.gates * H, dtype=kind)
+    if backward:
+        aux = torch.zeros(T, B, N, HS, dtype=torch.float32 if spec.aux == "c" else kind)
+        y = torch.zeros(T, B, N, H, dtype=kind)
+        launch.backward(
+            p, y, h0, c0, weight, gates if spec.saves_gates else None, None if spec.aux == "y" else aux, y, h0, c0, 0
+        )
+    else:
+        launch.forward(p, gates, weight, torch.zeros(N, H, dtype=kind) if cell == "gru" else None, h0, c0, 0, True)
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    types = {name: None if tensor is None else names[tensor.dtype] for name, tensor in passed.items()}
+    assert signature(p) == types | {"status": "*i32"}
+
+
+# The command.
+
+
+def test_the_command_prints_a_table_and_json(capsys):
+    """Catches a command that cannot be run, and JSON that another program cannot read."""
+    arguments = ["--arch", "86", "--cell", "rnn_relu", "--dtype", "bfloat16", "--hidden-size", "16", "--jobs", "1"]
+    assert resources.main([*arguments, "--quick", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["arch"] == 86 and len(report["kernels"]) == 2
+    for kernel in report["kernels"]:
+        assert kernel["plan"]["cell"] == "rnn_relu" and kernel["problem"] is None
+        assert kernel["registers"] > 0 and kernel["step"]["all"] > kernel["step"]["HMMA"] > 0
+
+
+def test_the_command_fails_where_a_kernel_spills(monkeypatch, capsys):
+    """Catches an exit status of 0 in spite of a spill, or of a kernel that does not compile."""
+    sound = Resources(90, "3", 100, 0, 0, 1024, (), ("HMMA R0, R1, R2, R3",))
+    arguments = ["--quick", "--cell", "lstm", "--dtype", "bfloat16", "--hidden-size", "256"]
+    for result, status in (
+        (sound, 0),
+        (dataclasses.replace(sound, spills=3, stack=24), 1),
+        (dataclasses.replace(sound, shared=232449), 1),
+        ("does not compile: reason", 1),
+    ):
+        monkeypatch.setattr(
+            resources, "compile_all", lambda plans, arch, jobs, result=result: ((p, result) for p in plans)
+        )
+        assert resources.main(arguments) == status
+        printed = capsys.readouterr().out
+        assert "lstm" in printed and ("<- " in printed or "reason" in printed) == bool(status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize("arch", list(resources.ARCHITECTURES))
+def test_the_whole_grid_is_sound(arch, cell):
+    """Catches what the sample above leaves out: all sizes, types, numbers of rows, both directions of a layer."""
+    wanted, _ = resources.plans("full", arch, cells=[cell])
+    faults = []
+    for p, r in resources.compile_all(wanted, arch, os.cpu_count() or 1):
+        try:
+            assert not isinstance(r, str), r
+            assert_sound(p, r)
+        except AssertionError as error:
+            faults.append(f"{resources.describe(p)}: {error}")
+    assert not faults, "\n".join(faults)
