@@ -22,6 +22,13 @@ def _autocasts(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def _cast(value, dtype: torch.dtype):
+    """Tensors, tuples of them and packed sequences in dtype; None stays."""
+    if value is None or isinstance(value, Tensor | PackedSequence):
+        return None if value is None else value.to(dtype)
+    return tuple(_cast(one, dtype) for one in value)
+
+
 class _Layer(RNNBase):
     """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words."""
 
@@ -48,10 +55,25 @@ class _Layer(RNNBase):
         if packed:
             if masked:
                 raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-            return self._forward_packed(input, hx, dtype) if kernels else self.torch_class.forward(self, input, hx)
+            return self._forward_packed(input, hx, dtype) if kernels else self._forward_torch(input, hx)
         if kernels or masked:
             return self._forward_rows(input, hx, dtype, lengths, resets, kernels)
-        return self.torch_class.forward(self, input, hx)
+        return self._forward_torch(input, hx)
+
+    def _forward_torch(self, input, hx):
+        """PyTorch's own kernels; under autocast with results in its dtype, which torch.nn gives for some layers only."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        if not _autocasts(data):
+            return self.torch_class.forward(self, input, hx)
+        dtype = torch.get_autocast_dtype(data.device.type)
+        if data.device.type == "cuda":  # autocast flattens the weights for cuDNN, and always in float16
+            return _cast(self.torch_class.forward(self, input, hx), dtype)
+        self._update_flat_weights()
+        cast = object.__new__(type(self))  # this layer with its weights in dtype
+        weights = [weight.to(dtype) for weight in self._flat_weights]
+        cast.__dict__ = self.__dict__ | {"_flat_weights": weights, "_update_flat_weights": lambda: None}
+        with torch.autocast(data.device.type, enabled=False):
+            return self.torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype

@@ -1,6 +1,6 @@
 """What all tests share: a seed for each, which a failure names, and the rules by which markers skip.
 
-    RNN_GPU_TEST_SEED=5 pytest ...    other random data everywhere; 0 unless set
+RNN_GPU_TEST_SEED=5 pytest ...    other random data everywhere; 0 unless set
 """
 
 import os
@@ -24,7 +24,9 @@ def pytest_configure(config):
 def pytest_report_header(config):
     triton_mode = "interpreted" if INTERPRETING else "compiled"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return f"rnn_gpu: RNN_GPU_TEST_SEED={BASE_SEED}, torch {torch.__version__}, CUDA device: {cuda}, kernels {triton_mode}"
+    return (
+        f"rnn_gpu: RNN_GPU_TEST_SEED={BASE_SEED}, torch {torch.__version__}, CUDA device: {cuda}, kernels {triton_mode}"
+    )
 
 
 def why_not(item) -> str | None:

@@ -45,9 +45,7 @@ class Problem:
         """Short, for the names of tests."""
         kind = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.dtype_name]
         kind += f"-{self.precision}" if self.precision else ""
-        return (
-            f"{self.cell}-H{self.hidden_size}-B{self.batch}-T{self.time}-{kind}-N{self.sets}-rev{self.reversed_sets}"
-        )
+        return f"{self.cell}-H{self.hidden_size}-B{self.batch}-T{self.time}-{kind}-N{self.sets}-rev{self.reversed_sets}"
 
     @property
     def dtype_name(self) -> str:
@@ -135,9 +133,7 @@ def by_reference(problem: Problem, given: Data, dtype: torch.dtype) -> dict[str,
         d_y = torch.zeros_like(y) if d_y is None else d_y
         d_h_n = torch.zeros_like(h0) if d_h_n is None else d_h_n
         d_c_n = torch.zeros_like(c0) if d_c_n is None and c0 is not None else d_c_n
-        d_hidden, d_input, d_h0, d_c0 = reference.recurrence_backward(
-            *start, y, d_y, d_h_n, d_c_n, problem.reverse(n)
-        )
+        d_hidden, d_input, d_h0, d_c0 = reference.recurrence_backward(*start, y, d_y, d_h_n, d_c_n, problem.reverse(n))
         per_set.append(dict(y=y, c_n=c_n, d_input=d_input, d_hidden=d_hidden, d_h0=d_h0, d_c0=d_c0))
     sets_at = {"y": 2, "d_input": 2, "d_hidden": 2}
     return {

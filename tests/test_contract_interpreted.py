@@ -23,19 +23,13 @@ class TestErrors(contract.Errors):
     backend = "triton"
 
 
-def dense(sample) -> bool:
-    """Whether the kernels serve a sample of PyTorch: plain tensors, no projection."""
-    tensor = isinstance(sample.forward_input.args[0], torch.Tensor)
-    return tensor and not sample.constructor_input.kwargs.get("proj_size")
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_of_pytorch(name, training):
     """Catches: results or gradients that differ from torch.nn's, or from PyTorch's reference, on PyTorch's own
     samples.
     """
-    for sample in filter(dense, samples(name, torch.float32, training)):
+    for sample in samples(name, torch.float32, training, packed=True):
         assert_sample(name, sample, torch.float32, training, "triton", bitwise=False)
 
 

@@ -44,9 +44,7 @@ pytestmark = [pytest.mark.gpu]
 KINDS = [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, None), (torch.bfloat16, None)]
 
 every_cell = pytest.mark.parametrize("cell", list(CELLS))
-every_kind = pytest.mark.parametrize(
-    ("dtype", "precision"), KINDS, ids=["fp32-ieee", "fp32-tf32", "fp16", "bf16"]
-)
+every_kind = pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["fp32-ieee", "fp32-tf32", "fp16", "bf16"])
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +115,8 @@ def by_torch_nn(problem: Problem, given: Data) -> dict:
             results |= dict(c_n=last[1][0].detach(), d_c0=d_start[1][0])
         found.append(results)
     return {
-        name: torch.stack([results[name] for results in found], 2 if name in ("y", "d_input") else 0) for name in found[0]
+        name: torch.stack([results[name] for results in found], 2 if name in ("y", "d_input") else 0)
+        for name in found[0]
     }
 
 
@@ -127,7 +126,9 @@ def by_torch_nn(problem: Problem, given: Data) -> dict:
 @every_cell
 @every_kind
 @pytest.mark.parametrize(("sets", "reversed_sets"), [(1, 0), (1, 1), (2, 2)])
-@pytest.mark.parametrize(("hidden_size", "batch"), [(1, 5), (7, 17), (33, 1), (64, 64), (200, 5), (512, 17), (1024, 16)])
+@pytest.mark.parametrize(
+    ("hidden_size", "batch"), [(1, 5), (7, 17), (33, 1), (64, 64), (200, 5), (512, 17), (1024, 16)]
+)
 def test_forward_and_backward_are_right(cell, dtype, precision, sets, reversed_sets, hidden_size, batch, tf32):
     """Catches whatever the interpreter cannot show: layouts, caches, rounding of the hardware, a compiler's mistake."""
     problem = gpu_problem(cell, hidden_size, batch, 20, dtype, precision, sets, reversed_sets)
@@ -146,7 +147,11 @@ def test_errors_are_no_larger_than_those_of_torch_nn(cell, dtype, precision, hid
     """Catches a result that is right, but worse than what users have today."""
     problem = gpu_problem(cell, hidden_size, batch, 50, dtype, precision)
     tf32(precision)
-    found, expected, peer = run(problem, gpu_plans(problem, alone=True)), oracle(problem), by_torch_nn(problem, data(problem))
+    found, expected, peer = (
+        run(problem, gpu_plans(problem, alone=True)),
+        oracle(problem),
+        by_torch_nn(problem, data(problem)),
+    )
     for name, of_torch in peer.items():
         assert_close_to_oracle(found[name], expected[name], of_torch, f"{problem} {name}")
 
@@ -515,7 +520,11 @@ def test_a_layer_in_a_cuda_graph():
 
 def test_auto_serves_cuda_tensors_and_says_what_it_chose():
     """Catches a default under which no kernel ever runs, and one that fails where no kernel fits."""
-    for name, hidden_size, dtype in (("LSTM", 1024, torch.bfloat16), ("GRU", 64, torch.float64), ("RNN", 256, torch.float16)):
+    for name, hidden_size, dtype in (
+        ("LSTM", 1024, torch.bfloat16),
+        ("GRU", 64, torch.float64),
+        ("RNN", 256, torch.float16),
+    ):
         layer = getattr(rnn_gpu, name)(32, hidden_size).to("cuda", dtype)
         x = torch.randn(5, 4, 32, device="cuda", dtype=dtype)
         output, _ = layer(x)

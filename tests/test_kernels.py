@@ -46,9 +46,7 @@ SETS = ((1, 0), (1, 1), (2, 2))  # weight sets, which of them run backwards in t
 ALL_ONES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 every_cell = pytest.mark.parametrize("cell", list(CELLS))
-every_kind = pytest.mark.parametrize(
-    ("dtype", "precision"), KINDS, ids=["fp32-ieee", "fp32-tf32", "fp16", "bf16"]
-)
+every_kind = pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["fp32-ieee", "fp32-tf32", "fp16", "bf16"])
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +163,9 @@ def test_no_bias_is_right(cell, alone):
 
 
 @every_cell
-@pytest.mark.parametrize("absent", [("d_y",), ("d_h_n",), ("d_c_n",), ("d_h_n", "d_c_n"), ("d_y", "d_c_n")], ids="-".join)
+@pytest.mark.parametrize(
+    "absent", [("d_y",), ("d_h_n",), ("d_c_n",), ("d_h_n", "d_c_n"), ("d_y", "d_c_n")], ids="-".join
+)
 def test_gradients_that_are_absent_are_zero(cell, absent):
     """Catches a gradient that nobody asked for being read, or another one being left out with it."""
     if cell != "lstm":
@@ -217,7 +217,9 @@ def halves(problem: Problem, given, k: int):
     for times in (late, early) if problem.reversed_sets == 1 else (early, late):
         size = times.stop - times.start
         part = dataclasses.replace(problem, time=size)
-        parts.append((part, times, dataclasses.replace(given, x_part=given.x_part[times].contiguous(), d_y=given.d_y[times])))
+        parts.append(
+            (part, times, dataclasses.replace(given, x_part=given.x_part[times].contiguous(), d_y=given.d_y[times]))
+        )
     return parts
 
 
@@ -400,7 +402,9 @@ def forward_that_fails(problem: Problem, monkeypatch, plan, schedule: dict):
 def test_control_a_wait_that_ends_too_early_is_an_error_and_its_results_nan(cell, dtype, precision, monkeypatch):
     """Catches waits that are not needed in these tests, and unwritten data that comes out as numbers."""
     problem = Problem(cell, 33, 5, 4, dtype, precision)
-    forward_plan, _ = plans(problem, units=16, registers=9)  # streamed weights meet their state later, and find it written
+    forward_plan, _ = plans(
+        problem, units=16, registers=9
+    )  # streamed weights meet their state later, and find it written
     expected = loop(problem)["y"]
     with monkeypatch.context() as patch:
         patch.setattr(launch, "WAIT_LIMIT", 0)
@@ -526,7 +530,12 @@ def test_nothing_that_is_published_looks_unwritten(dtype, precision):
     """Catches a NaN that comes out as all ones: its readers would wait for ever."""
     signs = [0, 1 << 31]
     payloads = [1, 0x1FFF, 0x400000, 0x7FFFFF, 0x7FE000, 0x3FFFFF]
-    values = [sign | 0x7F800000 | payload for sign in signs for payload in payloads] + [0, 1 << 31, 0x7F800000, 0xFF800000]
+    values = [sign | 0x7F800000 | payload for sign in signs for payload in payloads] + [
+        0,
+        1 << 31,
+        0x7F800000,
+        0xFF800000,
+    ]
     values = torch.tensor([value - (1 << 32) if value >> 31 else value for value in values], dtype=torch.int32)
     whole = ALL_ONES[dtype]
     out = torch.zeros(16, dtype=whole)

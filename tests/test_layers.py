@@ -185,3 +185,22 @@ runpy.run_module("rnn_gpu", run_name="__main__")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Triton is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_gives_results_in_its_dtype(name, dtype):
+    """Catches: results or states in another type than autocast's, as torch.nn gives, or none where ATen refuses float16."""
+    layer = getattr(rnn_gpu, name)(4, 8, num_layers=2, bidirectional=True)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    for input in (torch.randn(3, 2, 4), packed):
+        with torch.autocast("cpu", dtype):
+            output, states = layer(input)
+        output = output.data if input is packed else output
+        assert {t.dtype for t in (output, *(states if isinstance(states, tuple) else (states,)))} == {dtype}
+        layer.zero_grad()
+        output.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+        with torch.no_grad():
+            exact, _ = layer(input)
+        torch.testing.assert_close(output.float(), exact.data if input is packed else exact, atol=0.03, rtol=0.03)

@@ -156,7 +156,7 @@ def test_common_sizes_keep_all_weights_in_registers(device, cell, dtype, backwar
     """Catches a rule more careful than the compiler asks for. (Pure Python; that these compile is tested above.)"""
     for hidden_size in (256, 384, 512, 640, 768, 896, 1000, 1024):
         p = plan(cell, hidden_size, 8, 1, dtype, DEVICES[device], backward)
-        assert all_in_registers(p), f"H {hidden_size}: {p}"
+        assert p.alone or all_in_registers(p), f"H {hidden_size}: {p}"
 
 
 @PASSES
