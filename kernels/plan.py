@@ -94,20 +94,29 @@ class Plan:
 # Residency. A thread has 255 registers, and what does not fit spills to memory in every step. Words of 32 bits that a
 # thread may spend on weights, polled state and accumulators, forward and backward; the rest goes to the input part on
 # its way, the equations and the addresses. Found by compiling for sm_80 to sm_120 with Triton 3.6 and 3.7
-# (perf/resources.py, which repeats it): the LSTM with 1536 units forward takes all 248; backward there are more tensors
-# to address, and the factors wait in registers.
+# (perf/resources.py, which repeats it): the LSTM with 1536 units forward takes all 248 of sm_90; backward there are
+# more tensors to address, and the factors wait in registers.
 THREAD_WORDS = {False: 248, True: 224}
+# Fewer before sm_90, where fewer addresses stand in the registers that all threads of a warp share.
+OLDER_ADDRESS_WORDS = 16
+# Fewer where sequences are packed, end early or start anew: more masks, and a source of the state for each row.
+RAGGED_WORDS = 24
 # What each further (row, unit) pair of a thread takes of them: its input part of this step and the next, its carry, its
 # offsets.
 PAIR_WORDS = {False: 24, True: 16}
 # Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
 # to have room for.
-PASSING_WORDS = 32
-# Accumulators a thread where one program holds all units: beside them stand the gates of as many (row, unit) pairs.
-ALONE_ACCUMULATORS = 32
+PASSING_WORDS = {False: 32, True: 48}
+# Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
+ROUNDING_WORDS = 24
+# (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
+PAIRS = 4
+# Accumulators a thread where one program of so many warps holds all units: beside them stand the gates of as many
+# (row, unit) pairs, and with 4 warps more of the weights on their way.
+ALONE_ACCUMULATORS = {4: 16, 8: 32}
 # Full float32 products are made of scalar ones, each operand copied through shared memory and into registers for all of
 # K.
-ALONE_IEEE_ACCUMULATORS, ALONE_IEEE_UNITS = 16, 32
+ALONE_IEEE_UNITS = 32
 # Tiles polled in a step where a program works through several slices of rows: Triton's time to compile grows with their
 # cube.
 POLLED_TILES = 48
@@ -132,12 +141,14 @@ def plan(
     precision: str | None = None,
     max_programs: int | None = None,
     allow_alone: bool = True,
+    ragged: bool = False,
 ) -> Plan | str:
     """The best plan that fits, or a sentence that says why there is none.
 
     sets: weight sets that run side by side (directions). precision: "tf32" or "ieee" for float32. max_programs: the
     user's cap on programs that must run at the same time; fewer than the multiprocessors leave room for collectives.
-    allow_alone=False: exchange even where one program could hold all units (for tests).
+    allow_alone=False: exchange even where one program could hold all units (for tests). ragged: sequences are packed,
+    end early or start anew.
     """
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(DTYPES)}, not in {dtype}"
@@ -148,7 +159,7 @@ def plan(
     problem = (cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision)
     found = list(_alone(*problem)) if allow_alone else []
     if not found:
-        found = [p for p in _exchanging(*problem) if p.unit_slices * sets <= resident]
+        found = [p for p in _exchanging(*problem, ragged) if p.unit_slices * sets <= resident]
         found = [_with_batch(p, device, resident) for p in found]
     if not found:
         what = f"{hidden_size} hidden units in {sets} set(s)"
@@ -167,9 +178,9 @@ def _alone(cell, hidden_size, batch_size, sets, dtype, device, backward, precisi
         # its way to the product.
         scratch = units * rows * 4 + (gates if backward else 1) * units * max(rows, 16) * bytes_
         accumulators = gates * units * rows // (warps * 32)
-        if weights + scratch > device.shared_memory or accumulators > ALONE_ACCUMULATORS:
+        if weights + scratch > device.shared_memory or accumulators > ALONE_ACCUMULATORS[warps]:
             continue
-        if precision == "ieee" and (units > ALONE_IEEE_UNITS or accumulators > ALONE_IEEE_ACCUMULATORS):
+        if precision == "ieee" and units > ALONE_IEEE_UNITS:
             continue
         programs = -(-batch_size // rows)
         waves = -(-programs * sets // device.multiprocessors)
@@ -182,7 +193,7 @@ def _alone(cell, hidden_size, batch_size, sets, dtype, device, backward, precisi
         )  # fmt: skip
 
 
-def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, precision):
+def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, precision, ragged):
     """Plans that cut the hidden units into slices, without the batch: rows, slices, weights and where they stay."""
     spec = CELLS[cell]
     size = padded(hidden_size, dtype)
@@ -199,7 +210,9 @@ def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, pr
         for rows, slices in ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2)):
             if slices > 1 and chunks * slices * (spec.gates if backward else 1) > POLLED_TILES:
                 continue
-            found = _residency(spec.gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision)
+            found = _residency(
+                spec.gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision, ragged
+            )
             if found is None:
                 continue
             order, registers, shared, shared_bytes = found
@@ -210,11 +223,11 @@ def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, pr
             )  # fmt: skip
 
 
-def _residency(gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision):
+def _residency(gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision, ragged):
     """Order of the waits, chunks of weights in registers and in shared memory, bytes of it all; None: it would spill.
 
-    The order that keeps most weights on the chip; where two are equal, the first of the list: fewer waits, or waits
-    that overlap.
+    The order that keeps most weights on the chip; where two are equal, all in registers; then the first of the list:
+    fewer waits, or waits that overlap. Order 3, whose waits do not, is taken for more weights on the chip alone.
     """
     tile_gates = gates if backward else -(-gates // per_tile) * per_tile
     words = tile_gates * units // 2  # of a chunk of weights, a thread: a chunk has 16 words a row and warp
@@ -224,10 +237,13 @@ def _residency(gates, per_tile, units, rows, slices, warps, chunks, device, back
     accumulators = 2 * (2 if backward else sums) * units * rows // 32
     pairs = max(1, units * rows // (warps * 32)) * slices
     room = THREAD_WORDS[backward] - PAIR_WORDS[backward] * (pairs - 1)
+    room -= (OLDER_ADDRESS_WORDS if device.arch < 90 else 0) + (RAGGED_WORDS if ragged else 0)
     scratch = warps * sums * units * rows * 4 + 1024
+    if pairs > PAIRS:
+        return None
     if precision == "ieee":  # an operand passes through shared memory chunk by chunk, of all gates that share a tile
         scratch = max(scratch, warps * 64 * ((1 if backward else per_tile) * units + rows) + 1024)
-    best = None
+    best, most = None, (-1, False)
     for order, slots in ((2, gates), (1, 2), (3, 1)) if backward and gates > 1 else ((0, 1),):
         state = chunks * slots * rows // 2  # polled words in a thread at the same time
         for registers in range(0 if precision == "ieee" else chunks, -1, -1):
@@ -239,11 +255,13 @@ def _residency(gates, per_tile, units, rows, slices, warps, chunks, device, back
             else:  # only the held weights need their state kept, the others read it again, chunk by chunk
                 one_chunk = (units if backward else per_tile * units) // 2 + rows // 2
                 needed = max(state, -(-state * held // chunks) + accumulators, accumulators + one_chunk)
-            if registers < chunks:
-                needed += PASSING_WORDS
-            if registers * words + needed <= room:
-                if best is None or held > best[1] + best[2]:
-                    best = order, registers, shared, scratch + shared * chunk_bytes
+            needed += PASSING_WORDS[backward] if registers < chunks else 0
+            needed += ROUNDING_WORDS if precision == "tf32" else 0
+            simplest = registers == 0 and slots * slices * rows == 8  # always possible: what passes takes its turn
+            if registers * words + needed <= room or simplest:
+                value = held, registers == chunks and order != 3
+                if value > most:
+                    best, most = (order, registers, shared, scratch + shared * chunk_bytes), value
                 break
     return best
 

@@ -33,6 +33,13 @@ ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made f
     100: "b200",
     120: "rtx5090",
 }
+# How the rows of a batch lie (launch.Rows), and the tensors that say so.
+ROWS = {
+    "dense": (),
+    "lengths": ("lengths",),
+    "packed": ("lengths", "offsets"),
+    "resets": ("resets",),
+}
 # What makes one compiled kernel different from another; the batch size itself does not.
 KEY = (
     "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
@@ -146,13 +153,15 @@ def time_loop(disassembly: str) -> tuple[list[str], int, int]:
     return code, begin, end
 
 
-def signature(p: Plan) -> dict:
+def signature(p: Plan, rows: str = "dense") -> dict:
     """Types of the tensor arguments as launch.py passes them in training; None where it passes None."""
     cell, element, exact = (
         CELLS[p.cell],
         {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype],
         "*fp32",
     )
+    lie = {"lengths": "*i32", "offsets": "*i64", "resets": "*i8"}
+    lie = {name: kind if name in ROWS[rows] else None for name, kind in lie.items()}
     carry = {"c": exact, "h": element, None: None}[cell.carry]
     gates = element if cell.saves_gates else None
     aux = exact if cell.aux == "c" else element
@@ -167,10 +176,8 @@ def signature(p: Plan) -> dict:
             "aux": None if cell.aux == "y" else aux,
             "carry_n": exact if cell.carry == "c" else None,
             "status": "*i32",
-            "lengths": None,
-            "offsets": None,
-            "resets": None,
-            "h_n": None,
+            "h_n": element if lie["lengths"] else None,
+            **lie,
         }
     return {
         "d_y": element,
@@ -184,13 +191,11 @@ def signature(p: Plan) -> dict:
         "d_gates": "*i32",
         "d_carry_0": None if cell.carry is None else exact,
         "status": "*i32",
-        "lengths": None,
-        "offsets": None,
-        "resets": None,
+        **lie,
     }
 
 
-def compile_kernel(p: Plan, arch: int):
+def compile_kernel(p: Plan, arch: int, rows: str = "dense"):
     """The Triton kernel of a plan for an architecture. Tensors are aligned to 16 bytes, as launch.py sees to."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -201,7 +206,7 @@ def compile_kernel(p: Plan, arch: int):
     kernel = launch.backward_kernel.backward if p.backward else launch.forward_kernel.forward
     if not hasattr(kernel, "arg_names"):
         raise RuntimeError("nothing can be compiled with TRITON_INTERPRET=1")
-    tensors = signature(p)
+    tensors = signature(p, rows)
     fixed = launch.constants(p, 2 if p.sets > 1 else 0) | {name: None for name, kind in tensors.items() if kind is None}
     types = {}
     for name in kernel.arg_names:
@@ -213,11 +218,11 @@ def compile_kernel(p: Plan, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(p))
 
 
-def compile_plan(p: Plan, arch: int) -> Resources:
+def compile_plan(p: Plan, arch: int, rows: str = "dense") -> Resources:
     """Compile the kernel of a plan for an architecture and count."""
     import triton
 
-    kernel = compile_kernel(p, arch)
+    kernel = compile_kernel(p, arch, rows)
     usage, disassembly = machine_code(kernel.asm["cubin"])
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     code, begin, end = time_loop(disassembly)
@@ -256,7 +261,9 @@ GRIDS = {
 }
 
 
-def plans(grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None) -> tuple[list[Plan], list[str]]:
+def plans(
+    grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None, rows: str = "dense"
+) -> tuple[list[Plan], list[str]]:
     """The plans of a grid, one for each kernel that is compiled, and a sentence for each problem without a plan."""
     sizes, batches, sets, default_cells, default_dtypes = GRIDS[grid]
     found, refused = {}, {}
@@ -265,7 +272,7 @@ def plans(grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None) -> t
         problems = itertools.product(precisions, hidden_sizes or sizes, (False, True), sets, batches)
         for precision, hidden_size, backward, count, batch in problems:
             device = DEVICES[ARCHITECTURES[arch]]
-            p = plan(cell, hidden_size, batch, count, dtype, device, backward, precision)
+            p = plan(cell, hidden_size, batch, count, dtype, device, backward, precision, ragged=rows != "dense")
             if isinstance(p, Plan):
                 found.setdefault(key(p), p)
             else:
@@ -273,10 +280,10 @@ def plans(grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None) -> t
     return list(found.values()), list(refused)
 
 
-def _attempt(p: Plan, arch: int) -> Resources | str:
+def _attempt(p: Plan, arch: int, rows: str) -> Resources | str:
     """What compile_plan gives, or the reason why it failed: for a process of the pool."""
     try:
-        return compile_plan(p, arch)
+        return compile_plan(p, arch, rows)
     except Exception as error:  # whatever a compiler raises is a row of the report
         cause = error
         while cause.__cause__ is not None:
@@ -286,11 +293,11 @@ def _attempt(p: Plan, arch: int) -> Resources | str:
         )
 
 
-def compile_all(all_plans: list[Plan], arch: int, jobs: int):
+def compile_all(all_plans: list[Plan], arch: int, jobs: int, rows: str = "dense"):
     """Pairs of a plan and its resources, or why it failed, as they are ready, compiled by `jobs` processes."""
     # spawn: a fork would copy the threads' locks of a process that has imported torch
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(_attempt, p, arch): p for p in all_plans}
+        running = {pool.submit(_attempt, p, arch, rows): p for p in all_plans}
         for done in concurrent.futures.as_completed(running):
             yield running[done], done.result()
 
@@ -343,13 +350,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--cell", action="append", choices=CELLS, help="only this cell (may be repeated)")
     add("--dtype", action="append", choices=DTYPES, help="only this type (may be repeated)")
     add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")
+    add("--rows", choices=ROWS, default="dense", help="how the rows of the batch lie (default: dense)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     add("--json", metavar="PATH", help="write all numbers there too; - for standard output, without the table")
     chosen = parser.parse_args(arguments)
-    wanted, refused = plans(
-        "quick" if chosen.quick else chosen.grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size
-    )
-    results = dict(progress(compile_all(wanted, chosen.arch, chosen.jobs), len(wanted)))
+    grid = "quick" if chosen.quick else chosen.grid
+    wanted, refused = plans(grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size, chosen.rows)
+    results = dict(progress(compile_all(wanted, chosen.arch, chosen.jobs, chosen.rows), len(wanted)))
     failed = [r for r in results.values() if isinstance(r, str) or r.problem]
     if chosen.json != "-":
         print(HEADER)
@@ -362,7 +369,9 @@ def main(arguments: list[str] | None = None) -> int:
             {"plan": asdict(p)} | ({"problem": r} if isinstance(r, str) else r.as_dict())
             for p, r in ((p, results[p]) for p in wanted)
         ]  # fmt: skip
-        text = json.dumps({"arch": chosen.arch, "kernels": report, "without_plan": refused}, indent=1)
+        text = json.dumps(
+            {"arch": chosen.arch, "rows": chosen.rows, "kernels": report, "without_plan": refused}, indent=1
+        )
         if chosen.json == "-":
             print(text)
         else:

@@ -199,6 +199,23 @@ def _log_once(module: torch.nn.RNNBase, reason: str) -> None:
         logger.warning("%s: PyTorch's own kernels serve it, not rnn_gpu's: %s", layer, reason)
 
 
+@torch.compiler.assume_constant_result
+def _why_not_compiled(mode: str, hidden_size: int, bidirectional: bool, dtype: str, kind: str, index: int) -> str:
+    """Why the kernels cannot serve a layer, or "": asked once while torch.compile traces, for any batch and length.
+
+    The estimate for one row stands for all: a graph that chose between backends by the size of the batch would be
+    compiled anew for every size.
+    """
+    if triton_missing():
+        return triton_missing()
+    device = device_of(torch.device(kind, index) if index >= 0 else kind)
+    for backward in (False, True):
+        found = plan_for(CELL_OF_MODE[mode], hidden_size, 1, 2 if bidirectional else 1, dtype, device, backward)
+        if isinstance(found, str):
+            return found
+    return ""
+
+
 def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Choice:
     """The backend for a call; RuntimeError where "triton" was asked for and cannot serve it.
 
@@ -213,6 +230,14 @@ def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype
             "(or CPU tensors with TRITON_INTERPRET=1, set before Python starts)."
         )
     training = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        where = -1 if input.device.index is None else input.device.index
+        reason = _why_not_compiled(
+            module.mode, module.hidden_size, module.bidirectional, name_of(dtype), input.device.type, where
+        )
+        if reason and wanted == "triton":
+            raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
+        return Choice("torch" if reason else "triton", reason or "compiled")
     choice = kernels_for(module, batch_size, dtype, device_of(input.device), training)
     if wanted == "auto":
         if choice.name == "torch":

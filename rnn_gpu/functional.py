@@ -1,4 +1,6 @@
-"""A stack of recurrent layers: layers x directions, dropout between layers, projection; on the kernels or the reference."""
+"""A stack of recurrent layers: layers x directions, dropout between layers, projection; on the kernels or the
+reference.
+"""
 
 from typing import NamedTuple
 
@@ -13,8 +15,9 @@ from .operators import Layer, first_rows, reference_layer, runs_backwards
 class Rows(NamedTuple):
     """Where the rows of the steps lie; the tensors on the device of the input (see `kernels.launch.Rows`).
 
-    time: T. batch: B. lengths: int32 [B], within 0..T, or None where every row has all steps. offsets: int64 [T+1] where
-    sequences are packed, longest first, else None. resets: int8 [T, B], not zero where a row starts anew, or None.
+    time: T. batch: B. lengths: int32 [B], within 0..T, or None where every row has all steps. offsets: int64 [T+1]
+    where sequences are packed, longest first, else None. resets: int8 [T, B], not zero where a row starts anew, or
+    None.
     """
 
     time: int
@@ -24,13 +27,11 @@ class Rows(NamedTuple):
     resets: Tensor | None = None
 
 
-def packed_rows(batch_sizes: Tensor, device: torch.device) -> Rows:
-    """The rows of a PackedSequence, from its batch_sizes [T] on the CPU."""
-    time, batch = len(batch_sizes), int(batch_sizes[0])
+def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
+    """The rows of a PackedSequence of `batch` sequences, from its batch_sizes [T] on the CPU."""
     offsets = functional.pad(batch_sizes.cumsum(0), (1, 0))
-    ending = batch_sizes - functional.pad(batch_sizes[1:], (0, 1))  # sequences whose last step this is
-    lengths = torch.repeat_interleave(torch.arange(time, 0, -1), ending.flip(0)).int()
-    return Rows(time, batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0, dtype=torch.int32)
+    return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -60,16 +61,19 @@ def recurrent_stack(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run `num_layers` layers of `cell` ("lstm", "gru", "rnn_tanh", "rnn_relu").
 
-    input [R, I], the rows of all steps one after another: R = T * B, or fewer where sequences are packed; h0 [L*D, B, H]
-    (projected: [L*D, B, P]); c0 [L*D, B, H] for the LSTM, else None; weights in the order of torch.nn: for each layer and
-    direction weight_ih, weight_hh and, if `bias`, bias_ih, bias_hh, and, if `projected`, weight_hr. All of one dtype: float32,
-    float16 or bfloat16 on the kernels; kernels=False runs the readable loop of reference.py, in any dtype.
+    input [R, I], the rows of all steps one after another: R = T * B, or fewer where sequences are packed; h0 [L*D, B,
+    H] (projected: [L*D, B, P]); c0 [L*D, B, H] for the LSTM, else None; weights in the order of torch.nn: for each
+    layer and direction weight_ih, weight_hh and, if `bias`, bias_ih, bias_hh, and, if `projected`, weight_hr. All of
+    one dtype: float32, float16 or bfloat16 on the kernels; kernels=False runs the readable loop of reference.py, in
+    any dtype.
     -> output [R, D*H] (projected: [R, D*P]), h_n like h0, c_n like c0.
     """
     directions = 2 if bidirectional else 1
     reversed_sets = 2 if bidirectional else 0
     each = (4 if bias else 2) + projected
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, h0, *weights, *([] if c0 is None else [c0])))
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (input, h0, *weights, *([] if c0 is None else [c0]))
+    )
     place = rows.lengths, rows.offsets, rows.resets
     h_n, c_n = [], []
     for layer in range(num_layers):
@@ -80,7 +84,8 @@ def recurrent_stack(
         weight_ih, weight_hh, bias_ih, bias_hh = stacked + [None] * (4 - len(stacked))
         h, c, start = h0[sets], None if c0 is None else c0[sets], None
         if projected:
-            # With m = o * tanh(c) and h = W_hr m, the recurrence on m has the weight W_hh W_hr; h0 enters the first step alone.
+            # With m = o * tanh(c) and h = W_hr m, the recurrence on m has the weight W_hh W_hr; h0 enters the first
+            # step alone.
             start = _without_resets(h @ weight_hh.transpose(1, 2), rows, input.shape[0], reversed_sets)
             weight_hh, h = weight_hh @ weight_hr, h.new_zeros(directions, rows.batch, weight_hr.shape[-1])
         tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, start, h, c)

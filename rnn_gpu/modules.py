@@ -22,6 +22,18 @@ def _autocasts(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def _sequences(packed: PackedSequence, hx) -> int:
+    """The number of sequences in packed input, from a shape where there is one: torch.compile knows shapes, not
+    values.
+    """
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices.size(0)
+    state = hx[0] if isinstance(hx, tuple) else hx
+    if torch.compiler.is_compiling() and state is not None:
+        return state.size(1)
+    return int(packed.batch_sizes[0])
+
+
 def _cast(value, dtype: torch.dtype):
     """Tensors, tuples of them and packed sequences in dtype; None stays."""
     if value is None or isinstance(value, Tensor | PackedSequence):
@@ -35,11 +47,11 @@ class _Layer(RNNBase):
     def forward(self, input, hx=None, *, lengths=None, resets=None):
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
-        input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence. hx: initial states [L*D, B, H].
-        lengths: integer tensor [B], best on the device of the input: steps of each row, in any order, zero allowed, taken as
-        within 0..T. Outputs past a row's end are zero, its final state is that at its end, the reverse direction starts
-        there. resets: bool tensor laid out as input without its last dimension, true where a row's state is zeroed before the
-        step (in the order in which each direction runs).
+        input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence. hx: initial states [L*D, B,
+        H]. lengths: integer tensor [B], best on the device of the input: steps of each row, in any order, zero
+        allowed, taken as within 0..T. Outputs past a row's end are zero, its final state is that at its end, the
+        reverse direction starts there. resets: bool tensor laid out as input without its last dimension, true where a
+        row's state is zeroed before the step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
         packed = isinstance(input, PackedSequence)
@@ -49,13 +61,13 @@ class _Layer(RNNBase):
             return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
         batch_size = data.size(0 if self.batch_first else 1) if data.dim() == 3 else 1
         if packed:
-            batch_size = int(input.batch_sizes[0])
+            batch_size = _sequences(input, hx)
         masked = lengths is not None or resets is not None
         kernels = backends.choose(self, data, batch_size, dtype).name == "triton"
         if packed:
             if masked:
                 raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-            return self._forward_packed(input, hx, dtype) if kernels else self._forward_torch(input, hx)
+            return self._forward_packed(input, hx, batch_size, dtype) if kernels else self._forward_torch(input, hx)
         if kernels or masked:
             return self._forward_rows(input, hx, dtype, lengths, resets, kernels)
         return self._forward_torch(input, hx)
@@ -123,18 +135,23 @@ class _Layer(RNNBase):
             final = tuple(state.squeeze(1) for state in final)
         return output, final if len(final) == 2 else final[0]
 
-    def _forward_packed(self, input: PackedSequence, hx, dtype: torch.dtype):
+    def _forward_packed(self, input: PackedSequence, hx, batch: int, dtype: torch.dtype):
         """A PackedSequence, read as it lies."""
         self._update_flat_weights(flatten=False)
         data, batch_sizes, sorted_indices, unsorted_indices = input
         lstm = self.mode == "LSTM"
         if hx is None:
-            states = self._zero_states(data, batch_sizes)
+            self.check_input(data, batch_sizes)
+            states = self._zero_states(data, batch)
         else:
             hx = self.permute_hidden(hx, sorted_indices)
             states = tuple(hx) if lstm else (hx,)
-        self.check_forward_args(data, states if lstm else states[0], batch_sizes)
-        output, final = self._run(data, states, packed_rows(batch_sizes, data.device), dtype, kernels=True)
+            # the sizes of states would be compared with a value, which no graph holds
+            if torch.compiler.is_compiling():
+                self.check_input(data, batch_sizes)
+            else:
+                self.check_forward_args(data, hx, batch_sizes)
+        output, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, kernels=True)
         final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
 
@@ -179,17 +196,16 @@ class _Layer(RNNBase):
             resets = resets.to(input.device, torch.int8, non_blocking=True).contiguous()
         return Rows(time, batch, lengths, None, resets)
 
-    def _zero_states(self, input: Tensor, batch_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _zero_states(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
         """Initial states of zeros [L*D, B, H]: one, or two for the LSTM."""
-        h0 = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
-        if self.mode != "LSTM":
-            return (h0,)
-        return h0, input.new_zeros(self.get_expected_cell_size(input, batch_sizes))
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        h0 = input.new_zeros(sets, batch, self.proj_size or self.hidden_size)
+        return (h0, input.new_zeros(sets, batch, self.hidden_size)) if self.mode == "LSTM" else (h0,)
 
     def _initial_states(self, input: Tensor, hx, batched: bool) -> tuple[Tensor, ...]:
         """The initial states [L*D, B, H] as a tuple: zeros where the user gave none."""
         if hx is None:
-            return self._zero_states(input)
+            return self._zero_states(input, input.size(0 if self.batch_first else 1))
         lstm = self.mode == "LSTM"
         states = tuple(hx) if lstm else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")

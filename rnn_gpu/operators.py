@@ -1,8 +1,8 @@
 """The one door between torch and the kernels: opaque operators for the recurrence, autograd Functions around them.
 
 A Function stands for one layer with all its directions. The recurrence alone is opaque; the products before and after
-it are plain torch. T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequences are packed), I input
-features, N weight sets (directions), G gates, H hidden units, E slots a unit (kernels/spec.py).
+it are plain torch. T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequences are packed), I
+input features, N weight sets (directions), G gates, H hidden units, E slots a unit (kernels/spec.py).
 
 Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.launch.Rows`.
 """
@@ -43,7 +43,8 @@ def recurrence(
     weight_hh [N, G*H, H]; bias_hn [N, H] (GRU: hidden bias of n) or None; h0 [N, B, H]; c0 [N, B, H] (LSTM) or None.
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
     in time, 1 all, 2 every second one. save: the backward will follow.
-    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs besides.
+    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs
+    besides.
     """
     from .kernels import launch
 
@@ -103,9 +104,7 @@ def recurrence_backward(
     plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], backward=True)
     gates = gates if spec.saves_gates else None
     rows = launch.Rows(time, batch, lengths, offsets, resets)
-    d_gates, d_carry_0 = launch.backward(
-        plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets
-    )
+    d_gates, d_carry_0 = launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
     return d_gates, y.new_empty(0, dtype=torch.float32) if d_carry_0 is None else d_carry_0
 
 
@@ -128,14 +127,29 @@ ROWS = ("lengths", "offsets", "resets")
 class Layer(torch.autograd.Function):
     """One layer, all directions: (input, weights, biases, states) -> (y, h_n, c_n), and what the backward needs.
 
-    input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; start [N, B, G*H] or None:
-    added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None. -> y [R, N, H], h_n [N, B, H],
+    input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; start [N, B, G*H]
+    or None: added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None. -> y [R, N, H], h_n
+    [N, B, H],
     c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not differentiable.
     """
 
     @staticmethod
     def forward(
-        input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, save
+        input,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        start,
+        h0,
+        c0,
+        lengths,
+        offsets,
+        resets,
+        time,
+        cell,
+        reversed_sets,
+        save,
     ):
         """The input product, then the recurrence."""
         sets, rows, input_size = weight_ih.shape
@@ -186,7 +200,9 @@ def first_rows(batch: int, lengths: Tensor | None, offsets: Tensor | None, count
 
 
 def rows_before(batch: int, offsets: Tensor | None, count: int):
-    """For the rows from B on, where the rows of the same sequences one step before lie: a slice, or an index of R - B."""
+    """For the rows from B on, where the rows of the same sequences one step before lie: a slice, or an index of R -
+    B.
+    """
     if offsets is None:
         return slice(0, count - batch)
     sizes = offsets[1:] - offsets[:-1]  # a row of step t stands as many rows later as step t - 1 has
@@ -198,13 +214,16 @@ def layer_gradients(
     d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
     y, gates, aux, time, name, reversed_sets, need,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate gradients."""
+    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
+    gradients.
+    """
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
     d_gates, d_carry_0 = recurrence_backward(
         d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, name, reversed_sets
     )
     (sets, rows, _), (count, batch) = weight_hh.shape, (y.shape[0], h0.shape[1])
-    by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]  # where each gate stands among the hidden slots
+    # where each gate stands among the hidden slots
+    by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
     before, after = rows_before(batch, offsets, count), slice(batch, count)
     anew = None if resets is None else resets.bool().flatten().unsqueeze(1)
     d_input = None
@@ -324,9 +343,7 @@ def reference_layer(inputs, rows, time: int, cell: str, reversed_sets: int) -> t
         x_part = x_part.view(time, batch, -1)
         states = h0[n], None if c0 is None else c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
-        y, h_n, c_n = reference.recurrence(
-            cell, x_part, weight_hh[n], bias_hn, *states, reverse=backwards, **masks
-        )
+        y, h_n, c_n = reference.recurrence(cell, x_part, weight_hh[n], bias_hn, *states, reverse=backwards, **masks)
         y = y.flatten(0, 1)
         results.append((y if place is None else y[place], h_n, c_n))
     y, h_n, c_n = zip(*results, strict=True)

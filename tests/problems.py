@@ -27,7 +27,7 @@ from tests.tolerances import assert_close_to_oracle
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed. precision: "ieee" or "tf32" for float32, else None; reversed_sets as in kernels/launch.py."""
+    """What is to be computed. precision: "ieee" or "tf32" for float32, else None; reversed_sets as launch.py has it."""
 
     cell: str
     hidden_size: int
@@ -86,7 +86,7 @@ def data(problem: Problem) -> Data:
     # Strong enough that every state matters to its neighbours in the next step.
     scale = size**-0.5
     if problem.cell == "rnn_relu":
-        # Far from the kink: there a rounding error, anybody's, turns a derivative of 0 into 1, and norms compare nothing.
+        # Far from the kink, where anybody's rounding error turns a derivative of 0 into 1 and norms compare nothing.
         x_part, scale = x_part + 4 * x_part.sign(), scale / 4
     return Data(
         x_part=x_part,
@@ -326,7 +326,7 @@ def assert_same_exceptions(actual: dict[str, Tensor], expected: dict[str, Tensor
 
 
 class Poison:
-    """Stands in for torch.empty: what nobody wrote is NaN, so that a result which reads it shows. Keeps what it gave."""
+    """Stands in for torch.empty: what nobody wrote is NaN, so a result which reads it shows. Keeps what it gave."""
 
     def __init__(self, monkeypatch):
         self.empty = torch.empty

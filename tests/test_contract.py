@@ -52,7 +52,7 @@ def test_samples_of_pytorch(name, dtype, training):
     found = samples(name, dtype, training, packed=True)
     assert len(found) >= 2
     for sample in found:
-        assert_sample(name, sample, dtype, training, "auto", bitwise=True)
+        assert_sample(name, sample, dtype, training, "auto")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import contract
-from tests.contract import NAMES, assert_error_sample, assert_sample, error_samples, samples
+from tests.contract import NAMES, assert_error_sample, assert_sample_on_kernels, error_samples, samples
 
 pytestmark = pytest.mark.interpreted
 
@@ -30,7 +30,7 @@ def test_samples_of_pytorch(name, training):
     samples.
     """
     for sample in samples(name, torch.float32, training, packed=True):
-        assert_sample(name, sample, torch.float32, training, "triton", bitwise=False)
+        assert_sample_on_kernels(name, sample, training)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -81,7 +81,7 @@ def gpu_plans(problem: Problem, **options) -> tuple[Plan, Plan]:
 def by_torch_nn(problem: Problem, given: Data) -> dict:
     """The results by cuDNN: torch.nn's layer with the identity as its input weight, so that x_part is its input.
 
-    Its gradient of that input is d_input; what it has of d_hidden is the gradient of weight_hh alone, which is not compared.
+    Its gradient of that input is d_input; d_hidden it does not show.
     """
     spec, gates = CELLS[problem.cell], reference.GATES[problem.cell]
     size = problem.hidden_size
@@ -412,7 +412,7 @@ def test_a_wait_that_does_not_end_is_an_error_that_names_the_launch(monkeypatch)
 @every_cell
 @every_kind
 def test_nan_goes_where_the_oracle_has_it(cell, dtype, precision, alone):
-    """Catches a NaN of the hardware's own, all its low bits set, that rounding to tf32 makes a number; and a wait for NaN."""
+    """Catches a NaN of the hardware's own, its low bits set, that rounding to tf32 makes a number; a wait for it."""
     problem = gpu_problem(cell, 40, 5, 6, dtype, precision)
     both = gpu_plans(problem, alone=alone)
     whole = launch.HOLDER[dtype]

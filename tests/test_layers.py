@@ -190,7 +190,9 @@ runpy.run_module("rnn_gpu", run_name="__main__")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_gives_results_in_its_dtype(name, dtype):
-    """Catches: results or states in another type than autocast's, as torch.nn gives, or none where ATen refuses float16."""
+    """Catches: results or states in another type than autocast's, as torch.nn gives, or none where ATen refuses
+    float16.
+    """
     layer = getattr(rnn_gpu, name)(4, 8, num_layers=2, bidirectional=True)
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
     for input in (torch.randn(3, 2, 4), packed):

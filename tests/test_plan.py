@@ -85,7 +85,7 @@ def test_every_layer_has_a_plan_that_fits(device, dtype, precision):
 def test_any_problem_has_a_plan_that_fits_or_a_reason(
     cell, hidden_size, batch, sets, kind, device, backward, cap, allow_alone
 ):
-    """Catches the same over all sizes, with two directions and a cap on programs, and an exception where a reason is due."""
+    """Catches the same over all sizes, with two directions and a cap; and an exception where a reason is due."""
     arguments = (cell, hidden_size, batch, sets, kind[0], DEVICES[device], backward, kind[1], cap, allow_alone)
     p = plan(*arguments)
     if isinstance(p, Plan):

@@ -117,6 +117,16 @@ def test_more_plans_of_the_main_device_are_sound(cell, dtype, precision, hidden_
     assert_sound(p, compiled(p, 90))
 
 
+@PASSES
+@pytest.mark.parametrize("rows", [rows for rows in resources.ROWS if rows != "dense"])
+def test_sequences_of_any_length_do_not_spill(rows, backward):
+    """Catches masks, offsets and a second source of the state that take more registers than the plan left."""
+    p = plan("lstm", 1024, 8, 1, "float16", DEVICES["h200"], backward, ragged=True)
+    r = compiled(p, 90, rows)
+    assert_sound(p, r)
+    assert p.streamed == p.shared == 0 and r.count("LDSM") == 0
+
+
 @pytest.mark.parametrize(("arch", "cell", "dtype", "hidden_size", "backward"), [
     (86, "lstm", "bfloat16", 2048, False),
     (86, "gru", "bfloat16", 2048, True),
@@ -225,27 +235,40 @@ def test_instructions_are_told_apart():
 
 @PASSES
 @pytest.mark.parametrize("cell", list(CELLS))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, backward):
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", "dense"), ("bfloat16", "packed"), ("bfloat16", "resets")])
+def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backward):
     """Catches a kernel compiled here with other types than a launch passes: then nothing above speaks of what runs."""
     p = planned(90, cell, dtype, 40, 2, backward)
-    kind, passed = getattr(torch, dtype), {}
+    kind, spec, (T, B, N, H) = getattr(torch, dtype), CELLS[cell], (3, 2, 1, 40)
+    where = dict(
+        lengths=torch.full((B,), T, dtype=torch.int32),
+        offsets=torch.arange(T + 1) * B,
+        resets=torch.zeros(T, B, dtype=torch.int8),
+    )
+    where = launch.Rows(T, B, **{name: where[name] for name in resources.ROWS[rows]})
+    passed = {}
     monkeypatch.setattr(launch, "_launch", lambda *arguments: passed.update(arguments[-1]))
-    spec, (T, B, N, H), HS = CELLS[cell], (3, 2, 1, 40), padded(40, dtype)
     h0, weight = torch.zeros(N, B, H, dtype=kind), torch.zeros(N, spec.gates * H, H, dtype=kind)
     c0 = h0 if spec.carry == "c" else None
-    gates = torch.zeros(T, B, N, spec.gates * H, dtype=kind)
+    gates = torch.zeros(T * B, N, spec.gates * H, dtype=kind)
     if backward:
-        aux = torch.zeros(T, B, N, HS, dtype=torch.float32 if spec.aux == "c" else kind)
-        y = torch.zeros(T, B, N, H, dtype=kind)
-        launch.backward(
-            p, y, h0, c0, weight, gates if spec.saves_gates else None, None if spec.aux == "y" else aux, y, h0, c0, 0
-        )
+        aux = torch.zeros(T * B, N, padded(H, dtype), dtype=torch.float32 if spec.aux == "c" else kind)
+        y = torch.zeros(T * B, N, H, dtype=kind)
+        saved = gates if spec.saves_gates else None, None if spec.aux == "y" else aux
+        launch.backward(p, y, h0, c0, weight, *saved, y, h0, c0, where, 0)
     else:
-        launch.forward(p, gates, weight, torch.zeros(N, H, dtype=kind) if cell == "gru" else None, h0, c0, 0, True)
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-    types = {name: None if tensor is None else names[tensor.dtype] for name, tensor in passed.items()}
-    assert signature(p) == types | {"status": "*i32"}
+        bias = torch.zeros(N, H, dtype=kind) if cell == "gru" else None
+        launch.forward(p, gates, weight, bias, h0, c0, where, 0, True)
+    tensors = passed | {name: value for name, value in where.pointers().items() if name not in ("T", "B")}
+    names = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+        torch.int8: "*i8",
+    }
+    types = {name: None if tensor is None else names[tensor.dtype] for name, tensor in tensors.items()}
+    assert signature(p, rows) == types | {"status": "*i32"}
 
 
 # The command.
@@ -273,7 +296,7 @@ def test_the_command_fails_where_a_kernel_spills(monkeypatch, capsys):
         ("does not compile: reason", 1),
     ):
         monkeypatch.setattr(
-            resources, "compile_all", lambda plans, arch, jobs, result=result: ((p, result) for p in plans)
+            resources, "compile_all", lambda plans, arch, jobs, rows, result=result: ((p, result) for p in plans)
         )
         assert resources.main(arguments) == status
         printed = capsys.readouterr().out
@@ -281,13 +304,14 @@ def test_the_command_fails_where_a_kernel_spills(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", ["dense", "packed"])
 @pytest.mark.parametrize("cell", list(CELLS))
 @pytest.mark.parametrize("arch", list(resources.ARCHITECTURES))
-def test_the_whole_grid_is_sound(arch, cell):
+def test_the_whole_grid_is_sound(arch, cell, rows):
     """Catches what the sample above leaves out: all sizes, types, numbers of rows, both directions of a layer."""
-    wanted, _ = resources.plans("full", arch, cells=[cell])
+    wanted, _ = resources.plans("full", arch, cells=[cell], rows=rows)
     faults = []
-    for p, r in resources.compile_all(wanted, arch, os.cpu_count() or 1):
+    for p, r in resources.compile_all(wanted, arch, os.cpu_count() or 1, rows):
         try:
             assert not isinstance(r, str), r
             assert_sound(p, r)

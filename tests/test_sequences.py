@@ -1,4 +1,6 @@
-"""Sequences as they come: packed input, projection, lengths and resets, on every backend, against torch.nn in float64."""
+"""Sequences as they come: packed input, projection, lengths and resets, on every backend, against torch.nn in
+float64.
+"""
 
 import os
 
@@ -75,7 +77,9 @@ def lengths_run(lengths, **kwargs):
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_packed(name, kwargs, exchange):
-    """Catches: a row read from another step's place, states in another order than the user's, a direction that starts wrong."""
+    """Catches: a row read from another step's place, states in another order than the user's, a direction that starts
+    wrong.
+    """
     layers = pair(name, 4, 20, **kwargs)
     lengths = torch.tensor([3, 5, 1, 1, 4, 5, 2])
     compare(packed_run(lengths), packed_run(lengths), layers, draw(layers[0], 7), exchange=exchange)
@@ -107,7 +111,9 @@ def test_packed_without_states(name):
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_lengths(name, kwargs, exchange):
-    """Catches: padding that reaches a result or a gradient, a final state not at the row's end, an empty row that fails."""
+    """Catches: padding that reaches a result or a gradient, a final state not at the row's end, an empty row that
+    fails.
+    """
     layers = pair(name, 4, 20, **kwargs)
 
     def oracle_run(layer, input, states):
@@ -158,7 +164,9 @@ def test_lengths_beyond_the_steps_are_clamped():
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "alone"])
 @pytest.mark.parametrize("name", NAMES)
 def test_resets(name, exchange):
-    """Catches: a state or a gradient that passes a reset, also at the first step, and one that is cut without a reset."""
+    """Catches: a state or a gradient that passes a reset, also at the first step, and one that is cut without a
+    reset.
+    """
     layers = pair(name, 4, 20)
     generator = torch.Generator().manual_seed(6)
     resets = torch.rand(TIME, 7, generator=generator) < 0.35

@@ -1,0 +1,90 @@
+"""torch.compile of the layers with the kernels in the graph (in Triton's interpreter): no break, no compile for every size."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnn_gpu
+from rnn_gpu import backends
+
+pytestmark = pytest.mark.interpreted
+
+LAYERS = [("LSTM", {"bidirectional": True, "num_layers": 2}), ("GRU", {}), ("RNN", {"bidirectional": True})]
+every_layer = pytest.mark.parametrize("name, kwargs", LAYERS, ids=[name for name, _ in LAYERS])
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernels():
+    """Backend "triton", several programs, and nothing compiled before."""
+    torch._dynamo.reset()
+    with rnn_gpu.backend("triton"), backends.always_exchange():
+        yield
+    torch._dynamo.reset()
+
+
+def results(run, layer, *arguments):
+    """What run returns, and the gradients of its first input and of the parameters."""
+    input = arguments[0].detach().requires_grad_()
+    output, states = run(input, *arguments[1:])
+    states = states if isinstance(states, tuple) else (states,)
+    loss = output.pow(2).sum() + sum(state.sum() for state in states)
+    return [output, *states, *torch.autograd.grad(loss, [input, *layer.parameters()])]
+
+
+def assert_same(run, compiled, layer, *arguments):
+    for actual, expected in zip(results(compiled, layer, *arguments), results(run, layer, *arguments), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mask", [None, "lengths", "resets"])
+@every_layer
+def test_one_graph_for_every_size(name, kwargs, mask):
+    """Catches: a graph break, a compile for each new T or B, results or gradients that differ from those without compile."""
+    layer = getattr(rnn_gpu, name)(4, 12, **kwargs)
+
+    def run(input, given=None):
+        return layer(input, **({} if mask is None else {mask: given}))
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    compiles = []
+    for time, batch in ((5, 3), (7, 4), (6, 2)):
+        given = {"lengths": torch.arange(batch) + 1, "resets": torch.rand(time, batch) < 0.3}.get(mask)
+        arguments = (torch.randn(time, batch, 4), *([] if mask is None else [given]))
+        assert_same(run, compiled, layer, *arguments)
+        compiles.append(counter.frame_count)
+    assert compiles == compiles[:1] * 3, "compiled again for another size"
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@every_layer
+def test_packed_sequence_made_outside_the_graph(name, kwargs, enforce_sorted):
+    """Catches: a size that depends on the values of batch_sizes, which no graph can hold."""
+    layer = getattr(rnn_gpu, name)(4, 12, **kwargs)
+
+    def run(*packed):
+        output, states = layer(PackedSequence(*packed))
+        return output.data, states
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 3, 2], [4, 4, 1]):
+        packed = pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor(lengths), enforce_sorted=enforce_sorted)
+        assert_same(run, compiled, layer, *packed)
+
+
+def test_the_same_tensor_given_twice_and_inference():
+    """Catches: Dynamo's refusal of one tensor as both states, and of a graph without gradients."""
+    layer = rnn_gpu.LSTM(4, 12)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    input, zeros = torch.randn(5, 3, 4), torch.zeros(1, 3, 12)
+    torch.testing.assert_close(compiled(input, (zeros, zeros)), layer(input, (zeros, zeros)))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input), layer(input))
+
+
+def test_what_the_kernels_cannot_do_raises_under_compile_too():
+    """Catches: a compiled graph that falls back silently under backend "triton"."""
+    layer = rnn_gpu.GRU(4, 12).double()
+    with pytest.raises(RuntimeError, match="float64"):
+        torch.compile(layer, backend="aot_eager")(torch.randn(5, 3, 4).double())
