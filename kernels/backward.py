@@ -3,21 +3,23 @@
     d_y     [T, B, N, H]     gradient of the outputs, or None
     d_h_n   [B, N, H]        gradient of the final state, or None
     d_carry_n [B, N, HS]     gradient of the final carry (LSTM), float32, or None
-    weight  [N, HS, G, HS]   recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u; zeros past H
+    weight  [N, HS, G, HS]   recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u;
+    zeros past H
     gates   [T, B, N, G*H]   saved by the forward, or None (RNN)
     aux     [T, B, N, HS]    LSTM: c; GRU: q; RNN: y
     history [T, B, N, HS]    LSTM: c; GRU: y: its values one step before the present one are `previous`; or None (RNN)
     history_0 [B, N, HS]     LSTM: c0; GRU: h0; in the type of `history`, or None
-    d_gates [T+2, B, N, E, HS] as 32-bit words: the block before the first of the backward holds zeros, blocks 1..T are unwritten
+    d_gates [T+2, B, N, E, HS] as 32-bit words: the block before the first of the backward holds zeros, blocks 1..T
+    are unwritten
                              and become the gradients of the gate sums, E slots a unit (cells.py)
     d_carry_0 [B, N, HS]     gradient of the first carry, float32: LSTM d c0; GRU the direct part of d h0; or None
     status  [1]              int32: becomes `launch` when a wait came to its limit
     lengths, offsets, resets as in forward.py; packed, d_gates is [B + offsets[T] + B, N, E, HS]
 
-T, B, N, G, H, HS, UB, NB, S and the grid are those of forward.py. FIRST slots are awaited at first, then the others at once, in
-groups of FIRST (0: all together): a failed poll of a few is cheaper than one of all, and fewer tiles are held at a time.
-What does not depend on the neighbours is computed before the wait; between await and publish stand the product, one exchange through
-shared memory and a few multiplications.
+T, B, N, G, H, HS, UB, NB, S and the grid are those of forward.py. FIRST slots are awaited at first, then the others
+at once, in groups of FIRST (0: all together): a failed poll of a few is cheaper than one of all, and fewer tiles are
+held at a time. What does not depend on the neighbours is computed before the wait; between await and publish stand
+the product, one exchange through shared memory and a few multiplications.
 """
 
 import triton
@@ -25,7 +27,19 @@ import triton.language as tl
 
 from .exchange import poll, poll_again, publishable, until_written
 from .forward import as_float, load_gates, zero_where
-from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, operand, over_warps, resident_weights, state_operand, streamed_chunk, to_tf32, two_ways
+from .tiles import (
+    chunk_columns,
+    chunk_rows,
+    chunk_values,
+    chunk_words,
+    operand,
+    over_warps,
+    resident_weights,
+    state_operand,
+    streamed_chunk,
+    to_tf32,
+    two_ways,
+)
 
 
 @triton.jit
@@ -33,7 +47,9 @@ def hold_weights(
     weight, unit, G: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     REGISTERS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """The weights of UB units from `unit` on, slot by slot -> operands held on the chip, and pointers to chunk 0 for the rest."""
+    """The weights of UB units from `unit` on, slot by slot -> operands held on the chip, and pointers to chunk 0 for
+    the rest.
+    """
     W, rest = (), ()
     plain, shared = two_ways(UB)
     for g in tl.static_range(G):
@@ -43,15 +59,18 @@ def hold_weights(
             W = W + (to_tf32(w) if PRECISION == "tf32" else w,)
         else:
             rows = tl.minimum(unit + plain, HS - 1), tl.minimum(unit + shared, HS - 1)
-            W = W + resident_weights(weight + g * HS, rows, G * HS, REGISTERS + SHARED, REGISTERS, S, UB, K, HS, PRECISION)
+            W = W + resident_weights(
+                weight + g * HS, rows, G * HS, REGISTERS + SHARED, REGISTERS, S, UB, K, HS, PRECISION
+            )
             rest = rest + (weight + g * HS + rows[0] * (G * HS) + chunk_columns(S, K),)
     return W, rest
 
 
 @triton.jit
 def product(
-    acc, W, rest, words, p, inside, one, FIRST: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, HS: tl.constexpr,
-    UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    acc, W, rest, words, p, inside, one, FIRST: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr,
+    HELD: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to acc, two partial sums [S, UB, NB], the weights of the slots from FIRST on times their polled gradients.
 
@@ -70,7 +89,9 @@ def product(
     if HELD < CHUNKS:  # as in forward.hidden_part
         for i in range(HELD, CHUNKS, one):
             for slot in tl.static_range(len(words) // CHUNKS):
-                d = state_operand(poll_again(p + slot * SLOT, inside, i, CHUNKS, S * chunk_words()), S, NB, DTYPE, PRECISION)
+                d = state_operand(
+                    poll_again(p + slot * SLOT, inside, i, CHUNKS, S * chunk_words()), S, NB, DTYPE, PRECISION
+                )
                 w = operand(streamed_chunk(rest[FIRST + slot], i, S, K, HS, PRECISION), S, UB, K)
                 if slot % 2 == 0:
                     even = tl.dot(w, d, even, input_precision=PRECISION)
@@ -81,12 +102,16 @@ def product(
 
 @triton.jit
 def await_and_multiply(
-    W, rest, p, inside, one, limit, G: tl.constexpr, ORDER: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
-    HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    W, rest, p, inside, one, limit, G: tl.constexpr, ORDER: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr,
+    HELD: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [NB, UB] of h through the later step's gate sums, awaited in the ORDER given -> it, 1 if a wait gave up."""
+    """Gradient [NB, UB] of h through the later step's gate sums, awaited in the ORDER given -> it, 1 if a wait gave
+    up.
+    """
     STEP: tl.constexpr = S * chunk_words()
-    # 0: together; 1: one by one, the next on its way meanwhile; 2: the first, then the others; 3: one by one, none on its way
+    # 0: together; 1: one by one, the next on its way meanwhile; 2: the first, then the others; 3: one by one, none on
+    # its way
     GROUPS: tl.constexpr = 1 if ORDER == 0 else 2 if ORDER == 2 else G
     zero, late = tl.zeros((S, UB, NB), tl.float32), 0
     acc = zero, zero
@@ -102,7 +127,9 @@ def await_and_multiply(
         late |= gave_up
         if ORDER == 2 and k + 1 < GROUPS:
             following = poll(p + (k + 1) * SLOT, inside, TAIL, SLOT, CHUNKS, STEP)
-        acc = product(acc, W, rest, words, p + k * SLOT, inside, one, k, SLOT, CHUNKS, HELD, HS, UB, NB, S, DTYPE, PRECISION)
+        acc = product(
+            acc, W, rest, words, p + k * SLOT, inside, one, k, SLOT, CHUNKS, HELD, HS, UB, NB, S, DTYPE, PRECISION
+        )
         if ORDER == 3 and k + 1 < GROUPS:
             following = poll(p + (k + 1) * SLOT, inside, TAIL, SLOT, CHUNKS, STEP)
         if k + 1 < GROUPS:
@@ -138,8 +165,9 @@ def load_step(
 ):  # fmt: skip
     """What the forward left of step t: gradient of the output, gates, aux (`present` where it is None), previous.
 
-    previous comes from `before`, the step t_before, or from `initial` where there is no such step (`more` is false) or where it lies
-    outside the row's sequence. exists: units, None for all; length: of each row, None where all have all steps.
+    previous comes from `before`, the step t_before, or from `initial` where there is no such step (`more` is false)
+    or where it lies outside the row's sequence. exists: units, None for all; length: of each row, None where all have
+    all steps.
     """
     there = exists if length is None else exists & (t < length)
     saved = () if gates is None else load_gates(gates + own_gates, there, G, H)
@@ -154,13 +182,14 @@ def load_step(
 
 @triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
 def backward(
-    d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, status, lengths, offsets, resets,
-    T, B, begin, limit, launch,
-    FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr, AUX_IS_HISTORY: tl.constexpr,
-    H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
-    UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
-    ORDER: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, status, lengths, offsets,
+    resets, T, B, begin, limit, launch, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    AUX_IS_HISTORY: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
+    UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr,
+    SHARED: tl.constexpr, ORDER: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
+    """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     K: tl.constexpr = chunk_values(DTYPE)
     STEP: tl.constexpr = S * chunk_words()  # words from chunk to chunk
     CHUNKS: tl.constexpr = (HS + S * K - 1) // (S * K)
@@ -171,7 +200,9 @@ def backward(
     reverse = (n & 1) == 1 if REVERSED == 2 else REVERSED == 1
     first = begin.to(tl.int64) + tl.program_id(1) * (SLICES * NB)
     last = (B - 1 - first).to(tl.int32)
-    W, rest = hold_weights(weight + n * (HS * G * HS), tl.program_id(0) * UB, G, HS, UB, S, K, REGISTERS, SHARED, PRECISION, ALONE)
+    W, rest = hold_weights(
+        weight + n * (HS * G * HS), tl.program_id(0) * UB, G, HS, UB, S, K, REGISTERS, SHARED, PRECISION, ALONE
+    )
     units = tl.program_id(0) * UB + (tl.arange(0, UB)[:, None] if ALONE else tl.arange(0, UB)[None, :])
     exists = None if H % UB == 0 and lengths is None else units < H
     words = chunk_columns(S, chunk_words())
@@ -192,7 +223,10 @@ def backward(
         mine = mine + ((b <= last) & (units < HS),)
         b = tl.minimum(b, last)
         own, own_y = own + ((b * N + n) * HS + units,), own_y + ((b * N + n) * H + units,)
-        own_gates, own_slots = own_gates + ((b * N + n) * (G * H) + units,), own_slots + ((b * N + n) * (E * HS) + units,)
+        own_gates, own_slots = (
+            own_gates + ((b * N + n) * (G * H) + units,),
+            own_slots + ((b * N + n) * (E * HS) + units,),
+        )
         tile_row = tl.minimum(j * NB + chunk_rows(NB), last)
         tile = tile + ((tile_row * N + n) * (E * SLOT) + words,)
         row = row + (first + b,)
@@ -202,7 +236,7 @@ def backward(
         dh = dh + (load_or_zero(d_h_n, first * (N * H) + own_y[j], exists, SHAPE),)
         dcarry = dcarry + (load_or_zero(d_carry_n, first * ROW + own[j], exists, SHAPE),)
         zeros = ()
-        for e in tl.static_range(E):
+        for _ in tl.static_range(E):
             zeros = zeros + (tl.zeros(SHAPE, DTYPE),)
         state = state + (zeros,)
     first_history = None if history_0 is None else history_0 + first * ROW
@@ -244,8 +278,8 @@ def backward(
         for j in tl.static_range(SLICES):
             dy, saved_gates, present, previous = saved[j]
             following = load_step(
-                d_y, gates, None if AUX_IS_HISTORY else aux, before, first_history, own_y[j], own_gates[j], own[j], previous,
-                exists, t_next, None if lengths is None else length[j], s + 2 < steps, t_next + ahead, G, H, SHAPE,
+                d_y, gates, None if AUX_IS_HISTORY else aux, before, first_history, own_y[j], own_gates[j], own[j],
+                previous, exists, t_next, None if lengths is None else length[j], s + 2 < steps, t_next + ahead, G, H, SHAPE,
             )  # fmt: skip
             saved_next = saved_next + (following,)
             if resets is not None:
@@ -262,7 +296,8 @@ def backward(
                 if lengths is not None:  # nothing comes back from after the sequence
                     source = tl.where((s > 0) & (t - ahead < tile_length[j]), source, zero + tile[j])
                 later, gave_up = await_and_multiply(
-                    W, rest, source, inside, one, limit, G, ORDER, SLOT, CHUNKS, REGISTERS + SHARED, HS, UB, NB, S, DTYPE, BITS, PRECISION
+                    W, rest, source, inside, one, limit, G, ORDER, SLOT, CHUNKS, REGISTERS + SHARED, HS, UB, NB, S,
+                    DTYPE, BITS, PRECISION,
                 )  # fmt: skip
                 if gave_up != 0:  # wait no more for the rest of the launch
                     limit = 0
@@ -280,12 +315,21 @@ def backward(
             if lengths is not None:
                 active = t < length[j]
                 here = mine[j] & active
-                slots, kept, held = zero_where(t >= length[j], slots), tl.where(active, kept, dcarry[j]), tl.where(active, 0.0, dh[j])
+                slots, kept, held = (
+                    zero_where(t >= length[j], slots),
+                    tl.where(active, kept, dcarry[j]),
+                    tl.where(active, 0.0, dh[j]),
+                )
             published = ()
             for e in tl.static_range(E):
                 slot = slots[e] if H == HS else tl.where(exists, slots[e], 0.0)  # the neighbours read padded units too
                 place = write + own_slots[j] + e * HS
-                tl.store(place, publishable(slot, DTYPE, BITS), mask=mine[j] if offsets is None else here, cache_modifier=".cg")
+                tl.store(
+                    place,
+                    publishable(slot, DTYPE, BITS),
+                    mask=mine[j] if offsets is None else here,
+                    cache_modifier=".cg",
+                )
                 published = published + (slot.to(DTYPE),)
             dcarry_next, dh_next, state_next = dcarry_next + (kept,), dh_next + (held,), state_next + (published,)
         saved, dh, dcarry = saved_next, dh_next, dcarry_next

@@ -1,9 +1,9 @@
 """The equations of the cells: pure functions on tiles, one for each direction of flow.
 
-A tile is [NB, UB] float32: NB rows of the batch by UB hidden units of one program (or its transpose: the equations act on
-each element alone). Everything a cell needs arrives as arguments and leaves as results; loads, stores and the loop over
-time are in forward.py and backward.py, and serve every cell. The notation is that of the torch.nn documentation; docs/
-equations.md derives the backward.
+A tile is [NB, UB] float32: NB rows of the batch by UB hidden units of one program (or its transpose: the equations
+act on each element alone). Everything a cell needs arrives as arguments and leaves as results; loads, stores and the
+loop over time are in forward.py and backward.py, and serve every cell. The notation is that of the torch.nn
+documentation; docs/ equations.md derives the backward.
 
 To add a cell, write its three functions here, its row in `spec.py`, its loop in rnn_gpu/reference.py.
 
@@ -11,9 +11,10 @@ To add a cell, write its three functions here, its row in `spec.py`, its loop in
     factors   (gates, aux, previous)            -> all that the backward needs and that no neighbour must be awaited for
     backward  (factors, dh, dcarry)             -> gradient at each gate's sum ("slots"), dcarry of the step before
 
-x: G tiles, the input's part of each gate with its biases. r: G tiles, the hidden state's part. carry: what the cell keeps from
-step to step besides the published h. dh: gradient of h from the outputs and from the later step. A gradient's slots are
-published for the neighbours; the first G of them are at the hidden side of the gate sums, the last G at the input side.
+x: G tiles, the input's part of each gate with its biases. r: G tiles, the hidden state's part. carry: what the cell
+keeps from step to step besides the published h. dh: gradient of h from the outputs and from the later step. A
+gradient's slots are published for the neighbours; the first G of them are at the hidden side of the gate sums, the
+last G at the input side.
 """
 
 import triton
@@ -93,6 +94,7 @@ def rnn_tanh_forward(x, r, carry):
 
 @triton.jit
 def rnn_tanh_factors(gates, aux, previous):
+    """1 - h'^2, the derivative of h' by its sum."""
     return (1.0 - aux * aux,)
 
 
@@ -111,6 +113,7 @@ def rnn_relu_forward(x, r, carry):
 
 @triton.jit
 def rnn_relu_factors(gates, aux, previous):
+    """Where nothing flows: h' <= 0."""
     return (aux <= 0.0,)
 
 

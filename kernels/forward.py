@@ -11,17 +11,18 @@
     carry_n [B, N, HS]       carry after the last step, float32, or None
     status  [1]              int32: becomes `launch` when a wait came to its limit
     lengths [B]              int32, steps of each row, or None where all have T
-    offsets [T+1]            int64: sequences are packed, step t has its rows from offsets[t] on, longest first, and all that
+    offsets [T+1]            int64: sequences are packed, step t has its rows from offsets[t] on, longest first, and
+    all that
                              is [T, B, ...] above is [offsets[T], ...]; y then is [B + offsets[T] + B, N, HS]. Or None
     resets  [T, B]           int8, not zero: the row's state is zero before the step. Or None
     h_n     [B, N, HS]       with `lengths`: holds h0, becomes the state at each row's end
 
-T steps, B rows, N weight sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit slices of UB
-units x batch slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group: only they exchange y.
-ALONE: one program holds all units; nothing is exchanged, and y is only written.
+T steps, B rows, N weight sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit
+slices of UB units x batch slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group:
+only they exchange y. ALONE: one program holds all units; nothing is exchanged, and y is only written.
 
-Rows outside their sequence keep their carry and publish zeros (packed: they have no place to publish). A row whose neighbour in time
-lies outside the sequence reads its h0 instead.
+Rows outside their sequence keep their carry and publish zeros (packed: they have no place to publish). A row whose
+neighbour in time lies outside the sequence reads its h0 instead.
 """
 
 import triton
@@ -55,6 +56,7 @@ def load_gates(p, exists, G: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def as_float(tiles):
+    """The tiles in float32."""
     x = ()
     for i in tl.static_range(len(tiles)):
         x = x + (tiles[i].to(tl.float32),)
@@ -63,10 +65,13 @@ def as_float(tiles):
 
 @triton.jit
 def hold_weights(
-    weight, unit, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, S: tl.constexpr,
-    K: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    weight, unit, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
-    """The weights of UB units from `unit` on. -> operands held on the chip, and pointers to chunk 0 of each part for the rest."""
+    """The weights of UB units from `unit` on. -> operands held on the chip, and pointers to chunk 0 of each part for
+    the rest.
+    """
     W, rest = (), ()
     if ALONE:
         u, k = tl.arange(0, UB)[:, None], tl.arange(0, UB)[None, :]
@@ -88,7 +93,8 @@ def hold_weights(
 @triton.jit
 def hidden_part(
     W, rest, words, p, inside, one, CHUNKS: tl.constexpr, HELD: tl.constexpr, G: tl.constexpr, PER: tl.constexpr,
-    HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The product of the held weights (and of the rest, read again) with the polled state: G or 4 tiles [NB, UB]."""
     PARTS: tl.constexpr = (G + PER - 1) // PER
@@ -97,9 +103,12 @@ def hidden_part(
     for part in tl.static_range(PARTS):
         acc = tl.zeros((S, PER * UB, NB), tl.float32)
         for i in tl.static_range(HELD):
-            acc = tl.dot(W[part * HELD + i], state_operand(words[i], S, NB, DTYPE, PRECISION), acc, input_precision=PRECISION)
+            acc = tl.dot(
+                W[part * HELD + i], state_operand(words[i], S, NB, DTYPE, PRECISION), acc, input_precision=PRECISION
+            )
         parts = parts + (acc,)
-    if HELD < CHUNKS:  # loops at run time that read the state again: unrolled, all their loads rise to the top and the registers spill
+    # loops at run time that read the state again: unrolled, all their loads rise to the top and the registers spill
+    if HELD < CHUNKS:
         sums = ()
         for part in tl.static_range(PARTS):
             acc = parts[part]
@@ -151,11 +160,13 @@ def zero_where(mask, tiles):
 
 @triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
 def forward(
-    x_part, weight, bias, y, carry_0, gates, aux, carry_n, status, lengths, offsets, resets, h_n, T, B, begin, limit, launch,
-    CELL: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
-    UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
-    DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    x_part, weight, bias, y, carry_0, gates, aux, carry_n, status, lengths, offsets, resets, h_n, T, B, begin, limit,
+    launch, CELL: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
+    N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr,
+    S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr,
+    PRECISION: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
+    """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     K: tl.constexpr = chunk_values(DTYPE)
     STEP: tl.constexpr = S * chunk_words()  # words from chunk to chunk
     CHUNKS: tl.constexpr = (HS + S * K - 1) // (S * K)
@@ -165,10 +176,16 @@ def forward(
     reverse = (n & 1) == 1 if REVERSED == 2 else REVERSED == 1  # 2: odd sets run backwards in time
     first = begin.to(tl.int64) + tl.program_id(1) * (SLICES * NB)
     last = (B - 1 - first).to(tl.int32)
-    W, rest = hold_weights(weight + n * (G * H * HS), tl.program_id(0) * UB, G, PER, H, HS, UB, S, K, REGISTERS, SHARED, PRECISION, ALONE)
+    W, rest = hold_weights(
+        weight + n * (G * H * HS), tl.program_id(0) * UB, G, PER, H, HS, UB, S, K, REGISTERS, SHARED, PRECISION, ALONE
+    )
     units = tl.program_id(0) * UB + (tl.arange(0, UB)[:, None] if ALONE else tl.arange(0, UB)[None, :])
     exists = None if H % UB == 0 and lengths is None else units < H
-    hidden_bias = None if bias is None else tl.load(bias + n * H + units, mask=exists, other=None if exists is None else 0.0).to(tl.float32)
+    hidden_bias = (
+        None
+        if bias is None
+        else tl.load(bias + n * H + units, mask=exists, other=None if exists is None else 0.0).to(tl.float32)
+    )
     words = chunk_columns(S, chunk_words())
     inside = None if HS % (S * K) == 0 else words < WORD_ROW // N - (CHUNKS - 1) * STEP
 
@@ -199,7 +216,11 @@ def forward(
             length = length + (tl.load(lengths + row[j]),)
             tile_length = tile_length + (tl.load(lengths + first + tile_row),)
         zero = tl.zeros((UB, NB) if ALONE else (NB, UB), tl.float32)
-        carry = carry + (zero if carry_0 is None else tl.load(carry_0 + first * ROW + own[j], mask=mine[j], other=0.0).to(tl.float32),)
+        carry = carry + (
+            zero
+            if carry_0 is None
+            else tl.load(carry_0 + first * ROW + own[j], mask=mine[j], other=0.0).to(tl.float32),
+        )
         x = x + (load_gates(x_part + own_gates[j], exists if lengths is None else exists & (t < length[j]), G, H),)
         if ALONE:
             state = state + (tl.load(read.to(tl.pointer_type(DTYPE)) + own[j], mask=mine[j], other=0.0),)
@@ -214,7 +235,9 @@ def forward(
         carry_next, x_next, state_next = (), (), ()
         for j in tl.static_range(SLICES):
             active = None if lengths is None else t < length[j]
-            x_next = x_next + (load_gates(x_part + own_gates[j], exists if lengths is None else exists & (t_next < length[j]), G, H),)
+            x_next = x_next + (
+                load_gates(x_part + own_gates[j], exists if lengths is None else exists & (t_next < length[j]), G, H),
+            )
             reset = None if resets is None else tl.load(resets + t.to(tl.int64) * B + row[j]) != 0
             if ALONE:
                 r = hidden_part_alone(W, state[j], G, PRECISION)
@@ -231,7 +254,8 @@ def forward(
                     late = 1
                     lost = float("nan")
                 r = hidden_part(
-                    W, rest, h_words, source, inside, one, CHUNKS, REGISTERS + SHARED, G, PER, HS, UB, NB, S, DTYPE, PRECISION
+                    W, rest, h_words, source, inside, one, CHUNKS, REGISTERS + SHARED, G, PER, HS, UB, NB, S,
+                    DTYPE, PRECISION,
                 )  # fmt: skip
                 if PRECISION == "tf32":  # where an unwritten word, a NaN in all other types, rounds to zero
                     r = with_lost(r, lost)
@@ -252,7 +276,9 @@ def forward(
             tl.store(write + own[j], publishable(h, DTYPE, BITS), mask=place, cache_modifier=".cg")
             if gates is not None:
                 for g in tl.static_range(len(saved)):
-                    tl.store(gates + own_gates[j] + g * H, saved[g].to(DTYPE), mask=here if exists is None else here & exists)
+                    tl.store(
+                        gates + own_gates[j] + g * H, saved[g].to(DTYPE), mask=here if exists is None else here & exists
+                    )
             if aux is not None:
                 tl.store(aux + own[j], extra, mask=place)
             carry_next, state_next = carry_next + (kept,), state_next + (h_kept,)

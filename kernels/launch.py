@@ -1,7 +1,8 @@
 """The launchers: from tensors to one persistent launch, and what happens when a wait does not end.
 
-Buffers are allocated here in the layouts that forward.py and backward.py describe, and given back as views in the layouts of
-torch. T steps, B rows of the batch, R rows of all steps, N weight sets, G gates, H hidden units, HS = padded H, E slots.
+Buffers are allocated here in the layouts that forward.py and backward.py describe, and given back as views in the
+layouts of torch. T steps, B rows of the batch, R rows of all steps, N weight sets, G gates, H hidden units, HS =
+padded H, E slots.
 """
 
 import itertools
@@ -37,8 +38,9 @@ HOLDER = {
 }  # same width, holds all ones
 UNWRITTEN = -1  # all ones
 
-# Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far more than a
-# neighbour can be late while the whole grid is resident, and short enough for a person to see an error instead of a hang.
+# Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far
+# more than a neighbour can be late while the whole grid is resident, and short enough for a person to see an error
+# instead of a hang.
 WAIT_LIMIT = int(os.environ.get("RNN_GPU_WAIT_LIMIT", 20_000_000))
 
 _numbers = itertools.count(1)
@@ -49,7 +51,9 @@ _status: dict[
 
 
 def status_word(device: torch.device) -> Tensor:
-    """int32 [1], zero, or the number of a launch that gave up waiting. Pinned host memory: reading it costs no synchronisation."""
+    """int32 [1], zero, or the number of a launch that gave up waiting. Pinned host memory: reading it costs no
+    synchronisation.
+    """
     if device not in _status:
         word = torch.zeros(1, dtype=torch.int32)
         _status[device] = word.pin_memory() if device.type == "cuda" else word
@@ -65,9 +69,10 @@ def raise_if_late(device: torch.device) -> None:
     word.zero_()
     what = _launches.get(number, "a launch no longer on record")
     raise RuntimeError(
-        f"rnn_gpu: a wait inside a persistent kernel did not end within {WAIT_LIMIT} polls (launch {number}: {what}). Its results "
-        "are NaN. Its programs did not all run at the same time: is the GPU shared with kernels that hold multiprocessors "
-        "(collectives, other processes)? Lower the number of programs with RNN_GPU_MAX_PROGRAMS, or raise RNN_GPU_WAIT_LIMIT."
+        f"rnn_gpu: a wait inside a persistent kernel did not end within {WAIT_LIMIT} polls (launch {number}: {what}). "
+        "Its results are NaN. Its programs did not all run at the same time: is the GPU shared with kernels that hold "
+        "multiprocessors (collectives, other processes)? Lower the number of programs with RNN_GPU_MAX_PROGRAMS, or "
+        "raise RNN_GPU_WAIT_LIMIT."
     )
 
 
@@ -108,7 +113,7 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
 
 
 def options(plan: Plan) -> dict:
-    """How a plan's kernel is compiled and launched. num_stages=1: the pipeliner would load the state across the wait."""
+    """How a plan's kernel is compiled and launched. num_stages=1: a pipeline would load the state across the wait."""
     return dict(num_warps=plan.warps, num_stages=1, launch_cooperative_grid=not plan.alone)
 
 
@@ -116,9 +121,9 @@ def options(plan: Plan) -> dict:
 class Rows:
     """Where the rows of the steps lie. R rows in all: R = T * B, or fewer where sequences are packed.
 
-    lengths: int32 [B], steps of each row, or None where all have T. offsets: int64 [T+1], the first row of each step, where sequences
-    are packed (longest first, as PackedSequence has them), else None. resets: int8 [T, B], not zero where a row's state starts anew,
-    or None.
+    lengths: int32 [B], steps of each row, or None where all have T. offsets: int64 [T+1], the first row of each step,
+    where sequences are packed (longest first, as PackedSequence has them), else None. resets: int8 [T, B], not zero
+    where a row's state starts anew, or None.
     """
 
     time: int
@@ -133,14 +138,18 @@ class Rows:
 
 
 def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict) -> None:
-    """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of `device`."""
+    """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of
+    `device`.
+    """
     raise_if_late(device)
     if interpreter.interpreting():
         context = interpreter.concurrent_programs()
     elif device.type == "cuda":
         context = torch.cuda.device(device)
     else:
-        raise RuntimeError("rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)")
+        raise RuntimeError(
+            "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"
+        )
     kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
     what = f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {rows.time}, B {rows.batch}"
     each = plan.rows * plan.slices  # rows of a program
@@ -174,12 +183,14 @@ def _fill_ends(buffer: Tensor, state: Tensor, hidden_size: int) -> None:
 
 
 def _apart(view: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: autograd then treats it as a result, which users may change in place, not as a view."""
+    """The same memory as a tensor of its own: autograd then treats it as a result, which users may change in place,
+    not as a view.
+    """
     return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and on a 16-byte boundary: Triton compiles narrower loads, in another layout, for any other address."""
+    """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 

@@ -8,7 +8,8 @@ class Cell:
     """A recurrent cell.
 
     gates: G, the tiles of the input's and of the hidden state's part.
-    slots: E, the gradients a unit publishes backwards; the first G are at the hidden side of the gate sums, in the order
+    slots: E, the gradients a unit publishes backwards; the first G are at the hidden side of the gate sums, in the
+    order
         `slot_order` of the gates, the last G at the input side, in the order of the gates.
     carry: what stays in registers from step to step besides h: "c" (LSTM, float32), "h" (GRU: its own h) or None.
     saves_gates: the backward needs the gates; otherwise the output y is enough.
@@ -29,7 +30,8 @@ CELLS = {
     cell.name: cell
     for cell in (
         Cell("lstm", 4, 4, (0, 1, 2, 3), "c", True, "c", "LSTM"),
-        # The hidden side wants (r * dn, dr, dz), the input side (dr, dz, dn): four slots in this order hold both as neighbours.
+        # The hidden side wants (r * dn, dr, dz), the input side (dr, dz, dn): four slots in this order hold both as
+        # neighbours.
         Cell("gru", 3, 4, (2, 0, 1), "h", True, "q", "GRU"),
         Cell("rnn_tanh", 1, 1, (0,), None, False, "y", "RNN_TANH"),
         Cell("rnn_relu", 1, 1, (0,), None, False, "y", "RNN_RELU"),

@@ -19,8 +19,8 @@ The order in which the compiler spreads equally strided axes over lanes, warps a
 Triton, and so does the width of the operand it infers; LAYOUT names the variant. A wrong one gives right results,
 slowly, so tests count the machine instructions of a step (tests/test_resources.py).
 
-Sizes, all powers of two unless said otherwise: S warps; UB units a program; NB rows of the batch a tile; CHUNKS chunks of K
-(any number); PER gates that share one weight tile of M = PER*UB rows.
+Sizes, all powers of two unless said otherwise: S warps; UB units a program; NB rows of the batch a tile; CHUNKS
+chunks of K (any number); PER gates that share one weight tile of M = PER*UB rows.
 """
 
 import triton
@@ -45,7 +45,9 @@ def chunk_values(dtype):
 
 @triton.jit
 def axis(n: tl.constexpr, WHICH: tl.constexpr):
-    """Index along one axis of a chunk tile: 0 the 8 rows of a matrix instruction, 1 warp, 2 tile of 8 rows; K comes last."""
+    """Index along one axis of a chunk tile: 0 the 8 rows of a matrix instruction, 1 warp, 2 tile of 8 rows; K comes
+    last.
+    """
     i = tl.arange(0, n)
     if WHICH == 1:
         return i[None, :, None, None]
@@ -101,7 +103,9 @@ def values(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def over_warps(x, S: tl.constexpr, GP: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
-    """Partial sums [S, GP, UB, NB] of the warps -> GP sums [NB, UB] as a tuple, those of a (row, unit) pair in one thread."""
+    """Partial sums [S, GP, UB, NB] of the warps -> GP sums [NB, UB] as a tuple, those of a (row, unit) pair in one
+    thread.
+    """
     LEVELS: tl.constexpr = (S > 1) + (S > 2) + (S > 4) + (S > 8)
     x = x.permute(0, 1, 3, 2)
     for level in tl.static_range(LEVELS):
@@ -134,21 +138,23 @@ def side_by_side(parts, COUNT: tl.constexpr, S: tl.constexpr, PER: tl.constexpr,
 def rounded_to_tf32(words):
     """float32 bits -> values whose truncation to tf32, which is what the tensor core does, rounds to nearest.
 
-    Only for bits that were published: a NaN whose low bits are all set would become a zero. So does an unwritten word: see `lost`
-    in the loops.
+    Only for bits that were published: a NaN whose low bits are all set would become a zero. So does an unwritten
+    word: see `lost` in the loops.
     """
     return (words + 0x1000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def to_tf32(x):
-    """The same for any float32 values, NaN for every NaN: the one that CUDA's own arithmetic makes has all its low bits set."""
+    """The same for any float32 values, NaN for every NaN: the one that CUDA's own arithmetic makes has all its low
+    bits set.
+    """
     return tl.where(x == x, rounded_to_tf32(x.to(tl.int32, bitcast=True)), x)
 
 
 @triton.jit
 def weight_chunk(p, columns, i: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Chunk i of a weight tile as loaded. p, columns: pointers to and columns of chunk 0; zeros from column WIDTH on."""
+    """Chunk i of a weight tile as loaded; p, columns: pointers and columns of chunk 0. Zeros from WIDTH on."""
     K: tl.constexpr = columns.shape[len(columns.shape) - 1]
     if (i + 1) * S * K > WIDTH:
         x = tl.load(p + i * (S * K), mask=columns < WIDTH - i * (S * K), other=0.0)
@@ -170,22 +176,28 @@ def streamed_chunk(p, i, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def resident_weights(
-    p, rows, stride, COUNT: tl.constexpr, IN_REGISTERS: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
-    WIDTH: tl.constexpr, PRECISION: tl.constexpr
+    p, rows, stride, COUNT: tl.constexpr, IN_REGISTERS: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first COUNT chunks of a weight tile [ROWS, WIDTH] as operands: IN_REGISTERS of them there, the rest in shared memory.
+    """The first COUNT chunks of a weight tile [ROWS, WIDTH] as operands: IN_REGISTERS of them there, the rest in
+    shared memory.
 
-    `rows` gives the row of the weight for each row of the tile, twice: along the axes of a chunk tile, and plainly [1, ROWS, 1]
-    for shared memory, where the compiler keeps an operand that was loaded in any other way than a chunk tile.
+    `rows` gives the row of the weight for each row of the tile, twice: along the axes of a chunk tile, and plainly
+    [1, ROWS, 1] for shared memory, where the compiler keeps an operand that was loaded in any other way than a chunk
+    tile.
     """
     W = ()
     for i in tl.static_range(COUNT):
         if i < IN_REGISTERS:
             columns = chunk_columns(S, K)
-            W = W + (operand(weight_chunk(p + rows[0] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),)
+            W = W + (
+                operand(weight_chunk(p + rows[0] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),
+            )
         else:
             columns = tl.arange(0, S)[:, None, None] * K + tl.arange(0, K)[None, None, :]
-            W = W + (permuted(weight_chunk(p + rows[1] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),)
+            W = W + (
+                permuted(weight_chunk(p + rows[1] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),
+            )
     return W
 
 

@@ -113,7 +113,9 @@ def results(candidate: Candidate, problem: Problem, mode: str, dtype: torch.dtyp
 def prepared(
     candidate: Candidate, problem: Problem, mode: str, dtype: torch.dtype | None = None
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The call that is timed, a function of no arguments. What it needs is laid out before, as the candidate wants it."""
+    """The call that is timed, a function of no arguments. What it needs is laid out before, as the candidate wants
+    it.
+    """
     dtype = dtype or problem.input.dtype
     input, d_output = problem.input.to(dtype), problem.d_output.to(dtype)
     if candidate.batch_first:
@@ -409,8 +411,8 @@ def introduce(session: Session, work: int, out: Path | None) -> str:
         text.append("The floor is an estimate from published figures of the device: see docs/performance.md.")
     else:
         text.append(
-            "No CUDA device: this times PyTorch's own CPU kernels (ATen), called directly and through rnn_gpu. It shows\n"
-            "that the benchmark works, and says nothing about rnn_gpu's kernels."
+            "No CUDA device: this times PyTorch's own CPU kernels (ATen), called directly and through rnn_gpu. It\n"
+            "shows that the benchmark works, and says nothing about rnn_gpu's kernels."
         )
     where = f"rows go to {out}" if out is not None else "nothing is written (no --out)"
     text.append(f"{work} cases and modes, at most {session.options.budget:.0f} s; {where}.")

@@ -163,7 +163,9 @@ class Floor:
 
 
 def floor(case: Case, mode: str, device: Device, precision: str | None = None) -> Floor | None:
-    """The floor of a case, or None for a device whose peak is not known here. precision: "ieee" or "tf32" for float32."""
+    """The floor of a case, or None for a device whose peak is not known here. precision: "ieee" or "tf32" for
+    float32.
+    """
     if device.arch not in TENSOR_FLOPS:
         return None
     a_clock = TENSOR_FLOPS[device.arch] // (2 if case.dtype == "float32" else 1)

@@ -126,7 +126,9 @@ def read_all(folder: Path | str) -> list[Row]:
 
 
 class Writer:
-    """Appends rows to a file, each on the disk before the next is measured: a run that is cut off leaves a valid file."""
+    """Appends rows to a file, each on the disk before the next is measured: a run that is cut off leaves a valid
+    file.
+    """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)

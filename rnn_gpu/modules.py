@@ -73,7 +73,7 @@ class _Layer(RNNBase):
         return self._forward_torch(input, hx)
 
     def _forward_torch(self, input, hx):
-        """PyTorch's own kernels; under autocast with results in its dtype, which torch.nn gives for some layers only."""
+        """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
         data = input.data if isinstance(input, PackedSequence) else input
         if not _autocasts(data):
             return self.torch_class.forward(self, input, hx)

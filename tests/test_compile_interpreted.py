@@ -1,4 +1,6 @@
-"""torch.compile of the layers with the kernels in the graph (in Triton's interpreter): no break, no compile for every size."""
+"""torch.compile of the layers with the kernels in the graph (in Triton's interpreter): no break, no compile for every
+size.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,9 @@ def assert_same(run, compiled, layer, *arguments):
 @pytest.mark.parametrize("mask", [None, "lengths", "resets"])
 @every_layer
 def test_one_graph_for_every_size(name, kwargs, mask):
-    """Catches: a graph break, a compile for each new T or B, results or gradients that differ from those without compile."""
+    """Catches: a graph break, a compile for each new T or B, results or gradients that differ from those without
+    compile.
+    """
     layer = getattr(rnn_gpu, name)(4, 12, **kwargs)
 
     def run(input, given=None):

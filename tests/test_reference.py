@@ -31,9 +31,7 @@ class Draw:
         return torch.randint(high, shape, generator=self.generator)
 
 
-def recurrence_inputs(
-    draw: Draw, cell: str, steps: int, batch: int, hidden_size: int
-) -> tuple[Tensor | None, ...]:
+def recurrence_inputs(draw: Draw, cell: str, steps: int, batch: int, hidden_size: int) -> tuple[Tensor | None, ...]:
     """x_part, weight_hh, bias_hn, h0, c0; None where the cell has none."""
     gates = reference.GATES[cell]
     return (
@@ -102,10 +100,7 @@ def test_function_transforms(cell, reverse, seed):
     """Catches in-place writes and branches on data, which vmap refuses, and state kept between calls."""
     draw = Draw(seed)
     members = [recurrence_inputs(draw, cell, steps=3, batch=2, hidden_size=2) for _ in range(2)]
-    stacked = [
-        None if tensors[0] is None else torch.stack(tensors).detach()
-        for tensors in zip(*members, strict=True)
-    ]
+    stacked = [None if tensors[0] is None else torch.stack(tensors).detach() for tensors in zip(*members, strict=True)]
     lengths, resets = torch.tensor([3, 1]), draw.integers(2, 3, 2).bool()
 
     def loss(x_part, weight_hh, bias_hn, h0, c0):
@@ -137,18 +132,14 @@ def torch_layer(cell: str, input_size: int, hidden_size: int, bias: bool, seed: 
         return torch.nn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"), **arguments)
 
 
-def both_layers(
-    cell: str, module: torch.nn.Module, input: Tensor, h0: Tensor, c0: Tensor | None, lengths=None
-):
+def both_layers(cell: str, module: torch.nn.Module, input: Tensor, h0: Tensor, c0: Tensor | None, lengths=None):
     """What the bidirectional module returns, by two calls of reference.layer: output, h_n, c_n."""
     names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
     results = []
     for direction, suffix in enumerate(["", "_reverse"]):
         weights = [getattr(module, name + suffix, None) for name in names]
         states = [h0[direction], None if c0 is None else c0[direction]]
-        results.append(
-            reference.layer(cell, input, *weights, *states, reverse=direction == 1, lengths=lengths)
-        )
+        results.append(reference.layer(cell, input, *weights, *states, reverse=direction == 1, lengths=lengths))
     ys, h_ns, c_ns = zip(*results, strict=True)
     return torch.cat(ys, dim=-1), torch.stack(h_ns), None if c0 is None else torch.stack(c_ns)
 
@@ -289,9 +280,7 @@ def test_resets_equal_cut_sequences(cell, reverse, seed):
     draw = Draw(seed)
     steps, batch, hidden_size = 6, 3, 2
     x_part, weight_hh, bias_hn, h0, c0 = recurrence_inputs(draw, cell, steps, batch, hidden_size)
-    resets = torch.tensor(
-        [[1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.bool
-    )
+    resets = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.bool)
 
     actual = reference.recurrence(cell, x_part, weight_hh, bias_hn, h0, c0, reverse, resets=resets)
     flow = list(reversed(range(steps))) if reverse else list(range(steps))
@@ -360,9 +349,7 @@ def test_padding_of_x_part_never_matters(cell, reverse, seed):
     for padding in (float("nan"), 0.0):
         inputs = [x_part.nan_to_num(nan=padding).requires_grad_(), *others]
         results = reference.recurrence(cell, *inputs, reverse, lengths=lengths)
-        rows.append(
-            [*results, *gradients(results, inputs, [None if r is None else r.detach() for r in results])]
-        )
+        rows.append([*results, *gradients(results, inputs, [None if r is None else r.detach() for r in results])])
     assert_all_same(*rows, "y h_n c_n d_x_part d_weight_hh d_bias_hn d_h0 d_c0")
 
 

@@ -52,9 +52,7 @@ def allowed_error(dtype: torch.dtype, peer_error: float, oracle: Tensor) -> floa
     return max(PEER_FACTOR * peer_error, FLOOR_EPS * EPS[dtype] * norm(oracle))
 
 
-def assert_close_to_oracle(
-    actual: Tensor, oracle: Tensor, peer: Tensor | None = None, name: str = "result"
-) -> None:
+def assert_close_to_oracle(actual: Tensor, oracle: Tensor, peer: Tensor | None = None, name: str = "result") -> None:
     """Apply the rule. Without a peer only the floor is allowed, which few results but plain copies meet."""
     assert oracle.dtype == torch.float64, f"{name}: the oracle is {oracle.dtype}, expected float64"
     peer_error = 0.0
