@@ -279,7 +279,8 @@ def backward(
             dy, saved_gates, present, previous = saved[j]
             following = load_step(
                 d_y, gates, None if AUX_IS_HISTORY else aux, before, first_history, own_y[j], own_gates[j], own[j],
-                previous, exists, t_next, None if lengths is None else length[j], s + 2 < steps, t_next + ahead, G, H, SHAPE,
+                previous, exists, t_next, None if lengths is None else length[j], s + 2 < steps, t_next + ahead,
+                G, H, SHAPE,
             )  # fmt: skip
             saved_next = saved_next + (following,)
             if resets is not None:

@@ -4,9 +4,9 @@
     python -m perf.report --check          exit status 1 if README.md is not what the ledger says
     python -m perf.report --results DIR --readme FILE --docs DIR
 
-Only rows measured on a GPU on this library's kernels count; with none the table says "not measured yet". Two providers are
-compared only where one run timed them in turns. Ratios and means are quoted on the core grid (cases.py) alone, and the
-table says how much of it has been measured.
+Only rows measured on a GPU on this library's kernels count; with none the table says "not measured yet". Two providers
+are compared only where one run timed them in turns. Ratios and means are quoted on the core grid (cases.py) alone, and
+the table says how much of it has been measured.
 """
 
 import argparse
@@ -94,15 +94,18 @@ def table(rows: list[Row]) -> str:
         lines = ["| cell | type | " + " | ".join(f"{mode}, times as fast as torch.nn" for mode in SHOWN) + " | cases |"]
         lines.append("|---|---|" + "---|" * (len(SHOWN) + 1))
         for cell, dtype in dict.fromkeys((case.cell, case.dtype) for case in core):
-            of_this = [g for g in mine if (g[OURS].cell, g[OURS].dtype) == (cell, dtype)]
-            if not of_this:
-                continue
+            alike = [g for g in mine if (g[OURS].cell, g[OURS].dtype) == (cell, dtype)]
             wanted = sum((case.cell, case.dtype) == (cell, dtype) for case in core)
-            measured = len({case_of(g[OURS]) for g in of_this})
-            precisions = ", ".join(sorted({g[OURS].precision for g in of_this} - {""}))
-            values = [mean_and_range([speed_up(g) for g in of_this if g[OURS].mode == mode]) for mode in SHOWN]
-            name = f"{dtype} ({precisions})" if precisions else dtype
-            lines.append(f"| {cell} | {name} | {' | '.join(values)} | {measured} of {wanted} |")
+            for precision in sorted({g[OURS].precision for g in alike}):
+                of_this = [g for g in alike if g[OURS].precision == precision]
+                values, counts = [], []
+                for mode in SHOWN:
+                    ratios = [speed_up(g) for g in of_this if g[OURS].mode == mode]
+                    values.append(mean_and_range(ratios))
+                    counts.append(len(ratios))
+                count = str(counts[0]) if len(set(counts)) == 1 else " and ".join(map(str, counts))
+                name = f"{dtype} ({precision})" if precision else dtype
+                lines.append(f"| {cell} | {name} | {' | '.join(values)} | {count} of {wanted} |")
         parts.append("\n".join(lines))
     note = (
         "Geometric mean over the core grid (smallest to largest), median times of calls in turns in one process, the "

@@ -12,8 +12,7 @@ from rnn_gpu import backends
 
 pytestmark = pytest.mark.interpreted
 
-LAYERS = [("LSTM", {"bidirectional": True, "num_layers": 2}), ("GRU", {}), ("RNN", {"bidirectional": True})]
-every_layer = pytest.mark.parametrize("name, kwargs", LAYERS, ids=[name for name, _ in LAYERS])
+STACK = {"bidirectional": True, "num_layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +38,16 @@ def assert_same(run, compiled, layer, *arguments):
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("mask", [None, "lengths", "resets"])
-@every_layer
+@pytest.mark.parametrize(
+    "name, kwargs, mask",
+    [
+        ("LSTM", {}, None),
+        ("LSTM", STACK, "lengths"),
+        ("GRU", STACK, None),
+        ("GRU", {}, "resets"),
+        ("RNN", {}, "lengths"),
+    ],
+)
 def test_one_graph_for_every_size(name, kwargs, mask):
     """Catches: a graph break, a compile for each new T or B, results or gradients that differ from those without
     compile.
@@ -61,8 +68,7 @@ def test_one_graph_for_every_size(name, kwargs, mask):
     assert compiles == compiles[:1] * 3, "compiled again for another size"
 
 
-@pytest.mark.parametrize("enforce_sorted", [True, False])
-@every_layer
+@pytest.mark.parametrize("name, kwargs, enforce_sorted", [("LSTM", STACK, False), ("GRU", {}, True)])
 def test_packed_sequence_made_outside_the_graph(name, kwargs, enforce_sorted):
     """Catches: a size that depends on the values of batch_sizes, which no graph can hold."""
     layer = getattr(rnn_gpu, name)(4, 12, **kwargs)
