@@ -286,7 +286,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """All steps backward.
 
-    d_y [R, N, H], d_h_n and d_c_n [N, B, H], each of them may be None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H], aux
+    d_y [R, N, H], d_h_n and d_c_n [N, B, H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H], aux
     and y as `forward` left them; h0, c0 [N, B, H].
     -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H]
     float32: LSTM the gradient of c0, GRU what of h0's does not pass through the gates, else None.
