@@ -150,12 +150,18 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def plan_for(
-    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: planning.Device, backward: bool
+    cell: str,
+    hidden_size: int,
+    batch_size: int,
+    sets: int,
+    dtype: str,
+    device: planning.Device,
+    backward: bool,
+    ragged: bool = False,
 ) -> planning.Plan | str:
-    """The plan of one pass under the settings in force, or why there is none."""
-    return planning.cached_plan(
-        cell, hidden_size, batch_size, sets, dtype, device, backward, precision_of(dtype), _max_programs, _allow_alone
-    )
+    """The plan of one pass under the settings in force, or why there is none. ragged: rows end early or start anew."""
+    problem = cell, hidden_size, batch_size, sets, dtype, device, backward
+    return planning.cached_plan(*problem, precision_of(dtype), _max_programs, _allow_alone, ragged)
 
 
 class Choice(NamedTuple):

@@ -14,9 +14,9 @@ from . import backends, reference
 from .kernels.spec import CELLS, padded, runs_backwards
 
 
-def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool):
+def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool, ragged: bool):
     name, device = backends.name_of(like.dtype), backends.device_of(like.device)
-    found = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward)
+    found = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward, ragged)
     if isinstance(found, str):
         raise RuntimeError(f"rnn_gpu: no plan for {cell}: {found}")
     return found
@@ -49,8 +49,8 @@ def recurrence(
     from .kernels import launch
 
     batch, sets = h0.shape[1], x_part.shape[1]
-    plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, backward=False)
     rows = launch.Rows(time, batch, lengths, offsets, resets)
+    plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, False, rows.ragged)
     y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, save)
     empty = x_part.new_empty(0)
     return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
@@ -101,9 +101,9 @@ def recurrence_backward(
     from .kernels import launch
 
     spec, batch = CELLS[cell], h0.shape[1]
-    plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], backward=True)
     gates = gates if spec.saves_gates else None
     rows = launch.Rows(time, batch, lengths, offsets, resets)
+    plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], True, rows.ragged)
     d_gates, d_carry_0 = launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
     return d_gates, y.new_empty(0, dtype=torch.float32) if d_carry_0 is None else d_carry_0
 
