@@ -204,9 +204,12 @@ def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, pr
     for units in (8, 16, 32, 64):
         if units == 8 and (backward or spec.gates == 1):  # a tile of weights has 16 rows at least
             continue
-        # Gates that share a tile of weights: those that fill the 16 rows of a matrix instruction, all four of the LSTM
-        # (fewer exchanges through shared memory), but not where a tile of a chunk would take half of the registers.
-        per_tile = 2 if units == 8 and spec.gates == 3 else 1 if units == 64 else spec.gates if spec.gates == 4 else 1
+        # Gates that share a tile of weights: those that fill the 16 rows of a matrix instruction, and all four of the
+        # LSTM (fewer exchanges through shared memory), but one of 64 units, or a chunk would take half the registers;
+        # and two of the GRU where the rows of its input are not aligned either, which takes registers of its own.
+        per_tile = spec.gates if spec.gates == 4 and units < 64 else 1
+        if spec.gates == 3 and (units == 8 or (units == 64 and hidden_size % 64 != 0 and precision != "ieee")):
+            per_tile = 2
         for rows, slices in ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2)):
             if slices > 1 and chunks * slices * (spec.gates if backward else 1) > POLLED_TILES:
                 continue

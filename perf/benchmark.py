@@ -134,6 +134,8 @@ def prepared(
 
     def call():
         output = candidate.call(input)
+        if output.shape != d_output.shape:
+            raise Wrong(f"the output is {tuple(output.shape)}, expected {tuple(d_output.shape)}")
         return output, *torch.autograd.grad(output, leaves, d_output)
 
     return call
@@ -177,6 +179,21 @@ def checked_steps(case: Case, device: torch.device, mode: str) -> int:
     return max(1, min(case.time, int(CHECK_SHARE * free / (8 * values))))
 
 
+def device_seconds(call: Callable, calls: int, flush: Tensor | None = None) -> float:
+    """Seconds of one call on the GPU, the mean of `calls` in a row. flush: larger than the cache, written before."""
+    if flush is not None:
+        flush.zero_()
+    if hasattr(torch.cuda, "_sleep"):
+        torch.cuda._sleep(SLEEP_CYCLES)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
 class Session:
     """One run of the benchmark: the device, how long things may take, and where rows go."""
 
@@ -213,22 +230,12 @@ class Session:
 
     def seconds(self, call: Callable, calls: int) -> float:
         """Seconds of one call, the mean of `calls` in a row."""
-        if not self.gpu:
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            return (time.perf_counter() - start) / calls
-        if self.flush is not None:
-            self.flush.zero_()
-        if hasattr(torch.cuda, "_sleep"):
-            torch.cuda._sleep(SLEEP_CYCLES)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        if self.gpu:
+            return device_seconds(call, calls, self.flush)
+        start = time.perf_counter()
         for _ in range(calls):
             call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / calls
+        return (time.perf_counter() - start) / calls
 
     def peak_bytes(self, call: Callable) -> int | None:
         """Most memory that a call takes beyond what is there before it."""
@@ -301,6 +308,8 @@ class Session:
                     say(f"{name}: WRONG, not timed: {reason}")
                 except Exception as error:  # whatever a provider raises is its own affair, and is said
                     say(f"{name}: not available: {type(error).__name__}: {one_line(error)}")
+                    if name in ledger.OURS:  # what our kernels cannot serve they say in advance: this is a failure
+                        self.wrong.append(f"{name}, {case}, {mode}: {type(error).__name__}: {one_line(error)}")
             samples = self.in_turns(
                 {name: f[0] for name, f in found.items()}, {name: f[1] for name, f in found.items()}
             )
@@ -518,7 +527,7 @@ def run(options: argparse.Namespace, providers: dict | None = None) -> int:
             say(f"{case}, {mode}")
             before = case
             rows = session.measure(case, mode, lambda text: say(f"  {text}"))
-            reference = next((row for row in rows if row.provider == "torch.nn"), None)
+            reference = next((row for row in rows if session.gpu and row.provider == "torch.nn"), None)
             for row in rows:
                 say(f"  {line(row, reference)}")
                 if writer is not None:

@@ -1,0 +1,372 @@
+"""`python -m perf.tune`: how good the plan's choice is, measured, and the constants of its model fitted to a device.
+
+    python -m perf.tune --cell lstm --dtype bfloat16 --hidden-size 1024 --batch-size 16     the ranking of one shape
+    python -m perf.tune --check                          a sample of shapes: what the plan's own choice loses
+    python -m perf.tune --check --fit constants.json     the model's constants, fitted to all that was measured
+
+Every plan is checked against the readable loop in float64 before it is timed. All this needs a GPU. Without one it says
+so, and prints the ranking of the model, which is an estimate.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rnn_gpu import backends, reference
+from rnn_gpu.kernels import plan as planning
+from rnn_gpu.kernels.plan import DEVICES, Device, Plan
+from rnn_gpu.kernels.spec import CELLS, DTYPES
+from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
+
+from . import ledger
+from .benchmark import Clock, OutOfTime, device_seconds, one_line, progress
+from .providers import float32_precision, interpreted
+
+STEPS = 256  # of a timed call
+CHECKED_STEPS = 24
+ROUNDS = 9
+FITTED = ("EXCHANGE_MICROSECONDS", "POLLS", "ISSUE_CYCLES")  # the constants of the model that a fit changes
+SAMPLE = [  # cell, type, hidden units, batch: what --check looks at, forward and backward
+    ("lstm", "bfloat16", 128, 64),
+    ("lstm", "bfloat16", 256, 16),
+    ("lstm", "bfloat16", 512, 16),
+    ("lstm", "bfloat16", 512, 128),
+    ("lstm", "bfloat16", 1024, 16),
+    ("lstm", "bfloat16", 1024, 64),
+    ("lstm", "bfloat16", 2048, 16),
+    ("lstm", "float32", 512, 32),
+    ("gru", "bfloat16", 512, 16),
+    ("gru", "float16", 1024, 64),
+    ("gru", "float32", 256, 16),
+    ("rnn_tanh", "bfloat16", 1024, 32),
+]
+
+
+# ---- Plans and the model ------------------------------------------------------------------------------------------
+
+
+def candidates(
+    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool, precision=None
+) -> list[Plan]:
+    """All plans of a problem: what the plan chooses from, what it never compares, and other orders of the waits."""
+    precision = (precision or "tf32") if dtype == "float32" else None
+    problem = (cell, hidden_size, batch_size, sets, dtype, device, backward, precision)
+    found = list(planning._alone(*problem))
+    for p in planning._exchanging(*problem, False):
+        if p.unit_slices * sets <= device.multiprocessors:
+            orders = (1, 2, 3) if backward and CELLS[cell].gates > 1 else (p.order,)
+            same = planning._with_batch(p, device, device.multiprocessors)
+            found += [dataclasses.replace(same, order=order) for order in orders]
+    return found
+
+
+def predicted(p: Plan, device: Device) -> float:
+    """The model's microseconds a step for a plan, with its constants as they are now."""
+    if not p.alone:
+        return planning._with_batch(p, device, device.multiprocessors).microseconds
+    problem = (p.cell, p.hidden_size, p.batch_size, p.sets, p.dtype, device, p.backward, p.precision)
+    return next(q.microseconds for q in planning._alone(*problem) if (q.rows, q.warps) == (p.rows, p.warps))
+
+
+@contextlib.contextmanager
+def constants(values: dict[str, float]):
+    """Within this context the model has these constants."""
+    before = {name: getattr(planning, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(planning, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(planning, name, value)
+
+
+def model_error(measured: list[tuple[Plan, float]], device: Device) -> float:
+    """Root mean square of the logarithm of predicted over measured: 0.1 is about 10 %."""
+    return math.sqrt(statistics.fmean(math.log(predicted(p, device) / us) ** 2 for p, us in measured))
+
+
+def fit(measured: list[tuple[Plan, float]], device: Device) -> dict[str, float]:
+    """The constants of the model that predict (plan, microseconds a step) best: one after another, in smaller steps."""
+    best = {name: getattr(planning, name) for name in FITTED}
+
+    def error(values) -> float:
+        with constants(values):
+            return model_error(measured, device)
+
+    least, factor = error(best), 1.5
+    while factor > 1.002:
+        improved = False
+        for name in FITTED:
+            for by in (factor, 1 / factor):
+                changed = best | {name: best[name] * by}
+                if (now := error(changed)) < least - 1e-12:
+                    best, least, improved = changed, now, True
+        if not improved:
+            factor = math.sqrt(factor)
+    return best
+
+
+def written_fit(measured: list[tuple[Plan, float]], device: Device) -> dict:
+    """What --fit writes: the constants, where they come from, and how much better they are."""
+    found = fit(measured, device)
+    before = model_error(measured, device)
+    with constants(found):
+        after = model_error(measured, device)
+    return dict(
+        device=dataclasses.asdict(device), torch=torch.__version__, triton=ledger.version_of("triton"),
+        commit=ledger.commit(), measured=ledger.now(), plans=len(measured),
+        constants=found, constants_before={name: getattr(planning, name) for name in FITTED},
+        error_before=before, error_after=after,
+        times=[{"plan": dataclasses.asdict(p), "microseconds": us} for p, us in measured],
+    )  # fmt: skip
+
+
+# ---- Measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recurrence:
+    """Data of one pass for the launchers: the same whatever the plan."""
+
+    time: int
+    x_part: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+    d_y: Tensor | None = None
+    saved: tuple | None = None  # y, gates, aux of a forward, for a backward
+
+    @classmethod
+    def draw(cls, p: Plan, time: int, device: torch.device) -> "Recurrence":
+        """Random data of a plan's problem; for a backward plan also a forward, by the plan's own choice."""
+        from rnn_gpu.kernels import launch
+
+        spec, dtype = CELLS[p.cell], getattr(torch, p.dtype)
+        sets, batch, size = p.sets, p.batch_size, p.hidden_size
+        torch.manual_seed(0)
+
+        def draw(*shape, scale=1.0):
+            return (torch.randn(*shape) * scale).to(device, dtype)
+
+        weight = draw(sets, spec.gates * size, size, scale=size**-0.5)
+        bias = draw(sets, size) if p.cell == "gru" else None
+        h0, c0 = draw(sets, batch, size), draw(sets, batch, size) if spec.carry == "c" else None
+        data = cls(time, draw(time * batch, sets, spec.gates * size), weight, bias, h0, c0)
+        if p.backward:
+            data.d_y = draw(time * batch, sets, size)
+            own = planning.plan(p.cell, size, batch, sets, p.dtype, _device(device), False, p.precision)
+            gates = data.x_part.clone()
+            rows = launch.Rows(time, batch)
+            y, _, _, aux = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, True)
+            data.saved = y, gates if spec.saves_gates else None, aux
+        return data
+
+    @property
+    def reversed_sets(self) -> int:
+        """2 where every second set runs backwards in time."""
+        return 2 if self.weight.shape[0] > 1 else 0
+
+    def run(self, p: Plan, save: bool = True, fresh: bool = False) -> Tensor:
+        """Run a plan: y, or d_gates. fresh: leave the input part as it was (it becomes the gates otherwise)."""
+        from rnn_gpu.kernels import launch
+
+        rows = launch.Rows(self.time, p.batch_size)
+        if not p.backward:
+            x_part = self.x_part.clone() if fresh else self.x_part
+            return launch.forward(p, x_part, self.weight, self.bias, self.h0, self.c0, rows, self.reversed_sets, save)[
+                0
+            ]
+        y, gates, aux = self.saved
+        states = self.h0, self.c0
+        return launch.backward(p, self.d_y, None, None, self.weight, gates, aux, y, *states, rows, self.reversed_sets)[
+            0
+        ]
+
+    def expected(self, p: Plan, dtype: torch.dtype) -> Tensor:
+        """What `run` has to give, by the readable loop in a dtype: y, or the gradient of the input part."""
+        found = []
+        for n in range(p.sets):
+            x = self.x_part[:, n].to(dtype).view(self.time, p.batch_size, -1).requires_grad_(p.backward)
+            bias = None if self.bias is None else self.bias[n].to(dtype)
+            states = self.h0[n].to(dtype), None if self.c0 is None else self.c0[n].to(dtype)
+            reverse = self.reversed_sets == 2 and n % 2 == 1
+            y, _, _ = reference.recurrence(p.cell, x, self.weight[n].to(dtype), bias, *states, reverse)
+            if p.backward:
+                d_y = self.d_y[:, n].to(dtype).view_as(y)
+                y = torch.autograd.grad(y, x, d_y)[0]
+            found.append(y.flatten(0, 1))
+        return torch.stack(found, 1)
+
+
+def _device(device: torch.device) -> Device:
+    return backends.device_of(device)
+
+
+class Judge:
+    """Tells whether a plan's result is right: the rule of the tests, on a few steps, the readable loop as the peer."""
+
+    def __init__(self, p: Plan, device: torch.device):
+        self.data = Recurrence.draw(p, CHECKED_STEPS, device)
+        self.oracle = self.data.expected(p, torch.float64)
+        own = getattr(torch, p.dtype)
+        error = torch.linalg.vector_norm(self.data.expected(p, own).double() - self.oracle)
+        floor = FLOOR_EPS * EPS[own] * torch.linalg.vector_norm(self.oracle)
+        self.allowed = max(PEER_FACTOR * error.item(), floor.item())
+
+    def ratio(self, p: Plan) -> float:
+        """The error over the allowed one; a wrong plan has more than 1."""
+        result = self.data.run(p, fresh=True)
+        if p.backward:
+            gates = CELLS[p.cell].gates
+            result = result[:, :, result.shape[2] - gates :].flatten(2)  # the input side of the slots
+        error = torch.linalg.vector_norm(result.double() - self.oracle).item()
+        return error / self.allowed if math.isfinite(error) else math.inf
+
+
+def time_all(plans: list[Plan], device: torch.device, clock: Clock, say) -> list[tuple[Plan, float]]:
+    """Median microseconds a step of every plan that is right, in turns; what is not timed is said."""
+    from rnn_gpu.kernels import launch
+
+    judge, good = Judge(plans[0], device), []
+    for p in plans:
+        clock.check()
+        try:
+            ratio = judge.ratio(p)
+            launch.check(device)
+        except RuntimeError as error:
+            say(f"  not run: {one_line(error)}: {p}")
+            continue
+        if ratio > 1:
+            say(f"  WRONG, not timed: {ratio:.3g} times the allowed error: {p}, order {p.order}")
+        else:
+            good.append(p)
+    if not good:
+        return []
+    data = Recurrence.draw(good[0], STEPS, device)
+    times = [[] for _ in good]
+    for number in range(ROUNDS + 1):  # the first warms up
+        clock.check()
+        for p, mine in zip(good, times, strict=True):
+            took = device_seconds(lambda p=p: data.run(p), 3)
+            if number:
+                mine.append(took * 1e6 / STEPS)
+    launch.check(device)
+    return [(p, statistics.median(mine)) for p, mine in zip(good, times, strict=True)]
+
+
+def same_plan(a: Plan, b: Plan) -> bool:
+    """Whether two plans run the same, whatever is predicted of them."""
+    return all(getattr(a, f.name) == getattr(b, f.name) for f in dataclasses.fields(Plan) if f.name not in _SAID)
+
+
+_SAID = ("microseconds", "reason", "shared_bytes")
+
+
+def loss(measured: list[tuple[Plan, float]], own: Plan) -> float | None:
+    """How much longer the plan's own choice takes than the best: 0.05 is 5 %. None where it was not timed."""
+    mine = next((us for p, us in measured if same_plan(p, own)), None)
+    return None if mine is None else mine / min(us for _, us in measured) - 1
+
+
+def ranking(measured: list[tuple[Plan, float]], own: Plan) -> str:
+    """Fastest first, the plan's own choice marked."""
+    lines = ["  measured  predicted  (us a step, fill included; predicted: the recurrence alone)"]
+    for p, us in sorted(measured, key=lambda pair: pair[1]):
+        mark = "->" if same_plan(p, own) else "  "
+        lines.append(f"{mark}{us:8.3f}  {p.microseconds:9.3f}  {p}, order {p.order}")
+    found = loss(measured, own)
+    lines.append(
+        "  the plan's own choice was not timed" if found is None else f"  the plan's own choice (->) loses {found:.1%}"
+    )
+    return "\n".join(lines)
+
+
+def without_gpu(shape: tuple, device: Device, precision: str | None) -> int:
+    """What is needed, and the ranking of the model."""
+    print(
+        "No CUDA device. perf.tune times every plan of a shape, and needs a GPU of compute capability 8.0 or later that"
+    )
+    print("nothing else uses. What it would choose from, ranked by the plan's model; times are estimates, nothing is")
+    print(f"measured. Plans for {device.name}:")
+    for backward in (False, True):
+        found = sorted(candidates(*shape, device, backward, precision), key=lambda p: p.microseconds)
+        print(f"\n{'backward' if backward else 'forward'}: {len(found)} plans")
+        for p in found[:5]:
+            print(f"  about {p.microseconds:7.3f} us a step: {p}, order {p.order}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m perf.tune", description="Time all plans of a shape on a GPU.")
+    add = parser.add_argument
+    add("--cell", choices=CELLS, default="lstm", help="(default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
+    add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")
+    add("--directions", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")
+    add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
+    add("--check", action="store_true", help="a sample of shapes instead of one")
+    add("--most", type=float, default=0.25, help="--check fails where the choice loses more (default: %(default)s)")
+    add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
+    add(
+        "--budget",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="stop cleanly after so long (default: %(default)s)",
+    )
+    add("--device", choices=DEVICES, default="h200", help="whose plans to print where there is no GPU")
+    options = parser.parse_args(arguments)
+    if interpreted():
+        print("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing. Unset it.", file=sys.stderr)
+        return 2
+    shape = options.cell, options.hidden_size, options.batch_size, options.directions, options.dtype
+    precision = options.float32_precision
+    if not torch.cuda.is_available():
+        return without_gpu(shape, DEVICES[options.device], precision)
+    device, clock = torch.device("cuda"), Clock(options.budget)
+    mine = backends.device_of(device)
+    shapes = [(cell, h, b, 1, dtype) for cell, dtype, h, b in SAMPLE] if options.check else [shape]
+    work = [(one, backward) for one in shapes for backward in (False, True)]
+    everything, losses, done = [], [], 0
+    steps, say = progress(work, len(work), "shape")
+    with float32_precision(precision):
+        try:
+            for one, backward in steps:
+                own = planning.plan(*one, mine, backward, precision)
+                if isinstance(own, str):
+                    say(f"{one}: {own}")
+                    continue
+                say(f"{one} {'backward' if backward else 'forward'} on {mine.name}")
+                measured = time_all(candidates(*one, mine, backward, precision), device, clock, say)
+                everything += measured
+                done += 1
+                if measured:
+                    say(ranking(measured, own))
+                    found = loss(measured, own)
+                    losses.append(math.inf if found is None else found)
+        except OutOfTime:
+            say(f"The budget of {options.budget:.0f} s has ended: {done} of {len(work)} done.")
+    if losses:
+        print(f"The plan's choice loses {statistics.median(losses):.1%} in the median, {max(losses):.1%} at worst.")
+    if options.fit and everything:
+        found = written_fit(everything, mine)
+        with open(options.fit, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+        print(f"{options.fit}: {found['constants']}, error {found['error_before']:.2f} -> {found['error_after']:.2f}")
+    return 1 if options.check and (not losses or max(losses) > options.most) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The kernels with a stage left out, so that a profile can say what the stage takes.
+
+Each variant is the kernel itself, from the same source, with one of the functions it calls replaced. Its results are
+wrong, of course: variants are timed and counted, never used. Stages overlap, so what they take need not add up to the
+whole step.
+"""
+
+import contextlib
+import types
+
+import triton
+import triton.language as tl
+
+from rnn_gpu.kernels import backward as backward_kernel
+from rnn_gpu.kernels import exchange, launch
+from rnn_gpu.kernels import forward as forward_kernel
+from rnn_gpu.kernels.plan import Plan
+from rnn_gpu.kernels.spec import CELLS
+
+from . import resources
+
+VARIANTS = {
+    "wait": "a state is read once, whether written or not: no waiting for the neighbours",
+    "product": "no product with the recurrent weights, and no sum over the warps",
+    "equations": "sums in place of the equations of the cell",
+    "stores": "nothing is saved for the backward",
+}
+
+# What a variant is compared with, where that is not the kernel as it is: the wait has another loop there.
+COMPARED = {"product": "nothing, tested"}
+
+# Loaded by name, because the kernels read names of their own module: these become globals of a kernel's copy.
+until_written = exchange.until_written
+
+
+@triton.jit
+def until_tested(
+    words, p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr,
+    ALL_KEPT: tl.constexpr, BITS: tl.constexpr, limit,
+):  # fmt: skip
+    """`until_written` for words that are only tested: nothing multiplies them."""
+    words, late = until_written(words, p, inside, SLOTS, SLOT, CHUNKS, STEP, False, BITS, limit)
+    return words, late
+
+
+@triton.jit
+def no_hidden_part(
+    W, rest, words, p, inside, one, CHUNKS: tl.constexpr, HELD: tl.constexpr, G: tl.constexpr, PER: tl.constexpr,
+    HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`forward.hidden_part` without the product: zeros."""
+    r = ()
+    for _ in tl.static_range(4 if G > 1 else 1):
+        r = r + (tl.zeros((NB, UB), tl.float32),)  # noqa: RUF005  (Triton has no (*r, x))
+    return r
+
+
+@triton.jit
+def no_hidden_part_alone(W, h, G: tl.constexpr, PRECISION: tl.constexpr):
+    """`forward.hidden_part_alone` without the product: the state itself."""
+    r = ()
+    for _ in tl.static_range(G):
+        r = r + (h.to(tl.float32),)  # noqa: RUF005
+    return r
+
+
+@triton.jit
+def no_product(
+    acc, W, rest, words, p, inside, one, FIRST: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr,
+    HELD: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`backward.product` without the product: what it was given."""
+    return acc
+
+
+@triton.jit
+def no_multiply_alone(W, slots, G: tl.constexpr, PRECISION: tl.constexpr):
+    """`backward.multiply_alone` without the product: the sum of the slots."""
+    acc = slots[0].to(tl.float32)
+    for g in tl.static_range(1, G):
+        acc += slots[g].to(tl.float32)
+    return acc
+
+
+@triton.jit
+def plain_gated(x, r, carry):
+    """The shape of a gated cell, with sums alone."""
+    h = carry
+    for g in tl.static_range(len(x)):
+        h += x[g] + r[g]
+    return h, h, x, r[0]
+
+
+@triton.jit
+def plain_rnn(x, r, carry):
+    """The shape of an RNN, with a sum alone."""
+    return x[0] + r[0], carry, (), carry
+
+
+@triton.jit
+def plain_factors(gates, aux, previous):
+    """What was saved, unchanged."""
+    return aux, previous, gates
+
+
+@triton.jit
+def plain_gated_backward(factors, dh, dcarry):
+    """The shape of a gated cell's backward, with sums alone."""
+    aux, previous, gates = factors
+    s = dh + dcarry
+    return (s + gates[0], s + gates[1], s + gates[2], s + aux), dcarry + previous
+
+
+@triton.jit
+def plain_rnn_backward(factors, dh, dcarry):
+    """The shape of an RNN's backward, with a sum alone."""
+    return (dh + factors[0],), dcarry
+
+
+def with_globals(kernel, **replaced):
+    """A copy of a kernel, from the same source, in which some of the names it uses mean something else."""
+    function = kernel.fn
+    copy = types.FunctionType(function.__code__, function.__globals__ | replaced, function.__name__)
+    copy.__module__, copy.__qualname__, copy.__doc__ = function.__module__, function.__qualname__, function.__doc__
+    copy.__annotations__ = function.__annotations__
+    return triton.jit(copy, do_not_specialize=kernel.do_not_specialize)
+
+
+def tested(backward: bool, product: bool):
+    """The kernel with the loop of a wait that suits states which nothing multiplies; with products or without."""
+    if not backward:
+        left_out = {} if product else dict(hidden_part=no_hidden_part, hidden_part_alone=no_hidden_part_alone)
+        return with_globals(forward_kernel.forward, until_written=until_tested, **left_out)
+    left_out = {} if product else dict(product=no_product)
+    inner = with_globals(backward_kernel.await_and_multiply, until_written=until_tested, **left_out)
+    left_out = {} if product else dict(multiply_alone=no_multiply_alone)
+    return with_globals(backward_kernel.backward, await_and_multiply=inner, **left_out)
+
+
+def of(p: Plan) -> tuple[str, ...]:
+    """The stages that can be left out of a plan's kernel."""
+    left_out = ("wait",) if not p.alone else ()
+    left_out += ("product", "equations")
+    saves = CELLS[p.cell].saves_gates or CELLS[p.cell].aux != "y"
+    return left_out + (("stores",) if saves and not p.backward else ())
+
+
+@contextlib.contextmanager
+def without(stage: str | None, p: Plan):
+    """Within this context the launcher, and resources.py, take the kernel of a plan without a stage; None: as it is.
+
+    "stores": the caller passes save=False to the launcher besides. No error is raised for a wait that did not end.
+    """
+    changes = []
+
+    def change(module, **values) -> None:
+        for name, value in values.items():
+            changes.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+
+    gated = CELLS[p.cell].gates > 1
+    try:
+        if stage == "wait":
+            change(launch, WAIT_LIMIT=0, raise_if_late=lambda device: None)
+        elif stage in ("product", COMPARED["product"]):
+            kernel = tested(p.backward, stage != "product")
+            if p.backward:
+                change(launch, backward_kernel=types.SimpleNamespace(backward=kernel))
+            else:
+                change(launch, forward_kernel=types.SimpleNamespace(forward=kernel))
+        elif stage == "equations" and p.backward:
+            plain = plain_factors, plain_gated_backward if gated else plain_rnn_backward
+            change(launch, BACKWARD=launch.BACKWARD | {p.cell: plain})
+        elif stage == "equations":
+            change(launch, FORWARD=launch.FORWARD | {p.cell: plain_gated if gated else plain_rnn})
+        elif stage == "stores":
+            whole = resources.signature
+            change(resources, signature=lambda *arguments: whole(*arguments) | {"gates": None, "aux": None})
+        yield
+    finally:
+        for module, name, value in reversed(changes):
+            setattr(module, name, value)
