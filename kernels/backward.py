@@ -1,25 +1,24 @@
 """The backward loop over time, for every cell: the steps of forward.py in the opposite order, in one persistent launch.
 
-    d_y     [T, B, N, H]     gradient of the outputs, or None
-    d_h_n   [B, N, H]        gradient of the final state, or None
+    d_y       [R, N, H]      gradient of the outputs, or None
+    d_h_n     [B, N, H]      gradient of the final state, or None
     d_carry_n [B, N, HS]     gradient of the final carry (LSTM), float32, or None
-    weight  [N, HS, G, HS]   recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u;
-    zeros past H
-    gates   [T, B, N, G*H]   saved by the forward, or None (RNN)
-    aux     [T, B, N, HS]    LSTM: c; GRU: q; RNN: y
-    history [T, B, N, HS]    LSTM: c; GRU: y: its values one step before the present one are `previous`; or None (RNN)
+    weight    [N, HS, G, HS] recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u; zeros
+                             past H
+    gates     [R, N, G*H]    saved by the forward, or None (RNN)
+    aux       [R, N, HS]     LSTM: c; GRU: q; RNN: y
+    history   [R, N, HS]     LSTM: c; GRU: y: its values one step before the present one are `previous`; or None (RNN)
     history_0 [B, N, HS]     LSTM: c0; GRU: h0; in the type of `history`, or None
-    d_gates [T+2, B, N, E, HS] as 32-bit words: the block before the first of the backward holds zeros, blocks 1..T
-    are unwritten
-                             and become the gradients of the gate sums, E slots a unit (cells.py)
+    d_gates   [B+R+B, N, E, HS]  as 32-bit words: the first B rows hold zeros, the R rows after them are unwritten and
+                             become the gradients of the gate sums, E slots a unit (cells.py)
     d_carry_0 [B, N, HS]     gradient of the first carry, float32: LSTM d c0; GRU the direct part of d h0; or None
-    status  [1]              int32: becomes `launch` when a wait came to its limit
-    lengths, offsets, resets as in forward.py; packed, d_gates is [B + offsets[T] + B, N, E, HS]
+    status    [1]            int32: becomes `launch` when a wait came to its limit
+    lengths, offsets, resets as in forward.py
 
-T, B, N, G, H, HS, UB, NB, S and the grid are those of forward.py. FIRST slots are awaited at first, then the others
-at once, in groups of FIRST (0: all together): a failed poll of a few is cheaper than one of all, and fewer tiles are
-held at a time. What does not depend on the neighbours is computed before the wait; between await and publish stand
-the product, one exchange through shared memory and a few multiplications.
+T, B, R, N, G, H, HS, UB, NB, S and the grid are those of forward.py. ORDER says in which order the slots are awaited
+(`await_and_multiply`): a failed poll of one is cheaper than one of all, and fewer tiles are held at a time. What does
+not depend on the neighbours is computed before the wait; between await and publish stand the product, one exchange
+through shared memory and a few multiplications.
 """
 
 import triton

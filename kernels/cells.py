@@ -3,9 +3,9 @@
 A tile is [NB, UB] float32: NB rows of the batch by UB hidden units of one program (or its transpose: the equations
 act on each element alone). Everything a cell needs arrives as arguments and leaves as results; loads, stores and the
 loop over time are in forward.py and backward.py, and serve every cell. The notation is that of the torch.nn
-documentation; docs/ equations.md derives the backward.
+documentation; docs/equations.md derives the backward.
 
-To add a cell, write its three functions here, its row in `spec.py`, its loop in rnn_gpu/reference.py.
+The README says what to add for a new cell.
 
     forward   (x, r, carry)                     -> h, carry, gates to save, aux to save
     factors   (gates, aux, previous)            -> all that the backward needs and that no neighbour must be awaited for

@@ -1,25 +1,24 @@
 """The forward loop over time, for every cell: one persistent launch for all T steps.
 
-    x_part  [T, B, N, G*H]   input part of the gates, biases included; in place, the gates are saved over it
+    x_part  [R, N, G*H]      input part of the gates, biases included; in place, the gates are saved over it
     weight  [N, G*H, HS]     recurrent weight, rows padded with zeros to HS
     bias    [N, H]           hidden bias of the last gate (GRU), or None
-    y       [T+2, B, N, HS]  as 32-bit words: block 0 holds h0 of forward sets, block T+1 that of reversed ones;
-                             blocks 1..T are unwritten and become the outputs
+    y       [B+R+B, N, HS]   as 32-bit words: the first B rows hold h0 of forward sets, the last B that of reversed
+                             ones; the R rows between are unwritten and become the outputs
     carry_0 [B, N, HS]       carry before the first step (LSTM: c0, float32; GRU: h0), or None
-    gates   [T, B, N, G*H]   x_part itself, or None where nothing is saved
-    aux     [T, B, N, HS]    what else the backward needs (LSTM: c, float32; GRU: q), or None
+    gates   [R, N, G*H]      x_part itself, or None where nothing is saved
+    aux     [R, N, HS]       what else the backward needs (LSTM: c, float32; GRU: q), or None
     carry_n [B, N, HS]       carry after the last step, float32, or None
     status  [1]              int32: becomes `launch` when a wait came to its limit
     lengths [B]              int32, steps of each row, or None where all have T
-    offsets [T+1]            int64: sequences are packed, step t has its rows from offsets[t] on, longest first, and
-    all that
-                             is [T, B, ...] above is [offsets[T], ...]; y then is [B + offsets[T] + B, N, HS]. Or None
-    resets  [T, B]           int8, not zero: the row's state is zero before the step. Or None
+    offsets [T+1]            int64, first row of each step where sequences are packed, longest first; else None
+    resets  [T, B]           int8, not zero where the row's state is zero before the step; or None
     h_n     [B, N, HS]       with `lengths`: holds h0, becomes the state at each row's end
 
-T steps, B rows, N weight sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit
-slices of UB units x batch slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group:
-only they exchange y. ALONE: one program holds all units; nothing is exchanged, and y is only written.
+T steps, B rows of the batch, R rows of all steps (step t has the rows from t*B on, packed from offsets[t] on), N weight
+sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit slices of UB units x batch
+slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group: only they exchange y. ALONE: one
+program holds all units; nothing is exchanged, and y is only written.
 
 Rows outside their sequence keep their carry and publish zeros (packed: they have no place to publish). A row whose
 neighbour in time lies outside the sequence reads its h0 instead.

@@ -6,7 +6,6 @@ padded H, E slots.
 """
 
 import itertools
-import os
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from . import backward as backward_kernel
 from . import cells, interpreter
 from . import forward as forward_kernel
 from .plan import Plan
-from .spec import CELLS, padded, runs_backwards
+from .spec import CELLS, integer_from_environment, padded, runs_backwards
 
 FORWARD = {
     "lstm": cells.lstm_forward,
@@ -41,7 +40,7 @@ UNWRITTEN = -1  # all ones
 # Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far
 # more than a neighbour can be late while the whole grid is resident, and short enough for a person to see an error
 # instead of a hang.
-WAIT_LIMIT = int(os.environ.get("RNN_GPU_WAIT_LIMIT", 20_000_000))
+WAIT_LIMIT = integer_from_environment("RNN_GPU_WAIT_LIMIT", 20_000_000, largest=(1 << 31) - 1)
 
 _numbers = itertools.count(1)
 _launches: dict[int, str] = {}  # the latest launches by number, for the message of a wait that did not end
@@ -80,6 +79,8 @@ def check(device: torch.device | str | None = None) -> None:
     """Wait for the device (default: every one used so far) and raise if a wait of a launch on it did not end."""
     devices = list(_status) if device is None else [torch.device(device)]
     for one in devices:
+        if one.type == "cuda" and one.index is None:
+            one = torch.device("cuda", torch.cuda.current_device())
         if one.type == "cuda":
             torch.cuda.synchronize(one)
         raise_if_late(one)
@@ -160,7 +161,7 @@ def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, te
     each = plan.rows * plan.slices  # rows of a program
     with context:
         for begin in range(0, rows.batch, each * plan.batch_slices):
-            number = next(_numbers) & 0x7FFFFFFF or next(_numbers)
+            number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
             _launches[number] = f"{what} from row {begin}, {plan}"
             _launches.pop(number - 256, None)
             grid = plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets
@@ -213,9 +214,9 @@ def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) ->
 def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
     """[R, N, H] with HS units from row to row: as it lies where it came from this module, a copy where it did not."""
     _, sets, hidden_size = rows.shape
-    if rows.stride() == (sets * padded_size, padded_size, 1):
+    if rows.stride() == (sets * padded_size, padded_size, 1) and rows.data_ptr() % 16 == 0:
         return rows
-    return torch.nn.functional.pad(rows, (0, padded_size - hidden_size)).contiguous()
+    return _aligned(torch.nn.functional.pad(rows, (0, padded_size - hidden_size)))
 
 
 def forward(
@@ -310,8 +311,10 @@ def backward(
     if cell.aux == "y":
         aux, history, history_0 = _padded_rows(y, size), None, None
     elif cell.carry == "c":
+        aux = _aligned(aux)
         history, history_0 = aux, _rows_of_sets(c0, size, torch.float32)
     else:
+        aux = _aligned(aux)
         history, history_0 = _padded_rows(y, size), _rows_of_sets(h0, size, dtype)
     d_carry_0 = None
     if cell.carry is not None:
@@ -321,7 +324,7 @@ def backward(
         d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
         d_carry_n=_rows_of_sets(d_c_n, size, torch.float32) if cell.carry == "c" else None,
         weight=weight,
-        gates=gates,
+        gates=None if gates is None else _aligned(gates),
         aux=aux,
         history=history,
         history_0=history_0,

@@ -1,5 +1,6 @@
 """What the host must know about each cell: sizes and names, no device code (cells.py has the equations)."""
 
+import os
 from dataclasses import dataclass
 
 
@@ -9,8 +10,7 @@ class Cell:
 
     gates: G, the tiles of the input's and of the hidden state's part.
     slots: E, the gradients a unit publishes backwards; the first G are at the hidden side of the gate sums, in the
-    order
-        `slot_order` of the gates, the last G at the input side, in the order of the gates.
+        order `slot_order` of the gates, the last G at the input side, in the order of the gates.
     carry: what stays in registers from step to step besides h: "c" (LSTM, float32), "h" (GRU: its own h) or None.
     saves_gates: the backward needs the gates; otherwise the output y is enough.
     aux: what else it needs: "c" (float32), "q" (the hidden part of the GRU's n), or "y".
@@ -60,3 +60,14 @@ def chunk_width(warps: int, dtype: str) -> int:
 def runs_backwards(reversed_sets: int, n: int) -> bool:
     """Whether weight set n runs backwards in time. reversed_sets: 0 none, 1 all, 2 every second one."""
     return reversed_sets == 1 or (reversed_sets == 2 and n % 2 == 1)
+
+
+def integer_from_environment(name: str, default: int | None, largest: int | None = None) -> int | None:
+    """The positive integer of an environment variable; ValueError that names it for anything else."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.strip().isdigit() or int(text) < 1 or (largest is not None and int(text) > largest):
+        most = "" if largest is None else f" up to {largest}"
+        raise ValueError(f"the environment variable {name} should be a positive integer{most}, got: {text!r}")
+    return int(text)

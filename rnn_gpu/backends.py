@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from .kernels import plan as planning
-from .kernels.spec import CELLS
+from .kernels.spec import CELLS, integer_from_environment
 
 BACKENDS = ("auto", "triton", "torch")
 CELL_OF_MODE = {cell.mode: cell.name for cell in CELLS.values()}
@@ -38,7 +38,7 @@ def _checked(name: str) -> str:
 
 # Plain globals, not context variables: torch.compile can trace these.
 _backend = _checked(os.environ.get("RNN_GPU_BACKEND", "auto"))
-_max_programs = int(os.environ["RNN_GPU_MAX_PROGRAMS"]) if "RNN_GPU_MAX_PROGRAMS" in os.environ else None
+_max_programs = integer_from_environment("RNN_GPU_MAX_PROGRAMS", None)
 _allow_alone = os.environ.get("RNN_GPU_ALONE", "1") != "0"
 
 
@@ -99,7 +99,7 @@ def triton_missing() -> str | None:
 
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, so that they take CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 @functools.cache
@@ -158,10 +158,20 @@ def plan_for(
     device: planning.Device,
     backward: bool,
     ragged: bool = False,
+    under: tuple[int, bool] | None = None,
 ) -> planning.Plan | str:
-    """The plan of one pass under the settings in force, or why there is none. ragged: rows end early or start anew."""
+    """The plan of one pass, or why there is none. ragged: rows end early or start anew. under: `limits`, or now's."""
+    cap, alone = limits() if under is None else under
     problem = cell, hidden_size, batch_size, sets, dtype, device, backward
-    return planning.cached_plan(*problem, precision_of(dtype), _max_programs, _allow_alone, ragged)
+    return planning.cached_plan(*problem, precision_of(dtype), cap or None, alone, ragged)
+
+
+def limits() -> tuple[int, bool]:
+    """What plans may use now: most programs at the same time, 0 for the device's limit; whether one may hold all units.
+
+    A layer's backward keeps to those of its forward.
+    """
+    return _max_programs or 0, _allow_alone
 
 
 class Choice(NamedTuple):

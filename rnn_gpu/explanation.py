@@ -3,7 +3,7 @@
 import torch
 
 from . import backends
-from .kernels.plan import Plan, cudnn_microseconds
+from .kernels.plan import DEVICES, Plan, cudnn_microseconds
 
 
 def _dtype_of(module: torch.nn.RNNBase, dtype: torch.dtype | None) -> torch.dtype:
@@ -38,6 +38,8 @@ def explain(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "h200"
     gpu, dtype = backends.device_of(device), _dtype_of(module, dtype)
+    if device not in DEVICES and torch.device(device).type != "cuda":
+        raise ValueError(f"explain plans for a CUDA device or a GPU it knows by name, got: {device}")
     choice = backends.kernels_for(module, batch_size, dtype, gpu, training=True)
     wanted = backends.current_backend()
     directions = "both directions" if module.bidirectional else "one direction"

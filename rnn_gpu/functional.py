@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import backends
 from .kernels.spec import CELLS
 from .operators import Layer, first_rows, reference_layer, runs_backwards
 
@@ -90,7 +91,7 @@ def recurrent_stack(
             weight_hh, h = weight_hh @ weight_hr, h.new_zeros(directions, rows.batch, weight_hr.shape[-1])
         tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, start, h, c)
         if kernels:
-            y, h, c, _, _ = Layer.apply(*tensors, *place, rows.time, cell, reversed_sets, save)
+            y, h, c, _, _ = Layer.apply(*tensors, *place, rows.time, cell, reversed_sets, backends.limits(), save)
         else:
             y, h, c = reference_layer(tensors, place, rows.time, cell, reversed_sets)
         if projected:

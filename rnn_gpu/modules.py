@@ -127,6 +127,9 @@ class _Layer(RNNBase):
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         rows = self._masked_rows(input, lengths, resets)
+        if rows.lengths is not None:  # what stands in the padding, NaN perhaps, must not reach the weights' gradients
+            steps = torch.arange(rows.time, device=input.device).unsqueeze(1)
+            input = input.masked_fill((steps >= rows.lengths).unsqueeze(2), 0)
         output, final = self._run(input.flatten(0, 1), states, rows, dtype, kernels)
         output = output.unflatten(0, (rows.time, rows.batch))
         output = output.transpose(0, 1) if self.batch_first else output
@@ -179,21 +182,24 @@ class _Layer(RNNBase):
     def _masked_rows(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None) -> Rows:
         """The rows of dense input [T, B, I] with the user's masks, checked."""
         time, batch = input.shape[:2]
+        for name, mask in (("lengths", lengths), ("resets", resets)):
+            if not (mask is None or isinstance(mask, Tensor)):
+                raise TypeError(f"{name} should be a tensor, got: {type(mask).__name__}")
         if lengths is not None:
             if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
                 raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
             if lengths.shape != (batch,):
                 raise RuntimeError(f"Expected lengths size {[batch]}, got {list(lengths.shape)}")
-            lengths = lengths.to(input.device, torch.int32, non_blocking=True).clamp(0, time)
+            lengths = lengths.to(input.device).clamp(0, time).int()
         if resets is not None:
             if resets.dtype != torch.bool:
                 raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
+            got = list(resets.shape)
             resets = resets.transpose(0, 1) if self.batch_first and resets.dim() == 2 else resets
             if resets.shape != (time, batch):
                 laid_out = [batch, time] if self.batch_first else [time, batch]
-                got = list(resets.shape)[::-1] if self.batch_first else list(resets.shape)
                 raise RuntimeError(f"Expected resets size {laid_out}, got {got}")
-            resets = resets.to(input.device, torch.int8, non_blocking=True).contiguous()
+            resets = resets.to(input.device, torch.int8).contiguous()
         return Rows(time, batch, lengths, None, resets)
 
     def _zero_states(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:

@@ -14,9 +14,9 @@ from . import backends, reference
 from .kernels.spec import CELLS, padded, runs_backwards
 
 
-def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool, ragged: bool):
+def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool, ragged: bool, limits):
     name, device = backends.name_of(like.dtype), backends.device_of(like.device)
-    found = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward, ragged)
+    found = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward, ragged, limits)
     if isinstance(found, str):
         raise RuntimeError(f"rnn_gpu: no plan for {cell}: {found}")
     return found
@@ -35,6 +35,8 @@ def recurrence(
     time: int,
     cell: str,
     reversed_sets: int,
+    max_programs: int,
+    alone: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The recurrence forward, for all steps and sets.
@@ -42,7 +44,8 @@ def recurrence(
     x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `save`.
     weight_hh [N, G*H, H]; bias_hn [N, H] (GRU: hidden bias of n) or None; h0 [N, B, H]; c0 [N, B, H] (LSTM) or None.
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
-    in time, 1 all, 2 every second one. save: the backward will follow.
+    in time, 1 all, 2 every second one. max_programs, alone: what a plan may use, see `backends.limits`. save: the
+    backward will follow.
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs
     besides.
     """
@@ -50,14 +53,16 @@ def recurrence(
 
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = launch.Rows(time, batch, lengths, offsets, resets)
-    plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, False, rows.ragged)
+    plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, False, rows.ragged, (max_programs, alone))
     y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, save)
     empty = x_part.new_empty(0)
     return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
 
 
 @recurrence.register_fake
-def _(x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, save):
+def _(
+    x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone, save
+):
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
     spec = CELLS[cell]
@@ -91,6 +96,8 @@ def recurrence_backward(
     time: int,
     cell: str,
     reversed_sets: int,
+    max_programs: int,
+    alone: bool,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence backward, for all steps and sets.
 
@@ -103,13 +110,31 @@ def recurrence_backward(
     spec, batch = CELLS[cell], h0.shape[1]
     gates = gates if spec.saves_gates else None
     rows = launch.Rows(time, batch, lengths, offsets, resets)
-    plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], True, rows.ragged)
+    plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], True, rows.ragged, (max_programs, alone))
     d_gates, d_carry_0 = launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
     return d_gates, y.new_empty(0, dtype=torch.float32) if d_carry_0 is None else d_carry_0
 
 
 @recurrence_backward.register_fake
-def _(d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets):
+def _(
+    d_y,
+    d_h_n,
+    d_c_n,
+    weight_hh,
+    gates,
+    aux,
+    y,
+    h0,
+    c0,
+    lengths,
+    offsets,
+    resets,
+    time,
+    cell,
+    reversed_sets,
+    max_programs,
+    alone,
+):
     (count, sets, hidden_size), batch = y.shape, h0.shape[1]
     size = padded(hidden_size, backends.name_of(y.dtype))
     d_gates = y.new_empty((count + 2 * batch, sets, CELLS[cell].slots, size))
@@ -128,9 +153,9 @@ class Layer(torch.autograd.Function):
     """One layer, all directions: (input, weights, biases, states) -> (y, h_n, c_n), and what the backward needs.
 
     input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; start [N, B, G*H]
-    or None: added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None. -> y [R, N, H], h_n
-    [N, B, H],
-    c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not differentiable.
+    or None: added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not
+    differentiable.
     """
 
     @staticmethod
@@ -149,6 +174,7 @@ class Layer(torch.autograd.Function):
         time,
         cell,
         reversed_sets,
+        limits,
         save,
     ):
         """The input product, then the recurrence."""
@@ -164,7 +190,7 @@ class Layer(torch.autograd.Function):
                 index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
                 gates[index, n] += start[n]
         y, h_n, c_n, aux = recurrence(
-            gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, save
+            gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, *limits, save
         )
         if not (save and CELLS[cell].saves_gates):
             gates = gates.new_empty(0)
@@ -173,7 +199,7 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
-        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, _ = inputs
+        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, ctx.limits, _ = inputs
         y, _, _, gates, aux = output
         ctx.save_for_backward(*tensors, y, gates, aux)
         ctx.mark_non_differentiable(gates, aux)
@@ -184,8 +210,9 @@ class Layer(torch.autograd.Function):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
         need = ctx.needs_input_grad[: len(LAYER_INPUTS)]
-        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, ctx.time, ctx.cell, ctx.reversed_sets, need)
-        return *found, *[None] * (len(ROWS) + 4)
+        how = ctx.time, ctx.cell, ctx.reversed_sets, ctx.limits, need
+        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, *how)
+        return *found, *[None] * (len(ROWS) + 5)
 
 
 def first_rows(batch: int, lengths: Tensor | None, offsets: Tensor | None, count: int, backwards: bool):
@@ -212,14 +239,29 @@ def rows_before(batch: int, offsets: Tensor | None, count: int):
 
 def layer_gradients(
     d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
-    y, gates, aux, time, name, reversed_sets, need,
+    y, gates, aux, time, name, reversed_sets, limits, need,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
     gradients.
     """
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
     d_gates, d_carry_0 = recurrence_backward(
-        d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, name, reversed_sets
+        d_y,
+        d_h_n,
+        d_c_n,
+        weight_hh,
+        gates,
+        aux,
+        y,
+        h0,
+        c0,
+        lengths,
+        offsets,
+        resets,
+        time,
+        name,
+        reversed_sets,
+        *limits,
     )
     (sets, rows, _), (count, batch) = weight_hh.shape, (y.shape[0], h0.shape[1])
     # where each gate stands among the hidden slots
@@ -235,7 +277,7 @@ def layer_gradients(
         first = first_rows(batch, lengths, offsets, count, backwards)
         d_first, state = hidden[first], h0[n]
         if anew is not None:  # nothing of before reaches a step whose row starts anew
-            d_first = d_first.masked_fill(anew[first], 0)
+            d_first, state = d_first.masked_fill(anew[first], 0), state.masked_fill(anew[first], 0)
         if need["input"]:
             d_input = inner @ weight_ih[n] if n == 0 else torch.addmm(d_input, inner, weight_ih[n])
         if need["weight_ih"]:
@@ -244,7 +286,7 @@ def layer_gradients(
             later, earlier = (before, after) if backwards else (after, before)
             d_later, h_earlier = hidden[later], y[earlier, n]
             if anew is not None:
-                d_later = d_later.masked_fill(anew[later], 0)
+                d_later, h_earlier = d_later.masked_fill(anew[later], 0), h_earlier.masked_fill(anew[later], 0)
             product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
             collected["weight_hh"].append(_reordered(product, by_gate))
         if need["bias_ih"]:
@@ -277,7 +319,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save gradients and inputs; the reference makes the rest again."""
-        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, ctx.need = inputs
+        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, _, ctx.need = inputs
         ctx.save_for_backward(*tensors[: 3 + len(LAYER_INPUTS) + len(ROWS)])
         ctx.set_materialize_grads(False)
 
@@ -306,8 +348,8 @@ class LayerBackward(torch.autograd.Function):
         found = iter(again)
         found = [None if t is None else next(found) for t in leaves]
         found = [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
-        # y, gates and aux, time, cell, reversed_sets and need have no gradient.
-        return *found, *[None] * (len(ROWS) + 7)
+        # y, gates and aux, time, cell, reversed_sets, limits and need have no gradient.
+        return *found, *[None] * (len(ROWS) + 8)
 
 
 def _alias(tensor: Tensor) -> Tensor:

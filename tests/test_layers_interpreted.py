@@ -272,7 +272,7 @@ def test_operators_keep_the_rules_of_torch_library(cell, gates):
     x_part, weight = torch.randn(T * B, N, gates * H), torch.randn(N, gates * H, H)
     bias = torch.randn(N, H) if gru else None
     for lengths in (None, torch.tensor([3, 1], dtype=torch.int32)):
-        rows = lengths, None, None, T, cell, 2
+        rows = lengths, None, None, T, cell, 2, 0, True
         forward = (x_part, weight, bias, h0, c0, *rows, True)
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence.default, forward)
         y, h_n, _, aux = torch.ops.rnn_gpu.recurrence(*forward)
@@ -291,3 +291,31 @@ def test_program_cap_is_kept():
     assert wide.programs <= 2
     with rnn_gpu.backend("torch"), torch.no_grad():
         torch.testing.assert_close(capped, layer(torch.ones(2, 3, 8))[0])
+
+
+def test_the_backward_keeps_to_the_limits_of_its_forward(monkeypatch):
+    """Catches: a cap that holds in the forward alone, while collectives overlap with the backward."""
+    from rnn_gpu.kernels import launch
+
+    programs = []
+    launched = launch._launch
+    monkeypatch.setattr(launch, "_launch", lambda plan, *rest: (programs.append(plan.programs), launched(plan, *rest)))
+    layer = rnn_gpu.GRU(8, 64)
+    with backends.always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):
+        output, _ = layer(torch.ones(2, 3, 8))
+    output.sum().backward()
+    assert len(programs) == 2 and max(programs) <= 2
+
+
+def test_saved_tensors_may_come_back_in_other_strides():
+    """Catches: a saved tensor handed to the kernel as it lies, after hooks that store it otherwise."""
+    layer, oracle = pair("LSTM", 4, 16)
+    input, _ = draw(layer, 3, 2)
+    pack = lambda t: t.transpose(0, -1).contiguous()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.transpose(0, -1)), rnn_gpu.backend("triton"):
+        layer(input)[0].sum().backward()
+    oracle(input.double())[0].sum().backward()
+    peer = same(layer, torch.float32)
+    peer(input)[0].sum().backward()
+    for a, e, p in zip(layer.parameters(), oracle.parameters(), peer.parameters(), strict=True):
+        assert_close_to_oracle(a.grad, e.grad, p.grad)
