@@ -19,6 +19,18 @@ def _pass_lines(plan: Plan, device) -> list[str]:
     ]
 
 
+def _projection_line(module: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:
+    """What the combined recurrent weight of a projected layer costs beside its two factors."""
+    combined, factors = 4 * module.hidden_size**2, 5 * module.hidden_size * module.proj_size
+    text = (
+        f"projection: the recurrence runs on the product of weight_hh and weight_hr, {combined:,} weights a direction "
+        f"({factors:,} in the two factors)"
+    )
+    if factors < combined and any(plan.streamed for plan in plans):
+        return text + "; the factors would be better here: the product does not stay on the chip"
+    return text + ": no extra exchange"
+
+
 def explain(
     module: torch.nn.RNNBase,
     batch_size: int,
@@ -52,6 +64,8 @@ def explain(
         lines.append(f"backend 'auto' takes {choice.name}: {choice.reason}")
         for plan in choice.plans:
             lines += _pass_lines(plan, gpu)
+        if module.proj_size > 0:
+            lines.append(_projection_line(module, choice.plans))
         lines.append("Times are estimates of the model in kernels/plan.py; none has been measured on this device.")
     else:
         lines.append(f"backend 'auto' takes torch: {choice.reason}")

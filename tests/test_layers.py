@@ -157,10 +157,20 @@ def test_explain_says_what_and_why(name, device):
 def test_explain_names_the_reason_for_torch():
     """Catches: a fall-back whose reason the user never sees; wrong arguments accepted."""
     assert "float64" in rnn_gpu.explain(rnn_gpu.LSTM(8, 8).double(), 4, "h200")
+    with pytest.raises(ValueError, match="CUDA device or a GPU it knows"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "cpu")
     with pytest.raises(ValueError, match="Unknown device 'gtx 970'"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "gtx 970")
     with pytest.raises(TypeError, match="Linear"):
         rnn_gpu.explain(torch.nn.Linear(3, 4), 4)
+
+
+def test_explain_says_where_the_factors_of_a_projection_would_be_better():
+    """Catches: a projected layer explained as a plain one; advice given where the product stays on the chip."""
+    small = rnn_gpu.explain(rnn_gpu.LSTM(64, 256, proj_size=64, dtype=torch.bfloat16), 8, "h200")
+    large = rnn_gpu.explain(rnn_gpu.LSTM(64, 4096, proj_size=64, dtype=torch.bfloat16), 8, "h200")
+    assert "projection:" in small and "no extra exchange" in small
+    assert "the factors would be better" in large
 
 
 def test_works_without_triton():
