@@ -228,11 +228,12 @@ def forward(
     c0: Tensor | None,
     rows: Rows,
     reversed_sets: int,
-    save: bool,
+    saving: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """All steps forward.
 
-    x_part [R, N, G*H]: contiguous; the gates are saved over it if `save` (and the cell needs them).
+    x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
+    "nothing", "lean" (aux alone, where it is c) or "full".
     weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H], c0 [N, B, H] or None; reversed_sets: 0 none of the sets
     runs backwards in time, 1 all, 2 every second one.
     -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] float32 or None, aux [R, N, HS] or None.
@@ -250,7 +251,7 @@ def forward(
     carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[:batch] if cell.carry == "h" else None
     carry_n = torch.empty((batch, sets, size), dtype=torch.float32, device=device) if cell.carry == "c" else None
     aux = None
-    if save and cell.aux != "y":
+    if cell.keeps_aux(saving):
         aux = torch.empty((count, sets, size), dtype=torch.float32 if cell.aux == "c" else dtype, device=device)
     if size != hidden_size:
         weight_hh = torch.nn.functional.pad(weight_hh, (0, size - hidden_size))
@@ -261,7 +262,7 @@ def forward(
         bias=None if bias_hn is None else _aligned(bias_hn),
         y=y.view(torch.int32),
         carry_0=carry_0,
-        gates=x_part if save and cell.saves_gates else None,
+        gates=x_part if saving == "full" and cell.saves_gates else None,
         aux=aux,
         carry_n=carry_n,
         h_n=h_n,

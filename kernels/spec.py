@@ -25,6 +25,10 @@ class Cell:
     aux: str
     mode: str  # name of the torch.nn layer's mode
 
+    def keeps_aux(self, saving: str) -> bool:
+        """Whether a forward that saves "nothing", "lean" or "full" writes aux beside y."""
+        return self.aux != "y" and (saving == "full" or (saving == "lean" and self.aux == "c"))
+
 
 CELLS = {
     cell.name: cell

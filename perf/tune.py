@@ -167,7 +167,7 @@ class Recurrence:
             own = planning.plan(p.cell, size, batch, sets, p.dtype, _device(device), False, p.precision)
             gates = data.x_part.clone()
             rows = launch.Rows(time, batch)
-            y, _, _, aux = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, True)
+            y, _, _, aux = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, "full")
             data.saved = y, gates if spec.saves_gates else None, aux
         return data
 
@@ -183,9 +183,9 @@ class Recurrence:
         rows = launch.Rows(self.time, p.batch_size)
         if not p.backward:
             x_part = self.x_part.clone() if fresh else self.x_part
-            return launch.forward(p, x_part, self.weight, self.bias, self.h0, self.c0, rows, self.reversed_sets, save)[
-                0
-            ]
+            saving = "full" if save else "nothing"
+            start = self.weight, self.bias, self.h0, self.c0
+            return launch.forward(p, x_part, *start, rows, self.reversed_sets, saving)[0]
         y, gates, aux = self.saved
         states = self.h0, self.c0
         return launch.backward(p, self.d_y, None, None, self.weight, gates, aux, y, *states, rows, self.reversed_sets)[

@@ -150,7 +150,7 @@ def of(p: Plan) -> tuple[str, ...]:
 def without(stage: str | None, p: Plan):
     """Within this context the launcher, and resources.py, take the kernel of a plan without a stage; None: as it is.
 
-    "stores": the caller passes save=False to the launcher besides. No error is raised for a wait that did not end.
+    "stores": the caller passes saving="nothing" besides. No error is raised for a wait that did not end.
     """
     changes = []
 

@@ -5,7 +5,7 @@
 >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
 """
 
-from .backends import backend, current_backend, max_programs
+from .backends import backend, current_backend, max_programs, memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns
 from .explanation import explain
@@ -24,6 +24,7 @@ __all__ = [
     "current_backend",
     "explain",
     "max_programs",
+    "memory",
     "replace_rnns",
     "restore_rnns",
 ]

@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .kernels import plan as planning
 from .kernels.spec import CELLS, integer_from_environment
 
 BACKENDS = ("auto", "triton", "torch")
+MEMORY = ("full", "lean")
 CELL_OF_MODE = {cell.mode: cell.name for cell in CELLS.values()}
 
 logger = logging.getLogger("rnn_gpu")
@@ -39,6 +41,7 @@ def _checked(name: str) -> str:
 # Plain globals, not context variables: torch.compile can trace these.
 _backend = _checked(os.environ.get("RNN_GPU_BACKEND", "auto"))
 _max_programs = integer_from_environment("RNN_GPU_MAX_PROGRAMS", None)
+_memory = "full"
 _allow_alone = os.environ.get("RNN_GPU_ALONE", "1") != "0"
 
 
@@ -89,6 +92,75 @@ def always_exchange() -> Iterator[None]:
         yield
     finally:
         _allow_alone = before
+
+
+@contextlib.contextmanager
+def memory(setting: str) -> Iterator[None]:
+    """Within this context, layers keep for the backward what `setting` says. ValueError for another setting.
+
+    "full" (the default): outputs, gates and cell states. "lean": outputs and the LSTM's cell states alone; the backward
+    makes the gates again by one product with the input and the hidden states. A layer made with memory= keeps its own
+    setting. Only the kernels know the difference.
+    """
+    global _memory
+    before, _memory = _memory, checked_memory(setting)
+    try:
+        yield
+    finally:
+        _memory = before
+
+
+def checked_memory(setting: str) -> str:
+    """The setting; ValueError for one that is none."""
+    if setting not in MEMORY:
+        raise ValueError(f"Unknown memory setting {setting!r}. Select from {', '.join(map(repr, MEMORY))}.")
+    return setting
+
+
+def current_memory() -> str:
+    """What layers keep for the backward now: "full" or "lean"."""
+    return _memory
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func (vmap, grad, ...) is at work, outside of torch.compile."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def plainly_torch(input) -> bool:
+    """Whether a call without masks is torch.nn's own and nothing else; asked first, since one step takes microseconds.
+
+    input: a tensor or a PackedSequence.
+    """
+    return (
+        (_backend == "torch" or _backend == "auto")
+        and not input.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def route(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, masked: bool) -> str:
+    """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
+
+    input: the input, or the data of a PackedSequence; dtype: that of the computation. RuntimeError where backend
+    "triton" was asked for and cannot serve the call.
+    """
+    tracing = torch.compiler.is_compiling()
+    if tracing and torch.onnx.is_in_onnx_export():
+        return "onnx"
+    kernels = choose(module, input, batch_size, dtype).name == "triton"
+    if not tracing and forward_ad._current_level >= 0:
+        return "reference"  # no fused kernel has a forward-mode derivative
+    if kernels:
+        return "kernels"
+    if tracing or transforming():
+        return "opaque"
+    # cuDNN's own backward refuses a forward in eval mode; ours asks it for what a training forward keeps.
+    in_eval_mode = input.is_cuda and torch.is_grad_enabled() and not module.training
+    return "aten" if masked or in_eval_mode else "torch.nn"
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends
-from .functional import Rows, packed_rows, recurrent_stack
+from .functional import recurrent_stack
+from .rows import Rows, packed_rows
 
 
 def _autocasts(tensor: Tensor) -> bool:
@@ -44,6 +45,13 @@ def _cast(value, dtype: torch.dtype):
 class _Layer(RNNBase):
     """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words."""
 
+    memory: str | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
+
+    def __init__(self, mode: str, *args, memory: str | None = None, **kwargs):
+        super().__init__(mode, *args, **kwargs)
+        if memory is not None:
+            self.memory = backends.checked_memory(memory)
+
     def forward(self, input, hx=None, *, lengths=None, resets=None):
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
@@ -54,6 +62,8 @@ class _Layer(RNNBase):
         row's state is zeroed before the step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
+        if lengths is None and resets is None and backends.plainly_torch(input):
+            return self.torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         dtype = self._compute_dtype(data)
@@ -63,14 +73,14 @@ class _Layer(RNNBase):
         if packed:
             batch_size = _sequences(input, hx)
         masked = lengths is not None or resets is not None
-        kernels = backends.choose(self, data, batch_size, dtype).name == "triton"
+        if packed and masked:
+            raise ValueError("lengths and resets are for padded input, got a PackedSequence")
+        route = backends.route(self, data, batch_size, dtype, masked)
+        if route == "torch.nn":
+            return self._forward_torch(input, hx)
         if packed:
-            if masked:
-                raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-            return self._forward_packed(input, hx, batch_size, dtype) if kernels else self._forward_torch(input, hx)
-        if kernels or masked:
-            return self._forward_rows(input, hx, dtype, lengths, resets, kernels)
-        return self._forward_torch(input, hx)
+            return self._forward_packed(input, hx, batch_size, dtype, route)
+        return self._forward_rows(input, hx, dtype, lengths, resets, route)
 
     def _forward_torch(self, input, hx):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
@@ -110,8 +120,8 @@ class _Layer(RNNBase):
             self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
             self.flatten_parameters()
 
-    def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, kernels: bool):
-        """Dense input, on the kernels or, where masks must be minded on another backend, by the readable loop."""
+    def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
+        """Dense input, on any route but torch.nn's own forward."""
         self._update_flat_weights(flatten=False)
         name = self.torch_class.__name__
         if input.dim() not in (2, 3):
@@ -130,7 +140,7 @@ class _Layer(RNNBase):
         if rows.lengths is not None:  # what stands in the padding, NaN perhaps, must not reach the weights' gradients
             steps = torch.arange(rows.time, device=input.device).unsqueeze(1)
             input = input.masked_fill((steps >= rows.lengths).unsqueeze(2), 0)
-        output, final = self._run(input.flatten(0, 1), states, rows, dtype, kernels)
+        output, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
         output = output.unflatten(0, (rows.time, rows.batch))
         output = output.transpose(0, 1) if self.batch_first else output
         if not batched:
@@ -138,7 +148,7 @@ class _Layer(RNNBase):
             final = tuple(state.squeeze(1) for state in final)
         return output, final if len(final) == 2 else final[0]
 
-    def _forward_packed(self, input: PackedSequence, hx, batch: int, dtype: torch.dtype):
+    def _forward_packed(self, input: PackedSequence, hx, batch: int, dtype: torch.dtype, route: str):
         """A PackedSequence, read as it lies."""
         self._update_flat_weights(flatten=False)
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -154,11 +164,11 @@ class _Layer(RNNBase):
                 self.check_input(data, batch_sizes)
             else:
                 self.check_forward_args(data, hx, batch_sizes)
-        output, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, kernels=True)
+        output, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
         final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
 
-    def _run(self, input: Tensor, states: tuple[Tensor, ...], rows: Rows, dtype: torch.dtype, kernels: bool):
+    def _run(self, input: Tensor, states: tuple[Tensor, ...], rows: Rows, dtype: torch.dtype, route: str):
         """Rows [R, I] and states -> output [R, D*H] and the tuple of final states."""
         self._check_devices(input, states)
         h0, c0 = (state.to(dtype) for state in states) if len(states) == 2 else (states[0].to(dtype), None)
@@ -175,7 +185,8 @@ class _Layer(RNNBase):
             self.training,
             self.bidirectional,
             self.proj_size > 0,
-            kernels,
+            route,
+            self.memory or backends.current_memory(),
         )
         return output, (h_n,) if c_n is None else (h_n, c_n)
 

@@ -12,6 +12,12 @@ from torch import Tensor
 
 from . import backends, reference
 from .kernels.spec import CELLS, padded, runs_backwards
+from .rows import first_rows, rows_before, starts_anew
+from .second_order import reference_layer, save_for_second, second_backward
+
+# What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
+# one product ("lean"); or the gates too, in the memory of the input part ("full").
+SAVING = ("nothing", "lean", "full")
 
 
 def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool, ragged: bool, limits):
@@ -37,15 +43,16 @@ def recurrence(
     reversed_sets: int,
     max_programs: int,
     alone: bool,
-    save: bool,
+    saving: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The recurrence forward, for all steps and sets.
 
-    x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `save`.
+    x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `saving` is
+    "full".
     weight_hh [N, G*H, H]; bias_hn [N, H] (GRU: hidden bias of n) or None; h0 [N, B, H]; c0 [N, B, H] (LSTM) or None.
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
-    in time, 1 all, 2 every second one. max_programs, alone: what a plan may use, see `backends.limits`. save: the
-    backward will follow.
+    in time, 1 all, 2 every second one. max_programs, alone: what a plan may use, see `backends.limits`. saving: see
+    SAVING.
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs
     besides.
     """
@@ -54,14 +61,14 @@ def recurrence(
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = launch.Rows(time, batch, lengths, offsets, resets)
     plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, False, rows.ragged, (max_programs, alone))
-    y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, save)
+    y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving)
     empty = x_part.new_empty(0)
     return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
 
 
 @recurrence.register_fake
 def _(
-    x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone, save
+    x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone, saving
 ):
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
@@ -74,9 +81,43 @@ def _(
     h_n = x_part.new_empty((sets, batch, hidden_size)) if lengths is None else state(x_part.dtype)
     c_n = state(torch.float32) if spec.carry == "c" else x_part.new_empty(0)
     aux = x_part.new_empty(0)
-    if save and spec.aux != "y":
+    if spec.keeps_aux(saving):
         aux = x_part.new_empty((count, sets, size), dtype=torch.float32 if spec.aux == "c" else x_part.dtype)
     return y, h_n, c_n, aux
+
+
+@torch.library.custom_op("rnn_gpu::recurrence_functional", mutates_args=())
+def recurrence_functional(
+    x_part: Tensor,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    time: int,
+    cell: str,
+    reversed_sets: int,
+    max_programs: int,
+    alone: bool,
+    saving: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`recurrence` for torch.func, which cannot write into a tensor that it maps over: x_part stays.
+
+    -> what `recurrence` gives, and the gates [R, N, G*H].
+    """
+    gates = x_part.clone()
+    results = recurrence(
+        gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone,
+        saving,
+    )  # fmt: skip
+    return *results, gates
+
+
+@recurrence_functional.register_fake
+def _(x_part, *arguments):
+    return *recurrence(x_part.clone(), *arguments), torch.empty_like(x_part)
 
 
 @torch.library.custom_op("rnn_gpu::recurrence_backward", mutates_args=())
@@ -153,53 +194,36 @@ class Layer(torch.autograd.Function):
     """One layer, all directions: (input, weights, biases, states) -> (y, h_n, c_n), and what the backward needs.
 
     input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; start [N, B, G*H]
-    or None: added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None.
+    or None: added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None. functional: write into
+    no tensor that is not new, for torch.func.
     -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not
     differentiable.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        input,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        start,
-        h0,
-        c0,
-        lengths,
-        offsets,
-        resets,
-        time,
-        cell,
-        reversed_sets,
-        limits,
-        save,
-    ):
+        input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets, functional, limits,
+        saving, time, cell, reversed_sets,
+    ):  # fmt: skip
         """The input product, then the recurrence."""
-        sets, rows, input_size = weight_ih.shape
-        bias, bias_hn = None, None
-        if bias_ih is not None:
-            bias, bias_hn = zip(*map(reference.fold_biases, [cell] * sets, bias_ih, bias_hh), strict=True)
-            bias, bias_hn = torch.cat(bias), None if bias_hn[0] is None else torch.stack(bias_hn)
-        gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
-        gates = gates.view(-1, sets, rows)
-        if start is not None:
-            for n in range(sets):
-                index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
-                gates[index, n] += start[n]
-        y, h_n, c_n, aux = recurrence(
-            gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, *limits, save
+        gates, bias_hn = input_part(
+            input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, functional, cell, reversed_sets
         )
-        if not (save and CELLS[cell].saves_gates):
+        arguments = weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, *limits, saving
+        if functional:
+            y, h_n, c_n, aux, gates = recurrence_functional(gates, *arguments)
+        else:
+            y, h_n, c_n, aux = recurrence(gates, *arguments)
+        if not (saving == "full" and CELLS[cell].saves_gates):
             gates = gates.new_empty(0)
         return y, h_n, c_n.to(y.dtype), gates, aux
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
-        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, ctx.limits, _ = inputs
+        *tensors, _, ctx.limits, _, ctx.time, ctx.cell, ctx.reversed_sets = inputs
         y, _, _, gates, aux = output
         ctx.save_for_backward(*tensors, y, gates, aux)
         ctx.mark_non_differentiable(gates, aux)
@@ -210,41 +234,85 @@ class Layer(torch.autograd.Function):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
         need = ctx.needs_input_grad[: len(LAYER_INPUTS)]
-        how = ctx.time, ctx.cell, ctx.reversed_sets, ctx.limits, need
+        how = ctx.limits, ctx.time, ctx.cell, ctx.reversed_sets, need
         found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, *how)
-        return *found, *[None] * (len(ROWS) + 5)
+        return *found, *[None] * (len(ROWS) + 6)
 
 
-def first_rows(batch: int, lengths: Tensor | None, offsets: Tensor | None, count: int, backwards: bool):
-    """Where the B rows of each sequence's first step in the direction of flow lie among all R: a slice or an index."""
-    if not backwards:
-        return slice(0, batch)
-    if lengths is None:
-        return slice(count - batch, count)
-    last = (lengths - 1).clamp(min=0).long()
-    row = torch.arange(batch, device=lengths.device)
-    return row + (last * batch if offsets is None else offsets[last])
+def input_part(input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, functional, cell, reversed_sets):
+    """The input's part of the gates [R, N, G*H] with every bias but the GRU's b_hn, and that, [N, H] or None."""
+    sets, rows, input_size = weight_ih.shape
+    bias, bias_hn = None, None
+    if bias_ih is not None:
+        bias, bias_hn = zip(*map(reference.fold_biases, [cell] * sets, bias_ih, bias_hh), strict=True)
+        bias, bias_hn = torch.cat(bias), None if bias_hn[0] is None else torch.stack(bias_hn)
+    gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
+    gates = gates.view(-1, sets, rows)
+    if start is not None:
+        gates = gates + torch.zeros_like(start[0, 0]) if functional else gates
+        for n in range(sets):
+            index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
+            gates[index, n] += start[n]
+    return gates, bias_hn
 
 
-def rows_before(batch: int, offsets: Tensor | None, count: int):
-    """For the rows from B on, where the rows of the same sequences one step before lie: a slice, or an index of R -
-    B.
-    """
-    if offsets is None:
-        return slice(0, count - batch)
-    sizes = offsets[1:] - offsets[:-1]  # a row of step t stands as many rows later as step t - 1 has
-    sizes_before = torch.repeat_interleave(sizes[:-1], sizes[1:], output_size=count - batch)
-    return torch.arange(batch, count, device=offsets.device) - sizes_before
+def gates_again(
+    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, lengths, offsets, resets, y, aux, cell, reversed_sets
+) -> tuple[Tensor, Tensor]:
+    """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from the outputs: lean memory."""
+    sums, bias_hn = input_part(
+        input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, False, cell, reversed_sets
+    )
+    (count, sets, hidden_size), batch = y.shape, h0.shape[1]
+    before, after = rows_before(batch, offsets, count), slice(batch, count)
+    if CELLS[cell].aux == "q":
+        aux = y.new_zeros(count, sets, padded(hidden_size, backends.name_of(y.dtype)))
+    for n in range(sets):
+        backwards = runs_backwards(reversed_sets, n)
+        later, earlier = (before, after) if backwards else (after, before)
+        state = torch.zeros_like(y[:, n])
+        state[later] = y[earlier, n]
+        state[first_rows(batch, lengths, offsets, count, backwards)] = h0[n]
+        if resets is not None:
+            state = state.masked_fill(starts_anew(resets, slice(None)), 0)
+        if CELLS[cell].aux == "q":
+            split = sums.shape[-1] - hidden_size
+            aux[:, n, :hidden_size] = torch.nn.functional.linear(
+                state, weight_hh[n, split:], None if bias_hn is None else bias_hn[n]
+            )
+            sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight_hh[n, :split].t())
+        else:
+            sums[:, n] = torch.addmm(sums[:, n], state, weight_hh[n].t())
+    return _activated(cell, sums, aux), aux
+
+
+def _activated(cell: str, sums: Tensor, aux: Tensor) -> Tensor:
+    """The gates, over the memory of their sums [R, N, G*H]: LSTM i, f, g, o; GRU r, z, n, with q in aux."""
+    parts = sums.chunk(CELLS[cell].gates, -1)
+    if cell == "lstm":
+        for gate, part in zip("ifgo", parts, strict=True):
+            part.tanh_() if gate == "g" else part.sigmoid_()
+    else:
+        q = aux[..., : parts[2].shape[-1]]
+        parts[0].sigmoid_()
+        parts[1].sigmoid_()
+        parts[2].copy_(torch.tanh(torch.addcmul(parts[2].float(), parts[0].float(), q.float())))
+    return sums
 
 
 def layer_gradients(
     d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
-    y, gates, aux, time, name, reversed_sets, limits, need,
+    y, gates, aux, limits, time, name, reversed_sets, need,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
     gradients.
     """
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
+    if cell.saves_gates and gates.numel() == 0 < y.numel():
+        gates, aux = gates_again(
+            input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, lengths, offsets, resets, y, aux, name,
+            reversed_sets,
+        )  # fmt: skip
     d_gates, d_carry_0 = recurrence_backward(
         d_y,
         d_h_n,
@@ -267,7 +335,6 @@ def layer_gradients(
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
     before, after = rows_before(batch, offsets, count), slice(batch, count)
-    anew = None if resets is None else resets.bool().flatten().unsqueeze(1)
     d_input = None
     collected = {name: [] for name in LAYER_INPUTS}
     for n in range(sets):
@@ -276,8 +343,9 @@ def layer_gradients(
         backwards = runs_backwards(reversed_sets, n)
         first = first_rows(batch, lengths, offsets, count, backwards)
         d_first, state = hidden[first], h0[n]
-        if anew is not None:  # nothing of before reaches a step whose row starts anew
-            d_first, state = d_first.masked_fill(anew[first], 0), state.masked_fill(anew[first], 0)
+        if resets is not None:  # nothing of before reaches a step whose row starts anew
+            anew = starts_anew(resets, first)
+            d_first, state = d_first.masked_fill(anew, 0), state.masked_fill(anew, 0)
         if need["input"]:
             d_input = inner @ weight_ih[n] if n == 0 else torch.addmm(d_input, inner, weight_ih[n])
         if need["weight_ih"]:
@@ -285,8 +353,9 @@ def layer_gradients(
         if need["weight_hh"]:
             later, earlier = (before, after) if backwards else (after, before)
             d_later, h_earlier = hidden[later], y[earlier, n]
-            if anew is not None:
-                d_later, h_earlier = d_later.masked_fill(anew[later], 0), h_earlier.masked_fill(anew[later], 0)
+            if resets is not None:
+                anew = starts_anew(resets, later)
+                d_later, h_earlier = d_later.masked_fill(anew, 0), h_earlier.masked_fill(anew, 0)
             product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
             collected["weight_hh"].append(_reordered(product, by_gate))
         if need["bias_ih"]:
@@ -311,6 +380,8 @@ def layer_gradients(
 class LayerBackward(torch.autograd.Function):
     """`layer_gradients`, differentiable again: through the readable loop of reference.py, which is slow and right."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments):
         """See `layer_gradients`."""
@@ -319,77 +390,12 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save gradients and inputs; the reference makes the rest again."""
-        *tensors, ctx.time, ctx.cell, ctx.reversed_sets, _, ctx.need = inputs
-        ctx.save_for_backward(*tensors[: 3 + len(LAYER_INPUTS) + len(ROWS)])
-        ctx.set_materialize_grads(False)
+        save_for_second(ctx, inputs)
 
     @staticmethod
     def backward(ctx, *d_gradients):
         """Differentiate the gradients of the reference by everything they depend on."""
-        tensors, rows = ctx.saved_tensors[: -len(ROWS)], ctx.saved_tensors[-len(ROWS) :]
-        with torch.enable_grad():
-            leaves = [None if t is None else _alias(t) for t in tensors]
-            d_outputs, inputs = leaves[:3], leaves[3:]
-            outputs = reference_layer(inputs, rows, ctx.time, ctx.cell, ctx.reversed_sets)
-            pairs = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
-            wanted = [t for t, need in zip(inputs, ctx.need, strict=True) if need]
-            first = torch.autograd.grad(
-                [out for out, _ in pairs], wanted, [d for _, d in pairs], create_graph=True, allow_unused=True
-            )
-            second = [d for d, need in zip(d_gradients, ctx.need, strict=True) if need]
-            pairs = [(g, d.float()) for g, d in zip(first, second, strict=True) if g is not None and d is not None]
-            again = torch.autograd.grad(
-                [g for g, _ in pairs],
-                [t for t in leaves if t is not None],
-                [d for _, d in pairs],
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-        found = iter(again)
-        found = [None if t is None else next(found) for t in leaves]
-        found = [None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
-        # y, gates and aux, time, cell, reversed_sets, limits and need have no gradient.
-        return *found, *[None] * (len(ROWS) + 8)
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The tensor in float32 under a name of its own: differentiating by it stops here, though it may depend on
-    another leaf.
-    """
-    if not tensor.requires_grad:
-        return tensor.detach().float().requires_grad_()
-    return tensor.float() if tensor.dtype != torch.float32 else tensor.view_as(tensor)
-
-
-def reference_layer(inputs, rows, time: int, cell: str, reversed_sets: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs y [R, N, H], h_n and c_n [N, B, H] of `Layer`, by the loop of reference.py."""
-    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0 = inputs
-    lengths, offsets, resets = rows
-    batch, place = h0.shape[1], None
-    if offsets is not None:  # packed: spread over [T, B], and gathered again below
-        sizes = offsets[1:] - offsets[:-1]
-        step = torch.repeat_interleave(torch.arange(time, device=input.device), sizes, output_size=input.shape[0])
-        place = step * batch + torch.arange(input.shape[0], device=input.device) - offsets[step]
-    results = []
-    for n in range(weight_ih.shape[0]):
-        biases = (None, None) if bias_ih is None else (bias_ih[n], bias_hh[n])
-        bias, bias_hn = reference.fold_biases(cell, *biases)
-        x_part = torch.nn.functional.linear(input, weight_ih[n], bias)
-        backwards = runs_backwards(reversed_sets, n)
-        if start is not None:
-            index = first_rows(batch, lengths, offsets, input.shape[0], backwards)
-            index = torch.arange(input.shape[0], device=input.device)[index]
-            x_part = x_part.index_add(0, index, start[n])
-        if place is not None:
-            x_part = x_part.new_zeros(time * batch, x_part.shape[1]).index_copy(0, place, x_part)
-        x_part = x_part.view(time, batch, -1)
-        states = h0[n], None if c0 is None else c0[n]
-        masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
-        y, h_n, c_n = reference.recurrence(cell, x_part, weight_hh[n], bias_hn, *states, reverse=backwards, **masks)
-        y = y.flatten(0, 1)
-        results.append((y if place is None else y[place], h_n, c_n))
-    y, h_n, c_n = zip(*results, strict=True)
-    return torch.stack(y, 1), torch.stack(h_n), None if c0 is None else torch.stack(c_n)
+        return second_backward(ctx, reference_layer, d_gradients)
 
 
 def _reordered(rows: Tensor, order) -> Tensor:

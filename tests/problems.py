@@ -218,15 +218,15 @@ def changed(p: Plan, **changes) -> Plan:
 # ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
-def run_forward(problem: Problem, forward_plan: Plan, given: Data, save: bool = True):
-    """launch.forward on a copy of x_part -> y, c_n, aux, and that copy, in which the gates are saved."""
+def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str = "full"):
+    """launch.forward on a copy of x_part -> y, c_n, aux, and that copy: the gates, if `saving` is "full"."""
     from rnn_gpu.kernels import launch
 
     gates = given.x_part.flatten(0, 1).clone()
     rows = launch.Rows(problem.time, problem.batch)
     states = given.h0, given.c0
     y, _, c_n, aux = launch.forward(
-        forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, save
+        forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, saving
     )
     steps = (problem.time, problem.batch)
     return y.unflatten(0, steps), c_n, None if aux is None else aux.unflatten(0, steps), gates.unflatten(0, steps)

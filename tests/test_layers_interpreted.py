@@ -241,7 +241,8 @@ def test_double_backward(name):
         with rnn_gpu.backend(backend):
             output, _ = module(input)
         (gradient,) = torch.autograd.grad(output.sum() + output.pow(2).sum(), input, create_graph=True)
-        return torch.autograd.grad((gradient.norm() - 1) ** 2 + output.mean(), [input, *module.parameters()])
+        # no "norm - 1": near 1 that difference multiplies everybody's rounding errors, and norms compare nothing
+        return torch.autograd.grad(gradient.pow(2).sum(), [input, *module.parameters()])
 
     expected = penalty(oracle, input.double(), "torch")
     peer = penalty(same(layer, torch.float32), input, "torch")
@@ -273,7 +274,7 @@ def test_operators_keep_the_rules_of_torch_library(cell, gates):
     bias = torch.randn(N, H) if gru else None
     for lengths in (None, torch.tensor([3, 1], dtype=torch.int32)):
         rows = lengths, None, None, T, cell, 2, 0, True
-        forward = (x_part, weight, bias, h0, c0, *rows, True)
+        forward = (x_part, weight, bias, h0, c0, *rows, "full")
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence.default, forward)
         y, h_n, _, aux = torch.ops.rnn_gpu.recurrence(*forward)
         d_c_n = torch.randn(N, B, H) if lstm else None

@@ -264,7 +264,7 @@ def test_sixteen_bits(name, dtype):
 @settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(NAMES),
-    hidden_size=st.integers(1, 40),
+    hidden_size=st.integers(2, 40),  # a gradient of one number may be a sum that cancels
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=18).filter(any),
     bidirectional=st.booleans(),
     exchange=st.booleans(),
@@ -297,7 +297,7 @@ def test_double_backward(packed):
             else:
                 output, _ = module(input, lengths=lengths)
         (gradient,) = torch.autograd.grad(output.sum() + output.pow(2).sum(), input, create_graph=True)
-        return torch.autograd.grad((gradient.norm() - 1) ** 2 + output.sum(), [input, *module.parameters()])
+        return torch.autograd.grad(gradient.pow(2).sum(), [input, *module.parameters()])
 
     expected = penalty(oracle, input.double(), "torch", True)
     peer = penalty(same(layer, torch.float32), input, "torch", True)

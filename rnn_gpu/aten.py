@@ -1,0 +1,286 @@
+"""PyTorch's own kernels (ATen: cuDNN, oneDNN) for one layer, and the same as one opaque operator.
+
+`layer` is differentiable and serves sequences as they come: rows that end early or start anew are cut into stretches
+without either, which ATen takes as one packed batch. `AtenLayer` hides it from compilers and torch.func: `aten::lstm`
+itself is unrolled over time by torch.compile and torch.export, fails there in float32 training, and has no vmap rule.
+
+Shapes as in operators.py, and P, the size of a projected state: H where there is no projection.
+"""
+
+import contextlib
+import warnings
+
+import torch
+from torch import Tensor
+
+from .kernels.spec import CELLS, runs_backwards
+from .second_order import projected_reference_layer, save_for_second, second_backward
+
+CALL = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+
+# The tensors of `layer`, in order: those with a gradient, and those that say where rows lie.
+INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "h0", "c0")
+ROWS = ("lengths", "offsets", "resets")
+
+
+def layer(
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    time: int,
+    cell: str,
+    reversed_sets: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, all directions, on ATen.
+
+    input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, P]; bias_ih, bias_hh [N, G*H] or None; weight_hr
+    [N, P, H] or None; h0 [N, B, P]; c0 [N, B, H] (LSTM) or None; lengths int32 [B], offsets int64 [T+1], resets int8
+    [T, B] or None. N: 1 with reversed_sets 0 or 1, or 2 with reversed_sets 2.
+    -> y [R, N, P], h_n [N, B, P], c_n [N, B, H] or None. On a GPU masks are copied to the host.
+    """
+    sets, batch = weight_ih.shape[0], h0.shape[1]
+    weights = [
+        [w[n] for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None] for n in range(sets)
+    ]
+    states = (h0,) if c0 is None else (h0, c0)
+    with _quietly(input):
+        if lengths is None and resets is None and reversed_sets != 1:
+            y, *final = _call(cell, input.view(time, batch, -1), None, states, weights, bias_ih is not None)
+            y = y.view(time * batch, sets, -1)
+        elif offsets is not None and resets is None and reversed_sets != 1:
+            sizes = (offsets[1:] - offsets[:-1]).cpu()
+            y, *final = _call(cell, input, sizes, states, weights, bias_ih is not None)
+            y = y.view(input.shape[0], sets, -1)
+        else:
+            found = []
+            for n in range(sets):
+                cut = _stretches(time, batch, lengths, offsets, resets, runs_backwards(reversed_sets, n))
+                mine = [state[n] for state in states]
+                found.append(_by_stretches(cell, input, mine, weights[n], bias_ih is not None, *cut))
+            y, *final = (torch.stack(parts, 1 if i == 0 else 0) for i, parts in enumerate(zip(*found, strict=True)))
+    return y, final[0], final[1] if len(final) == 2 else None
+
+
+def _call(cell, input, batch_sizes, states, weights, has_biases):
+    """ATen's function for one layer, dense (batch_sizes None) or packed -> output, h_n and, for the LSTM, c_n."""
+    flat = [weight for one in weights for weight in one]
+    state = states if cell == "lstm" else states[0]
+    training = torch.is_grad_enabled()  # in eval mode too: cuDNN then keeps what a backward needs
+    how = has_biases, 1, 0.0, training, len(weights) == 2
+    if batch_sizes is None:
+        return CALL[cell](input, state, flat, *how, False)
+    return CALL[cell](input, batch_sizes, state, flat, *how)
+
+
+def _by_stretches(cell, input, states, weights, has_biases, rows, sizes, owner, begins, last, empty):
+    """One direction over the stretches that `_stretches` found, as packed input -> y [R, P], h_n and c_n [B, ...]."""
+    starts = tuple(torch.where(begins, state[owner], 0).unsqueeze(0) for state in states)
+    if len(rows) == 0:  # no step of any row: an empty batch, so that gradients are zeros and not None
+        y, *_ = _call(cell, input[:0].unsqueeze(0), None, starts, [weights], has_biases)
+        return input.new_zeros(input.shape[0], y.shape[-1]) + y.sum(), *states
+    y, *final = _call(cell, input[rows], sizes, starts, [weights], has_biases)
+    y = y.new_zeros(input.shape[0], y.shape[-1]).index_copy(0, rows, y)
+    return y, *(torch.where(empty, state, end[0][last]) for state, end in zip(states, final, strict=True))
+
+
+def _stretches(time, batch, lengths, offsets, resets, backwards):
+    """Cut the rows where they start anew, and lay the stretches out as packed input, in the direction of flow.
+
+    -> rows [R'], where each packed row lies in the input; batch sizes on the host; and of each stretch, longest first:
+    owner, its row of the batch; begins [S, 1], whether it goes on from the initial state. Of each row of the batch: its
+    last stretch; empty [B, 1], whether it has none.
+    """
+    device = next(t for t in (lengths, resets) if t is not None).device
+    lengths = torch.full((batch,), time, device=device) if lengths is None else lengths.long()
+    flow = torch.arange(time, device=device).unsqueeze(1).expand(time, batch)  # steps in the direction of flow
+    moment = (lengths - 1 - flow).clamp(min=0) if backwards else flow
+    anew = torch.zeros_like(flow, dtype=torch.bool) if resets is None else resets.bool().gather(0, moment)
+    active = (flow < lengths).t()  # from here on [B, T]: a row's steps one after another
+    starts = (active & (anew | (flow == 0)).t())[active]
+    stretch = starts.cumsum(0) - 1  # of every active step
+    first = starts.nonzero().squeeze(1)
+    position = torch.arange(len(stretch), device=device) - first[stretch]
+    order = torch.bincount(stretch, minlength=len(first)).argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=device))
+    packed = (position * len(first) + rank[stretch]).argsort()
+    row = torch.arange(batch, device=device).expand(time, batch)
+    place = moment * batch + row if offsets is None else offsets[moment] + row
+    owner = row.t()[active][first]
+    last = (torch.bincount(owner, minlength=batch).cumsum(0) - 1).clamp(min=0)
+    begins = ~(anew.t()[active][first] | (flow.t()[active][first] > 0))
+    return (
+        place.t()[active][packed],
+        torch.bincount(position, minlength=1).cpu(),
+        owner[order],
+        begins[order].unsqueeze(1),
+        rank[last] if len(rank) else last,
+        (lengths == 0).unsqueeze(1),
+    )
+
+
+@contextlib.contextmanager
+def _quietly(input: Tensor):
+    """Without autocast, since everything has its type already, and without cuDNN's warning about weights apart."""
+    with torch.autocast(input.device.type, enabled=False), warnings.catch_warnings():
+        if input.is_cuda:
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
+
+
+# ---- As an opaque operator -------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rnn_gpu::aten_layer", mutates_args=())
+def aten_layer(
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    time: int,
+    cell: str,
+    reversed_sets: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer`, opaque; c_n is empty for cells without c."""
+    y, h_n, c_n = layer(
+        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
+        reversed_sets,
+    )  # fmt: skip
+    return y.contiguous(), _own(h_n, h0), input.new_empty(0) if c_n is None else _own(c_n, c0)
+
+
+def _own(state: Tensor, given: Tensor) -> Tensor:
+    """A final state in memory of its own: an operator's result must not be one of its arguments."""
+    return state.clone() if state is given else state.contiguous()
+
+
+@aten_layer.register_fake
+def _(
+    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
+    reversed_sets,
+):  # fmt: skip
+    y = input.new_empty(input.shape[0], h0.shape[0], h0.shape[2])
+    return (
+        y,
+        torch.empty_like(h0, memory_format=torch.contiguous_format),
+        (input.new_empty(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format)),
+    )
+
+
+@torch.library.custom_op("rnn_gpu::aten_layer_backward", mutates_args=())
+def aten_layer_backward(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    time: int,
+    cell: str,
+    reversed_sets: int,
+    need: list[bool],
+) -> list[Tensor]:
+    """The gradients of INPUTS, empty where `need` says no: the forward again, with autograd, then ATen's backward."""
+    given = input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0
+    # An operator's body runs below autograd; this one needs it.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(given, need, strict=True)]
+        results = layer(*leaves, lengths, offsets, resets, time, cell, reversed_sets)
+        pairs = [(r, d) for r, d in zip(results, (d_y, d_h_n, d_c_n), strict=True) if d is not None and r.requires_grad]
+        wanted = [leaf for leaf, n in zip(leaves, need, strict=True) if n]
+        outputs, gradients = zip(*pairs, strict=True) if pairs else ((), ())
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True) if pairs else ())
+    result = []
+    for tensor, n in zip(given, need, strict=True):
+        gradient = next(found, None) if n else None
+        result.append(input.new_empty(0) if not n else _dense(gradient, tensor))
+    return result
+
+
+def _dense(gradient: Tensor | None, tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor).contiguous() if gradient is None else gradient.contiguous()
+
+
+@aten_layer_backward.register_fake
+def _(
+    d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time,
+    cell, reversed_sets, need,
+):  # fmt: skip
+    given = input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0
+    return [t.new_empty(t.shape) if n else input.new_empty(0) for t, n in zip(given, need, strict=True)]
+
+
+class AtenLayer(torch.autograd.Function):
+    """`layer` for torch.compile, torch.export and torch.func: the operators above, differentiable twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
+    def forward(
+        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
+        reversed_sets,
+    ):  # fmt: skip
+        """See `layer`; c_n is empty for cells without c."""
+        return aten_layer(
+            input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
+            reversed_sets,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save the inputs: the backward runs the forward again."""
+        ctx.save_for_backward(*inputs[: len(INPUTS) + len(ROWS)])
+        ctx.how = inputs[len(INPUTS) + len(ROWS) :]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n):
+        """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        gradients = AtenLayerBackward.apply if torch.is_grad_enabled() else aten_layer_backward
+        need = list(ctx.needs_input_grad[: len(INPUTS)])
+        d_c_n = d_c_n if CELLS[ctx.how[1]].carry == "c" else None
+        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, *ctx.how, need)
+        return *(g if n else None for g, n in zip(found, need, strict=True)), *[None] * (len(ROWS) + 3)
+
+
+class AtenLayerBackward(torch.autograd.Function):
+    """The backward of AtenLayer, differentiable again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        """See `aten_layer_backward`."""
+        return tuple(aten_layer_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save gradients and inputs."""
+        save_for_second(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx, *d_gradients):
+        """By the readable loops."""
+        return second_backward(ctx, projected_reference_layer, d_gradients)
