@@ -5,6 +5,7 @@
 >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
 """
 
+from . import batching as batching  # registers the rules of torch.func.vmap
 from .backends import backend, current_backend, max_programs, memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns

@@ -107,7 +107,7 @@ def recurrence_functional(
 
     -> what `recurrence` gives, and the gates [R, N, G*H].
     """
-    gates = x_part.clone()
+    gates = x_part.clone(memory_format=torch.contiguous_format)
     results = recurrence(
         gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone,
         saving,
@@ -117,7 +117,8 @@ def recurrence_functional(
 
 @recurrence_functional.register_fake
 def _(x_part, *arguments):
-    return *recurrence(x_part.clone(), *arguments), torch.empty_like(x_part)
+    gates = torch.empty_like(x_part, memory_format=torch.contiguous_format)
+    return *recurrence(gates, *arguments), gates
 
 
 @torch.library.custom_op("rnn_gpu::recurrence_backward", mutates_args=())

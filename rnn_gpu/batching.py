@@ -1,0 +1,192 @@
+"""How torch.func.vmap sees the operators: rules that run V problems at once.
+
+Where the weights are shared, the V problems are more rows of the batch. Where each has weights of its own (an ensemble),
+the kernels take them as more weight sets, in as many launches as it takes; ATen knows no such thing, and the problems
+run one after another. Importing this module registers the rules.
+
+Each tensor of an operator is of one of these kinds, which say where the batch and the weight sets lie:
+
+    rows      [R, N, ...]  R = T * B rows of all steps      lengths  [B]
+    input     [R, I]       the same without weight sets     resets   [T, B]
+    state     [N, B, ...]                                   offsets  [T+1], packed: has no V
+    weight    [N, ...]
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import aten, backends, operators
+
+MASKS = {"lengths": "lengths", "offsets": "offsets", "resets": "resets"}
+RECURRENCE = {"x_part": "rows", "weight_hh": "weight", "bias_hn": "weight", "h0": "state", "c0": "state"} | MASKS
+RECURRENCE_RESULTS = ("rows", "state", "state", "rows", "rows")
+GRADIENTS = {"d_y": "rows", "d_h_n": "state", "d_c_n": "state"}
+RECURRENCE_BACKWARD = (
+    GRADIENTS
+    | {"weight_hh": "weight", "gates": "rows", "aux": "rows", "y": "rows", "h0": "state", "c0": "state"}
+    | MASKS
+)
+ATEN = dict(zip(aten.INPUTS, ["input", *["weight"] * 5, "state", "state"], strict=True)) | MASKS
+
+
+def _members(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:
+    """[V, ...]: the tensor with its V in front, where it has one, else repeated."""
+    if tensor is None:
+        return None
+    return tensor.unsqueeze(0).expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _is_placeholder(tensor: Tensor | None) -> bool:
+    """Whether a tensor [V, ...] only says that there is none: an operator has to return something."""
+    return tensor is None or tensor.dim() <= 2 and tensor.shape[-1] == 0
+
+
+def _into_batch(tensor: Tensor, kind: str, time: int) -> Tensor:
+    """[V, ...] with V taken into the rows of the batch."""
+    if kind in ("rows", "input"):
+        return tensor.unflatten(1, (time, -1)).transpose(0, 1).flatten(0, 2)
+    if kind in ("state", "resets"):
+        return tensor.transpose(0, 1).flatten(1, 2)
+    return tensor.flatten(0, 1)  # lengths
+
+
+def _out_of_batch(tensor: Tensor, kind: str, time: int, count: int) -> Tensor:
+    """The way back."""
+    if kind in ("rows", "input"):
+        return tensor.unflatten(0, (time, count, -1)).transpose(0, 1).flatten(1, 2)
+    return tensor.unflatten(1, (count, -1)).transpose(0, 1)  # state
+
+
+def _into_sets(tensor: Tensor, kind: str) -> Tensor:
+    """[V, ...] with V taken into the weight sets."""
+    return tensor.transpose(0, 1).flatten(1, 2) if kind == "rows" else tensor.flatten(0, 1)
+
+
+def _out_of_sets(tensor: Tensor, kind: str, count: int) -> Tensor:
+    """The way back."""
+    if kind == "rows":
+        return tensor.unflatten(1, (count, -1)).transpose(0, 1)
+    return tensor.unflatten(0, (count, -1))
+
+
+def _by_rows(run: Callable, given: dict, kinds: dict, results: tuple, time: int, count: int) -> list[Tensor]:
+    """Run V problems that share their weights, whose tensors are given as [V, ...]. -> results [V, ...]."""
+    folded = {}
+    for name, tensor in given.items():
+        if tensor is None or kinds[name] == "weight":
+            folded[name] = None if tensor is None else tensor[0]
+        else:
+            folded[name] = tensor[0] if _is_placeholder(tensor) else _into_batch(tensor, kinds[name], time)
+    found = run(**folded)
+    return [
+        _members(r, None, count) if _is_placeholder(r) else _out_of_batch(r, kind, time, count)
+        for r, kind in zip(found, results, strict=True)
+    ]
+
+
+def _by_sets(run: Callable, given: dict, kinds: dict, results: tuple, most: int, count: int) -> list[Tensor]:
+    """Run V problems with weights of their own as weight sets, `most` of them at once; masks must be shared."""
+    parts = []
+    for begin in range(0, count, most):
+        taken = min(most, count - begin)
+        folded = {}
+        for name, tensor in given.items():
+            if tensor is None or kinds[name] in MASKS or _is_placeholder(tensor):
+                folded[name] = None if tensor is None else tensor[0]
+            else:
+                folded[name] = _into_sets(tensor[begin : begin + taken], kinds[name])
+        found = run(**folded)
+        parts.append([
+            _members(r, None, taken) if _is_placeholder(r) else _out_of_sets(r, kind, taken)
+            for r, kind in zip(found, results, strict=True)
+        ])
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _one_by_one(run: Callable, given: dict, count: int) -> list[Tensor]:
+    """Run V problems one after another."""
+    found = [run(**{name: t if t is None else t[v] for name, t in given.items()}) for v in range(count)]
+    return [torch.stack(part) for part in zip(*found, strict=True)]
+
+
+def _sets_at_once(given: dict, how: tuple, count: int, backward: bool) -> int:
+    """How many problems with weights of their own a launch can take."""
+    _, cell, _, max_programs, alone, *_ = how
+    sets, rows, hidden_size = given["weight_hh"].shape[1:]
+    like, batch = given["h0"], given["h0"].shape[2]
+    ragged = given["lengths"] is not None or given["resets"] is not None
+    device, name = backends.device_of(like.device), backends.name_of(like.dtype)
+    while count > 1:
+        found = backends.plan_for(
+            cell, hidden_size, batch, sets * count, name, device, backward, ragged, (max_programs, alone)
+        )
+        if not isinstance(found, str):
+            break
+        count = -(-count // 2)
+    return count
+
+
+def _refuse_packed(offsets: Tensor | None, dims: dict) -> None:
+    if offsets is not None:
+        raise RuntimeError("torch.func.vmap over packed sequences is not supported: give padded input and lengths")
+
+
+def _kernel_rule(operator: Callable, kinds: dict, results: tuple, backward: bool):
+    """The rule for one of the two passes of the kernels."""
+
+    def rule(info, in_dims, *arguments):
+        count, tensors, how = info.batch_size, dict(zip(kinds, arguments)), arguments[len(kinds) :]  # noqa: B905
+        dims = dict(zip(kinds, in_dims))  # noqa: B905
+        _refuse_packed(tensors["offsets"], dims)
+        given = {name: _members(t, dims[name], count) for name, t in tensors.items()}
+        run = lambda **folded: operator(*(folded[name] for name in kinds), *how)
+        own_weights = any(dims[name] is not None for name, kind in kinds.items() if kind == "weight")
+        own_masks = any(dims[name] is not None for name in MASKS)
+        if not own_weights:
+            found = _by_rows(run, given, kinds, results, how[0], count)
+        else:
+            # Sets that run backwards in time are every second one: of one set, or of two, for each problem.
+            most = 1 if own_masks else _sets_at_once(given, how, count, backward)
+            found = _by_sets(run, given, kinds, results, most, count)
+        return tuple(found), (0,) * len(found)
+
+    return rule
+
+
+def _aten_rule(info, in_dims, *arguments):
+    count, tensors, how = info.batch_size, dict(zip(ATEN, arguments)), arguments[len(ATEN) :]  # noqa: B905
+    dims = dict(zip(ATEN, in_dims))  # noqa: B905
+    _refuse_packed(tensors["offsets"], dims)
+    given = {name: _members(t, dims[name], count) for name, t in tensors.items()}
+    run = lambda **folded: aten.aten_layer(*(folded[name] for name in ATEN), *how)
+    if any(dims[name] is not None for name, kind in ATEN.items() if kind == "weight"):
+        found = _one_by_one(run, given, count)
+    else:
+        found = _by_rows(run, given, ATEN, ("rows", "state", "state"), how[0], count)
+    return tuple(found), (0,) * len(found)
+
+
+def _aten_backward_rule(info, in_dims, *arguments):
+    """One problem after another: the gradient of shared weights is wanted of each problem alone."""
+    kinds = GRADIENTS | ATEN
+    count, tensors, how = info.batch_size, dict(zip(kinds, arguments)), arguments[len(kinds) :]  # noqa: B905
+    dims = dict(zip(kinds, in_dims))  # noqa: B905
+    _refuse_packed(tensors["offsets"], dims)
+    given = {name: _members(t, dims[name], count) for name, t in tensors.items()}
+    found = _one_by_one(lambda **one: aten.aten_layer_backward(*(one[name] for name in kinds), *how), given, count)
+    return found, [0] * len(found)
+
+
+torch.library.register_vmap(
+    operators.recurrence_functional,
+    _kernel_rule(operators.recurrence_functional, RECURRENCE, RECURRENCE_RESULTS, False),
+)
+torch.library.register_vmap(
+    operators.recurrence_backward,
+    _kernel_rule(operators.recurrence_backward, RECURRENCE_BACKWARD, ("rows", "state"), True),
+)
+torch.library.register_vmap(aten.aten_layer, _aten_rule)
+torch.library.register_vmap(aten.aten_layer_backward, _aten_backward_rule)
+
