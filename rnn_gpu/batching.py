@@ -1,7 +1,7 @@
 """How torch.func.vmap sees the operators: rules that run V problems at once.
 
-Where the weights are shared, the V problems are more rows of the batch. Where each has weights of its own (an ensemble),
-the kernels take them as more weight sets, in as many launches as it takes; ATen knows no such thing, and the problems
+Where the weights are shared, the V problems are more rows of the batch. Where each has weights of its own (an
+ensemble), the kernels take them as more weight sets, in as many launches as it takes; ATen knows no such thing, and the problems
 run one after another. Importing this module registers the rules.
 
 Each tensor of an operator is of one of these kinds, which say where the batch and the weight sets lie:
@@ -40,7 +40,7 @@ def _members(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | Non
 
 def _is_placeholder(tensor: Tensor | None) -> bool:
     """Whether a tensor [V, ...] only says that there is none: an operator has to return something."""
-    return tensor is None or tensor.dim() <= 2 and tensor.shape[-1] == 0
+    return tensor is None or (tensor.dim() <= 2 and tensor.shape[-1] == 0)
 
 
 def _into_batch(tensor: Tensor, kind: str, time: int) -> Tensor:
@@ -98,10 +98,12 @@ def _by_sets(run: Callable, given: dict, kinds: dict, results: tuple, most: int,
             else:
                 folded[name] = _into_sets(tensor[begin : begin + taken], kinds[name])
         found = run(**folded)
-        parts.append([
-            _members(r, None, taken) if _is_placeholder(r) else _out_of_sets(r, kind, taken)
-            for r, kind in zip(found, results, strict=True)
-        ])
+        parts.append(
+            [
+                _members(r, None, taken) if _is_placeholder(r) else _out_of_sets(r, kind, taken)
+                for r, kind in zip(found, results, strict=True)
+            ]
+        )
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
@@ -114,7 +116,7 @@ def _one_by_one(run: Callable, given: dict, count: int) -> list[Tensor]:
 def _sets_at_once(given: dict, how: tuple, count: int, backward: bool) -> int:
     """How many problems with weights of their own a launch can take."""
     _, cell, _, max_programs, alone, *_ = how
-    sets, rows, hidden_size = given["weight_hh"].shape[1:]
+    sets, hidden_size = given["weight_hh"].shape[1], given["weight_hh"].shape[-1]
     like, batch = given["h0"], given["h0"].shape[2]
     ragged = given["lengths"] is not None or given["resets"] is not None
     device, name = backends.device_of(like.device), backends.name_of(like.dtype)
@@ -189,4 +191,3 @@ torch.library.register_vmap(
 )
 torch.library.register_vmap(aten.aten_layer, _aten_rule)
 torch.library.register_vmap(aten.aten_layer_backward, _aten_backward_rule)
-

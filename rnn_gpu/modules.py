@@ -5,6 +5,7 @@ Not from `torch.nn.LSTM` itself: `torch.compile` breaks the graph at that. Each 
 forward serves the "torch" backend.
 """
 
+import operator
 import weakref
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends
+from . import backends, onnx
 from .functional import recurrent_stack
 from .rows import Rows, packed_rows
 
@@ -78,6 +79,8 @@ class _Layer(RNNBase):
         route = backends.route(self, data, batch_size, dtype, masked)
         if route == "torch.nn":
             return self._forward_torch(input, hx)
+        if route == "onnx" and self.proj_size > 0 and hx is not None:
+            onnx.refuse("ONNX's LSTM has no projection: with proj_size, export without initial states")
         if packed:
             return self._forward_packed(input, hx, batch_size, dtype, route)
         return self._forward_rows(input, hx, dtype, lengths, resets, route)
@@ -113,7 +116,11 @@ class _Layer(RNNBase):
 
         flatten: where weights are new, make them the one chunk of memory that cuDNN wants; the kernels need none.
         """
-        self._flat_weights = weights = [getattr(self, name, None) for name in self._flat_weights_names]
+        own, names = self._parameters, self._flat_weights_names
+        # The dictionary first, and no assignment where nothing is new: torch.nn.Module's accessors are slow.
+        weights = [own[name] if name in own else getattr(self, name, None) for name in names]
+        if len(weights) != len(self._flat_weights) or not all(map(operator.is_, weights, self._flat_weights)):
+            self._flat_weights = weights
         refs = self._flat_weight_refs
         same = len(refs) == len(weights) and all(w is (r and r()) for w, r in zip(weights, refs, strict=True))
         if flatten and not same:

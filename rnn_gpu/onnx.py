@@ -5,6 +5,8 @@ h), and its GRU puts the reset gate after the product with linear_before_reset=1
 gates.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def layer(
     """
     if resets is not None or offsets is not None:
         what = "resets" if resets is not None else "packed input: give padded input and lengths"
-        raise RuntimeError(f"ONNX's {OPERATOR[cell]} has no {what}")
+        refuse(f"ONNX's {OPERATOR[cell]} has no {what}")
     directions, batch = h0.shape[0], h0.shape[1]
     if weight_hr is not None:
         weight_hh, h0 = weight_hh @ weight_hr, h0.new_zeros(directions, batch, weight_hr.shape[-1])
@@ -63,6 +65,14 @@ def layer(
     if weight_hr is not None:
         y, h_n = (y.unsqueeze(-2) @ weight_hr.transpose(1, 2)).squeeze(-2), h_n @ weight_hr.transpose(1, 2)
     return y.flatten(0, 1), h_n, c_n[0] if c_n else None
+
+
+def refuse(reason: str) -> None:
+    """RuntimeError, and a warning before: torch.onnx.export catches the error, tries again in another way, and shows
+    the user only what became of that.
+    """
+    warnings.warn(reason, stacklevel=2)
+    raise RuntimeError(reason)
 
 
 def _reordered(weight: Tensor, cell: str) -> Tensor:

@@ -2,10 +2,18 @@
 both.
 """
 
+import os
+
+import pytest
 import torch
 from torch import Tensor
 
 import rnn_gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "torch"
+# `pytestmark` of files whose tests run twice: once on torch, and with TRITON_INTERPRET=1 on the kernels.
+ON_BOTH_BACKENDS = [pytest.mark.interpreted] if INTERPRETED else []
 
 STATES = {"LSTM": 2, "GRU": 1, "RNN": 1}
 
@@ -22,7 +30,7 @@ def pair(name: str, *args, dtype: torch.dtype = torch.float32, seed: int = 0, **
 def same(layer: torch.nn.RNNBase, dtype: torch.dtype) -> torch.nn.RNNBase:
     """torch.nn's layer in `dtype` with the weights of `layer`: the peer of the error rule."""
     name = layer.mode.split("_")[0]
-    kwargs = {"nonlinearity": layer.nonlinearity} if name == "RNN" else {}
+    own = {"RNN": ("nonlinearity",), "LSTM": ("proj_size",), "GRU": ()}[name]
     peer = getattr(torch.nn, name)(
         layer.input_size,
         layer.hidden_size,
@@ -30,7 +38,7 @@ def same(layer: torch.nn.RNNBase, dtype: torch.dtype) -> torch.nn.RNNBase:
         bias=layer.bias,
         batch_first=layer.batch_first,
         bidirectional=layer.bidirectional,
-        **kwargs,
+        **{key: getattr(layer, key) for key in own},
     ).to(dtype)
     peer.load_state_dict({key: value.to(dtype) for key, value in layer.state_dict().items()})
     return peer

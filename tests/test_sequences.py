@@ -2,8 +2,6 @@
 float64.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,18 +11,15 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import rnn_gpu
 from rnn_gpu import backends
 from tests.interpreter import concurrent_programs
-from tests.layers import pair, same
+from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, pair, same
 from tests.sequences import as_hx, as_tuple, one_at_a_time, outcome, states_of
 from tests.tolerances import assert_close_to_oracle
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKEND = "triton" if INTERPRETED else "torch"
 NAMES = ("LSTM", "GRU", "RNN")
 LENGTHS = [3, 5, 0, 1, 4, 5, 2]
 TIME = 5
 
-# The same tests twice: here on torch, and with TRITON_INTERPRET=1 on the kernels.
-pytestmark = [pytest.mark.interpreted] if INTERPRETED else []
+pytestmark = ON_BOTH_BACKENDS
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""torch.compile of the layers with the kernels in the graph (in Triton's interpreter): no break, no compile for every
-size.
+"""torch.compile of the layers, with the kernels or PyTorch's own behind an operator in the graph: no break, no compile
+for every size.
 """
 
 import pytest
@@ -9,17 +9,18 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn_gpu
 from rnn_gpu import backends
+from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
 
-pytestmark = pytest.mark.interpreted
+pytestmark = ON_BOTH_BACKENDS
 
 STACK = {"bidirectional": True, "num_layers": 2}
 
 
 @pytest.fixture(autouse=True)
-def on_the_kernels():
-    """Backend "triton", several programs, and nothing compiled before."""
+def one_backend():
+    """The backend of this run, several programs, and nothing compiled before."""
     torch._dynamo.reset()
-    with rnn_gpu.backend("triton"), backends.always_exchange():
+    with rnn_gpu.backend(BACKEND), backends.always_exchange():
         yield
     torch._dynamo.reset()
 
@@ -42,6 +43,7 @@ def assert_same(run, compiled, layer, *arguments):
     "name, kwargs, mask",
     [
         ("LSTM", {}, None),
+        ("LSTM", {"proj_size": 3}, None),
         ("LSTM", STACK, "lengths"),
         ("GRU", STACK, None),
         ("GRU", {}, "resets"),
@@ -93,6 +95,41 @@ def test_the_same_tensor_given_twice_and_inference():
         torch.testing.assert_close(compiled(input), layer(input))
 
 
+def test_inductor():
+    """Catches: a graph that only the simpler backends of torch.compile take, float32 training on the CPU for one."""
+    layer = rnn_gpu.LSTM(4, 12, num_layers=2, dropout=0.0, batch_first=True)
+    assert_same(layer, torch.compile(layer, fullgraph=True), layer, torch.randn(3, 5, 4))
+
+
+def test_a_graph_stays_small_whatever_the_number_of_steps():
+    """Catches: a loop over time that is unrolled into the graph, which takes minutes to compile."""
+    layer, sizes = rnn_gpu.GRU(4, 6), []
+
+    def count(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    for time in (2, 300):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(layer, backend=count, fullgraph=True, dynamic=False)(torch.randn(time, 1, 4))
+    assert sizes[0] == sizes[1]
+
+
+def test_autocast_inside_a_graph():
+    """Catches: another type of results than without compile."""
+    layer, input = rnn_gpu.GRU(4, 12), torch.randn(5, 3, 4)
+
+    def run(input):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(input)
+
+    for compiled, expected in zip(torch.compile(run, backend="aot_eager")(input), run(input), strict=True):
+        assert compiled.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(compiled, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the kernels: runs with TRITON_INTERPRET=1")
 def test_what_the_kernels_cannot_do_raises_under_compile_too():
     """Catches: a compiled graph that falls back silently under backend "triton"."""
     layer = rnn_gpu.GRU(4, 12).double()

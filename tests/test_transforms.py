@@ -1,0 +1,117 @@
+"""torch.func: vmap, grad, ensembles, forward mode, derivatives of derivatives, on PyTorch's kernels and on ours."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn_gpu
+from rnn_gpu import backends
+from tests.layers import BACKEND, ON_BOTH_BACKENDS, same
+
+pytestmark = ON_BOTH_BACKENDS
+
+LAYERS = [("LSTM", {"bidirectional": True, "num_layers": 2}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {})]
+every_layer = pytest.mark.parametrize("name, kwargs", LAYERS, ids=["LSTM-stack", "LSTM-projected", "GRU", "RNN"])
+COUNT, TIME, BATCH = 4, 5, 2
+
+
+@pytest.fixture(autouse=True)
+def one_backend(monkeypatch):
+    """The backend of this run, several programs, full products."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+        yield
+
+
+def loss(parameters, layer, input):
+    """A loss that depends on every parameter."""
+    return functional_call(layer, parameters, (input,))[0].pow(2).sum()
+
+
+def expected_gradients(layer, input):
+    """The same loss's gradients, by torch.nn."""
+    peer = same(layer, torch.float32)
+    return torch.autograd.grad(peer(input)[0].pow(2).sum(), list(peer.parameters()))
+
+
+@every_layer
+def test_vmap_over_inputs(name, kwargs):
+    """Catches: rows of the batch and mapped rows that change places, masks that are not mapped along."""
+    layer = getattr(rnn_gpu, name)(3, 5, **kwargs)
+    inputs, lengths = torch.randn(COUNT, TIME, BATCH, 3), torch.randint(0, TIME + 1, (COUNT, BATCH))
+    resets = torch.rand(TIME, BATCH, COUNT) < 0.3
+    peer = same(layer, torch.float32)
+    torch.testing.assert_close(vmap(lambda x: layer(x)[0])(inputs), torch.stack([peer(x)[0] for x in inputs]))
+    run = lambda x, l, r: layer(x, lengths=l, resets=r)[0]
+    actual = vmap(run, in_dims=(0, 0, 2))(inputs, lengths, resets)
+    expected = [run(*one) for one in zip(inputs, lengths, resets.movedim(2, 0), strict=True)]
+    torch.testing.assert_close(actual, torch.stack(expected))
+
+
+def test_vmap_over_states_alone():
+    """Catches: an input that is the same for all and is taken for a mapped one."""
+    layer, input, states = rnn_gpu.GRU(3, 5), torch.randn(TIME, BATCH, 3), torch.randn(COUNT, 1, BATCH, 5)
+    expected = torch.stack([layer(input, h)[0] for h in states])
+    torch.testing.assert_close(vmap(lambda h: layer(input, h)[0])(states), expected)
+
+
+@every_layer
+def test_gradients_for_each_sample(name, kwargs):
+    """Catches: gradients of shared weights that are summed over the mapped problems."""
+    layer, inputs = getattr(rnn_gpu, name)(3, 5, **kwargs), torch.randn(COUNT, TIME, BATCH, 3)
+    parameters = dict(layer.named_parameters())
+    for actual, expected in zip(
+        grad(loss)(parameters, layer, inputs[0]).values(), expected_gradients(layer, inputs[0]), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+    found = vmap(grad(loss), in_dims=(None, None, 0))(parameters, layer, inputs)
+    for v in range(COUNT):
+        for actual, expected in zip(found.values(), expected_gradients(layer, inputs[v]), strict=True):
+            torch.testing.assert_close(actual[v], expected)
+
+
+@every_layer
+@pytest.mark.parametrize("cap", [None, 2], ids=["one launch", "several launches"])
+def test_ensembles(name, kwargs, cap):
+    """Catches: members that see each other's weights, an ensemble too large for one launch."""
+    members = [getattr(rnn_gpu, name)(3, 20, **kwargs) for _ in range(3)]
+    parameters, _ = stack_module_state(members)
+    inputs = torch.randn(3, TIME, BATCH, 3)
+    with rnn_gpu.max_programs(cap and 2 * cap * (2 if "bidirectional" in kwargs else 1)):
+        outputs = vmap(lambda p, x: functional_call(members[0], p, (x,))[0])(parameters, inputs)
+        found = vmap(grad(loss), in_dims=(0, None, 0))(parameters, members[0], inputs)
+        stacked = torch.autograd.grad(outputs.pow(2).sum(), list(parameters.values()))
+    for v, member in enumerate(members):
+        torch.testing.assert_close(outputs[v], same(member, torch.float32)(inputs[v])[0])
+        expected = expected_gradients(member, inputs[v])
+        for a, b, e in zip(found.values(), stacked, expected, strict=True):
+            torch.testing.assert_close(a[v], e)
+            torch.testing.assert_close(b[v], e)
+
+
+@every_layer
+def test_forward_mode_and_derivatives_of_derivatives(name, kwargs):
+    """Catches: a derivative that stops at the operators, silently or with an error."""
+    layer = getattr(rnn_gpu, name)(2, 3, **kwargs)
+    peer, input, tangent = same(layer, torch.float32), torch.randn(3, 1, 2), torch.randn(3, 1, 2)
+    run = lambda x: layer(x)[0]
+    jacobian = torch.autograd.functional.jacobian(lambda x: peer(x)[0], input)
+    _, along = jvp(run, (input,), (tangent,))
+    torch.testing.assert_close(along, (jacobian * tangent).flatten(3).sum(3))
+    torch.testing.assert_close(jacrev(run)(input), jacobian)
+    torch.testing.assert_close(jacfwd(run)(input), jacobian)
+    second = torch.autograd.functional.hessian(lambda x: peer(x)[0].pow(2).sum(), input)
+    square = lambda x: run(x).pow(2).sum()
+    torch.testing.assert_close(hessian(square)(input), second)
+    torch.testing.assert_close(jacrev(jacrev(square))(input), second)
+    third = jacrev(jacrev(jacrev(lambda x: run(x).pow(3).sum())))(input[:1])
+    torch.testing.assert_close(third, jacfwd(jacrev(jacrev(lambda x: run(x).pow(3).sum())))(input[:1]))
+
+
+def test_vmap_over_packed_sequences_is_refused():
+    """Catches: mapped sequences that are mixed up; padded input with lengths is what maps."""
+    layer, lengths = rnn_gpu.GRU(3, 5), torch.tensor([4, 2])
+    run = lambda x: layer(pack_padded_sequence(x, lengths))[1]
+    with pytest.raises(RuntimeError):
+        vmap(run)(torch.randn(COUNT, 4, 2, 3))
