@@ -1,8 +1,8 @@
 """How torch.func.vmap sees the operators: rules that run V problems at once.
 
 Where the weights are shared, the V problems are more rows of the batch. Where each has weights of its own (an
-ensemble), the kernels take them as more weight sets, in as many launches as it takes; ATen knows no such thing, and the problems
-run one after another. Importing this module registers the rules.
+ensemble), the kernels take them as more weight sets, in as many launches as it takes; ATen knows no such thing, and the
+problems run one after another. Importing this module registers the rules.
 
 Each tensor of an operator is of one of these kinds, which say where the batch and the weight sets lie:
 

@@ -53,6 +53,10 @@ class _Layer(RNNBase):
         if memory is not None:
             self.memory = backends.checked_memory(memory)
 
+    def extra_repr(self) -> str:
+        """As torch.nn's, with `memory` where it was given."""
+        return super().extra_repr() + ("" if self.memory is None else f", memory={self.memory}")
+
     def forward(self, input, hx=None, *, lengths=None, resets=None):
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 

@@ -1,0 +1,264 @@
+"""Gradients as autograd's users meet them: eval mode, twice, checkpoints, hooks, frozen parts, lean memory."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import rnn_gpu
+from rnn_gpu import aten, backends, operators
+from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, outcome, pair, same
+from tests.tolerances import assert_close_to_oracle
+
+pytestmark = ON_BOTH_BACKENDS
+
+NAMES = ("LSTM", "GRU", "RNN")
+TIME, BATCH = 5, 3
+on_the_kernels = pytest.mark.skipif(not INTERPRETED, reason="about the kernels: runs with TRITON_INTERPRET=1")
+
+
+@pytest.fixture(autouse=True)
+def one_backend(monkeypatch):
+    """The backend of this run, several programs, full products."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+        yield
+
+
+def gradients(layer, input, create_graph=False):
+    """Of a loss in output and final states, by the input and the parameters."""
+    output, states = layer(input)
+    states = states if isinstance(states, tuple) else (states,)
+    loss = output.pow(2).sum() + sum(state.sin().sum() for state in states)
+    return torch.autograd.grad(loss, [input, *layer.parameters()], create_graph=create_graph)
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_in_eval_mode(name):
+    """Catches: a forward in eval mode that keeps nothing for a backward."""
+    layer, input = getattr(rnn_gpu, name)(3, 20), leaf(TIME, BATCH, 3)
+    expected = gradients(layer.train(), input)
+    for actual, e in zip(gradients(layer.eval(), input), expected, strict=True):
+        assert torch.equal(actual, e)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masks"])
+@pytest.mark.parametrize("name", NAMES)
+def test_double_backward_in_float64(name, masked):
+    """Catches: a wrong second derivative of the operators for PyTorch's kernels. float64: those alone."""
+    if INTERPRETED:
+        pytest.skip(
+            "the kernels do not compute in float64; tests/test_layers_interpreted.py has their second derivative"
+        )
+    layer = getattr(rnn_gpu, name)(2, 3, bidirectional=True).double()
+    kwargs = {"lengths": torch.tensor([2, 3, 0]), "resets": torch.rand(3, 3) < 0.3} if masked else {}
+    input = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def opaque(input, *parameters):
+        """The layer as torch.func and compilers see it."""
+        run = lambda x: torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,), kwargs)[0]
+        return torch.func.vmap(run)(input.unsqueeze(0))[0]
+
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    assert torch.autograd.gradcheck(opaque, (input, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(opaque, (input, *parameters), fast_mode=True)
+    run = lambda input: layer(input, **kwargs)[0]
+    assert torch.autograd.gradcheck(run, (input,)) and torch.autograd.gradgradcheck(run, (input,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_penalty_trains(name):
+    """Catches: a penalty on the gradient, as in a Wasserstein critic, that does not reach the parameters."""
+    torch.manual_seed(0)
+    layer, head = getattr(rnn_gpu, name)(3, 16), torch.nn.Linear(16, 1)
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=0.02)
+    penalties = []
+    for _ in range(12):
+        input = leaf(TIME, 4, 3)
+        (gradient,) = torch.autograd.grad(head(layer(input)[0][-1]).sum(), input, create_graph=True)
+        penalty = (gradient.transpose(0, 1).flatten(1).norm(dim=1) - 1).pow(2).mean()
+        penalties.append(penalty.item())
+        optimizer.zero_grad()
+        penalty.backward()
+        optimizer.step()
+    assert penalties[-1] < 0.5 * penalties[0]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
+    """Catches: a forward that differs when it is run again, or that saves what a checkpoint cannot make again."""
+    layer, input = rnn_gpu.GRU(3, 20), leaf(TIME, BATCH, 3)
+    run = lambda x: checkpoint(lambda x: layer(x)[0], x, use_reentrant=use_reentrant)
+    expected = torch.autograd.grad(layer(input)[0].pow(2).sum(), input)[0]
+    actual = torch.autograd.grad(run(input).pow(2).sum(), input)[0] if not use_reentrant else backward(run, input)
+    assert torch.equal(actual, expected)
+
+
+def backward(run, input):
+    """The gradient by backward(), which alone serves the older kind of checkpoint."""
+    input = input.detach().requires_grad_()
+    run(input).pow(2).sum().backward()
+    return input.grad
+
+
+def test_retained_graphs_accumulation_and_hooks():
+    """Catches: saved tensors freed or changed by a first backward, gradients that replace instead of adding."""
+    layer, input = rnn_gpu.LSTM(3, 20), leaf(TIME, BATCH, 3)
+    seen = []
+    layer.register_full_backward_hook(lambda module, given, made: seen.append(made[0].shape))
+    layer.weight_hh_l0.register_hook(lambda gradient: 2 * gradient)
+    loss = layer(input)[0].pow(2).sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in layer.parameters()]
+    loss.backward()
+    for parameter, first in zip(layer.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * first)
+    assert seen == [torch.Size([TIME, BATCH, 20])] * 2
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_anomaly_mode_names_what_made_a_nan():
+    """Catches: a backward that anomaly mode cannot follow."""
+    layer = rnn_gpu.RNN(3, 20, nonlinearity="relu")
+    anomaly = torch.autograd.set_detect_anomaly(True, check_nan=True)
+    named = pytest.warns(UserWarning, match="Error detected")
+    with anomaly, named, pytest.raises(RuntimeError, match="nan"):
+        output, _ = layer(leaf(TIME, BATCH, 3))
+        (output * torch.full_like(output, torch.nan)).sum().backward()
+
+
+def test_an_input_changed_in_place_is_caught():
+    """Catches: gradients computed from an input that is no longer what the forward saw."""
+    layer, base = rnn_gpu.GRU(3, 20), leaf(TIME, BATCH, 3)
+    input = base * 1
+    output, _ = layer(input)
+    input.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@on_the_kernels
+def test_what_is_frozen_costs_no_product(monkeypatch):
+    """Catches: products for gradients that nobody asked for."""
+    asked = []
+    made = operators.layer_gradients
+    monkeypatch.setattr(operators, "layer_gradients", lambda *a: asked.append(found := made(*a)) or found)
+    layer = rnn_gpu.LSTM(3, 20)
+    layer.weight_ih_l0.requires_grad_(False)
+    layer(torch.randn(TIME, BATCH, 3))[0].sum().backward()
+    (found,) = asked
+    present = {name for name, g in zip(operators.LAYER_INPUTS, found, strict=True) if g is not None}
+    assert present == {"weight_hh", "bias_ih", "bias_hh"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic_algorithms_raise_nothing_and_change_nothing(name):
+    """Catches: an operation that is not the same to the last bit from run to run, or that PyTorch knows as such."""
+    layer, input = getattr(rnn_gpu, name)(3, 20, bidirectional=True), leaf(TIME, BATCH, 3)
+    expected = gradients(layer, input)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            assert all(map(torch.equal, gradients(layer, input), expected))
+            layer(input, lengths=torch.tensor([1, 5, 3]), resets=torch.rand(TIME, BATCH) < 0.3)[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- Lean memory -----------------------------------------------------------------------------------------------------
+
+
+@on_the_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, kwargs", [(n, {"bidirectional": True, "num_layers": 2}) for n in NAMES] + [
+    ("LSTM", {"proj_size": 3}), ("GRU", {"bias": False}), ("LSTM", {"batch_first": True})
+])  # fmt: skip
+def test_lean_memory_gives_the_same_gradients(name, kwargs, dtype):
+    """Catches: gates made again from the wrong states, rows or biases."""
+    layer, oracle = pair(name, 4, 20, dtype=dtype, **kwargs)
+    input = torch.randn(*((BATCH, TIME) if layer.batch_first else (TIME, BATCH)), 4)
+    expected, peer = outcome(oracle, input.to(dtype), None, "torch"), outcome(same(layer, dtype), input, None, "torch")
+    with rnn_gpu.memory("lean"):
+        actual = outcome(layer, input, None, "triton")
+    for key, value in expected.items():
+        assert_close_to_oracle(actual[key], value, peer[key], key)
+
+
+@on_the_kernels
+@pytest.mark.parametrize("name", NAMES)
+def test_lean_memory_with_masks(name):
+    """Catches: gates made again without the masks: of the first step after a reset, of a reversed row's own end."""
+    layer = getattr(rnn_gpu, name)(4, 20, bidirectional=True)
+    input, masks = leaf(6, 4, 4), {"lengths": torch.tensor([6, 0, 3, 1]), "resets": torch.rand(6, 4) < 0.4}
+    results = {}
+    for setting in ("full", "lean"):
+        with rnn_gpu.memory(setting):
+            output, _ = layer(input, **masks)
+        results[setting] = torch.autograd.grad(output.pow(2).sum(), [input, *layer.parameters()])
+    for lean, full in zip(results["lean"], results["full"], strict=True):
+        torch.testing.assert_close(lean, full)
+
+
+def bytes_kept(run) -> int:
+    """Bytes that the graph of a forward keeps beyond what was there before."""
+    gc.collect()
+    kept = {}
+    before = {
+        t.untyped_storage().data_ptr()
+        for t in gc.get_objects()
+        if isinstance(t, torch.Tensor) and t.device.type == "cpu"
+    }
+    pack = lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    del result
+    return sum(t.untyped_storage().nbytes() for where, t in kept.items() if where not in before)
+
+
+@on_the_kernels
+@pytest.mark.parametrize("name, most", [("LSTM", 0.5), ("GRU", 0.35)])
+def test_lean_memory_is_lean(name, most):
+    """Catches: a lean forward that keeps the gates alive after all."""
+    full, lean = (getattr(rnn_gpu, name)(8, 32, num_layers=3, memory=setting) for setting in ("full", "lean"))
+    input = torch.randn(40, 4, 8)
+    assert bytes_kept(lambda: lean(input)) < most * bytes_kept(lambda: full(input))
+
+
+def test_memory_settings():
+    """Catches: a setting that is ignored, kept after its context, or lost in a copy."""
+    layer = rnn_gpu.LSTM(3, 4, memory="lean")
+    assert layer.memory == "lean" and "memory=lean" in repr(layer) and "memory" not in repr(rnn_gpu.GRU(3, 4))
+    assert rnn_gpu.restore_rnns(torch.nn.Sequential(layer))(torch.randn(2, 1, 3))[0].shape == (2, 1, 4)
+    with rnn_gpu.memory("lean"):
+        assert backends.current_memory() == "lean"
+    assert backends.current_memory() == "full"
+    for wrong in (lambda: rnn_gpu.GRU(3, 4, memory="none"), lambda: rnn_gpu.memory("none").__enter__()):
+        with pytest.raises(ValueError, match="Select from 'full', 'lean'"):
+            wrong()
+
+
+# ---- The operators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masks"])
+@pytest.mark.parametrize("cell, gates", [("lstm", 4), ("gru", 3), ("rnn_tanh", 1)])
+def test_operators_around_atens_kernels_keep_the_rules_of_torch_library(cell, gates, masked):
+    """Catches: a wrong fake (shape, stride, type), an output that shares memory with an input."""
+    T, B, N, H = 3, 2, 2, 5
+    lengths, resets = (
+        (torch.tensor([3, 1], dtype=torch.int32), torch.eye(3, 2).to(torch.int8)) if masked else (None,) * 2
+    )
+    weights = [torch.randn(N, gates * H, size) for size in (4, H)] + [torch.randn(N, gates * H) for _ in range(2)]
+    states = torch.randn(N, B, H), torch.randn(N, B, H) if cell == "lstm" else None
+    given = torch.randn(T * B, 4), *weights, None, *states, lengths, None, resets, T, cell, 2
+    torch.library.opcheck(torch.ops.rnn_gpu.aten_layer.default, given)
+    d_y, d_h_n, d_c_n = torch.ops.rnn_gpu.aten_layer(*given)
+    need = [t is not None for t in given[: len(aten.INPUTS)]]
+    backward = d_y, d_h_n, d_c_n if cell == "lstm" else None, *given, need
+    torch.library.opcheck(torch.ops.rnn_gpu.aten_layer_backward.default, backward)
