@@ -1,0 +1,183 @@
+"""On a GPU: the layers inside torch.compile, CUDA graphs, torch.func and autograd. Written without one; not run yet."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+import rnn_gpu
+from tests.layers import same
+from tests.tolerances import assert_close_to_oracle
+
+pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
+
+NAMES = ("LSTM", "GRU", "RNN")
+TIME, BATCH, INPUT, HIDDEN = 12, 8, 32, 256
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernels():
+    """Backend "triton", nothing compiled before, and no wait that did not end."""
+    torch._dynamo.reset()
+    with rnn_gpu.backend("triton"):
+        yield
+    rnn_gpu.check()
+
+
+def made(name, dtype=torch.bfloat16, **kwargs):
+    """A layer and an input on the GPU."""
+    layer = getattr(rnn_gpu, name)(INPUT, HIDDEN, **kwargs).to("cuda", dtype)
+    return layer, torch.randn(TIME, BATCH, INPUT, device="cuda", dtype=dtype)
+
+
+def trained(run, layer, input, **masks):
+    """Outputs and the gradients of input and parameters."""
+    input = input.detach().requires_grad_()
+    output, _ = run(input, **masks)
+    return [output.detach(), *torch.autograd.grad(output.float().pow(2).sum(), [input, *layer.parameters()])]
+
+
+def assert_equal(actual, expected):
+    """To the last bit: the same kernels with the same plan."""
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("name, kwargs", [("LSTM", {"bidirectional": True, "num_layers": 2}), ("GRU", {}), ("RNN", {})])
+def test_compile(name, kwargs, mode):
+    """Catches: a graph break, a launch that is replayed without its fill."""
+    layer, input = made(name, **kwargs)
+    run = torch.compile(layer, fullgraph=True, mode=mode)
+    for scale in (1, 2, 1, 3):
+        expected = trained(layer, layer, scale * input)
+        torch.compiler.cudagraph_mark_step_begin()
+        for actual, e in zip(trained(run, layer, scale * input), expected, strict=True):
+            torch.testing.assert_close(actual, e)  # inductor may round the products around the loop otherwise
+
+
+def test_compile_with_masks():
+    """Catches: masks that are copied to the host, which a graph cannot hold."""
+    layer, input = made("GRU", bidirectional=True)
+    run = torch.compile(layer, fullgraph=True)
+    for _ in range(2):
+        masks = {
+            "lengths": torch.randint(0, TIME + 1, (BATCH,), device="cuda"),
+            "resets": torch.rand(TIME, BATCH, device="cuda") < 0.2,
+        }
+        for actual, expected in zip(
+            trained(run, layer, input, **masks), trained(layer, layer, input, **masks), strict=True
+        ):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graphed_callables(name):
+    """Catches: a forward or backward that cannot be captured, or that replays with what the capture left behind."""
+    layer, input = made(name)
+    expected = trained(layer, layer, 2 * input)
+    sample = input.detach().clone().requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(layer, (sample,))
+    for scale in (1, 2, 3, 2):
+        found = trained(graphed, layer, scale * input)
+        if scale == 2:
+            assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step_in_a_cuda_graph(name):
+    """Catches: a step captured whole, forward and backward, that differs from one that was not."""
+    layer, input = made(name)
+    static = input.detach().clone().requires_grad_()
+
+    def step():
+        return torch.autograd.grad(layer(static)[0].float().pow(2).sum(), [static, *layer.parameters()])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for scale in (1, 2, 1):
+        with torch.no_grad():
+            static.copy_(scale * input)
+        graph.replay()
+        assert_equal([g.clone() for g in found], trained(layer, layer, scale * input)[1:])
+
+
+def test_an_ensemble_in_one_launch():
+    """Catches: members that see each other's weights on real hardware."""
+    members = [made("LSTM")[0] for _ in range(2)]
+    parameters, _ = stack_module_state(members)
+    inputs = torch.randn(2, TIME, BATCH, INPUT, device="cuda", dtype=torch.bfloat16)
+    loss = lambda p, x: functional_call(members[0], p, (x,))[0].float().pow(2).sum()
+    outputs = vmap(lambda p, x: functional_call(members[0], p, (x,))[0])(parameters, inputs)
+    gradients = vmap(grad(loss))(parameters, inputs)
+    for v, member in enumerate(members):
+        expected = trained(member, member, inputs[v])
+        torch.testing.assert_close(outputs[v], expected[0])
+        for actual, e in zip(gradients.values(), expected[2:], strict=True):
+            torch.testing.assert_close(actual[v], e)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_double_backward(name):
+    """Catches: a second derivative that is wrong where the kernels made the first."""
+    layer, input = made(name, torch.float32)
+    exact = same(layer.cpu(), torch.float64)
+    peer = same(layer, torch.float32)
+    layer.cuda()
+
+    def second(module, input, backend):
+        input = input.detach().requires_grad_()
+        with rnn_gpu.backend(backend):
+            (first,) = torch.autograd.grad(module(input)[0].pow(2).sum(), input, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), [input, *module.parameters()])
+
+    torch.backends.cudnn.rnn.fp32_precision, before = "ieee", torch.backends.cudnn.rnn.fp32_precision
+    try:
+        actual = second(layer, input, "triton")
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = before
+    expected, peers = second(exact, input.cpu().double(), "torch"), second(peer, input.cpu(), "torch")
+    for a, e, p in zip(actual, expected, peers, strict=True):
+        assert_close_to_oracle(a.cpu(), e, p)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_in_eval_mode_on_cudnn_too(name):
+    """Catches: cuDNN's refusal of a backward after a forward in eval mode."""
+    layer, input = made(name, torch.float32)
+    with rnn_gpu.backend("torch"):
+        expected = trained(layer.train(), layer, input)
+        for actual, e in zip(trained(layer.eval(), layer, input), expected, strict=True):
+            torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_lean_memory_takes_less_at_its_peak(name):
+    """Catches: a lean forward that keeps the gates alive after all."""
+    peaks = {}
+    for setting in ("full", "lean"):
+        layer = getattr(rnn_gpu, name)(HIDDEN, HIDDEN, num_layers=4, memory=setting).to("cuda", torch.bfloat16)
+        input = torch.randn(500, 32, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        trained(layer, layer, input)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trained(layer, layer, input)
+        peaks[setting] = torch.cuda.max_memory_allocated() - before
+    assert peaks["lean"] < 0.75 * peaks["full"]
+
+
+def test_deterministic_algorithms():
+    """Catches: an operation that PyTorch knows as not deterministic on a GPU."""
+    layer, input = made("GRU", bidirectional=True)
+    masks = {"lengths": torch.arange(BATCH, device="cuda"), "resets": torch.rand(TIME, BATCH, device="cuda") < 0.2}
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = trained(layer, layer, input, **masks)
+        assert_equal(trained(layer, layer, input, **masks), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
