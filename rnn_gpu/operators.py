@@ -250,7 +250,8 @@ def input_part(input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, 
     gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
     gates = gates.view(-1, sets, rows)
     if start is not None:
-        gates = gates + torch.zeros_like(start[0, 0]) if functional else gates
+        if functional:  # where start is mapped by vmap and the gates are not, they could not be written into
+            gates = gates + torch.zeros_like(start[0, 0])
         for n in range(sets):
             index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
             gates[index, n] += start[n]
