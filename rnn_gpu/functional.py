@@ -59,7 +59,9 @@ def recurrent_stack(
     differentiated = torch.is_grad_enabled() and any(
         t.requires_grad for t in (input, h0, *weights, *([] if c0 is None else [c0]))
     )
-    saving = memory if differentiated or backends.transforming() else "nothing"
+    saving = memory if differentiated else "nothing"
+    if backends.transforming():  # which may differentiate what does not look so here, and cannot make the gates again
+        saving = "full"
     h_n, c_n = [], []
     for layer in range(num_layers):
         sets = slice(layer * directions, (layer + 1) * directions)
