@@ -6,6 +6,7 @@ prediction ranks plans and is no promise. `cudnn_microseconds` is the same kind 
 instead.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -111,15 +112,28 @@ PASSING_WORDS = {False: 32, True: 48}
 ROUNDING_WORDS = 24
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
 PAIRS = 4
-# Accumulators a thread where one program of so many warps holds all units: beside them stand the gates of as many
-# (row, unit) pairs, and with 4 warps more of the weights on their way.
+# Bytes of K that a row has in the part of a chunk that is one warp's: 16 words (tiles.py).
+CHUNK_ROW_BYTES = 64
+# Rows of a weight tile, the narrower side of a matrix instruction, and rows of the batch, the other one.
+TILE_ROWS, TILE_BATCH = 16, 8
+# Shared memory of a program beside its weights and the sums of its warps, at most: the tests of the waits, gaps.
+SPARE_BYTES = 1024
+# What a program may own: units; rows of a tile and slices, from the shortest step on.
+UNITS = (8, 16, 32, 64)
+ROWS_AND_SLICES = ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2))
+# Tiles polled in a step where a program works through several slices of rows: Triton's time to compile grows with their
+# cube.
+POLLED_TILES = 48
+# One program that holds all units: rows of the batch it may own.
+ALONE_ROWS = (8, 16, 32)
+# Accumulators a thread of such a program of so many warps: beside them stand the gates of as many (row, unit) pairs,
+# and with 4 warps more of the weights on their way.
 ALONE_ACCUMULATORS = {4: 16, 8: 32}
 # Full float32 products are made of scalar ones, each operand copied through shared memory and into registers for all of
 # K.
 ALONE_IEEE_UNITS = 32
-# Tiles polled in a step where a program works through several slices of rows: Triton's time to compile grows with their
-# cube.
-POLLED_TILES = 48
+
+# Time: a model that ranks plans.
 EXCHANGE_MICROSECONDS = 0.7  # publish, reach L2, be polled, at about 130 programs; published: 0.6 to 0.9
 L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
 POLL_BYTES_PER_CYCLE = 64  # what one multiprocessor takes in from L2
@@ -128,6 +142,58 @@ SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared me
 ISSUE_CYCLES = 0.45  # cycles an instruction and warp of a multiprocessor, 4 schedulers, dependences included: estimated
 CUDNN_STEP_MICROSECONDS = 5.0  # two launches a step or more
 CUDNN_PERSISTENT_MICROSECONDS = 1.9  # float16 where cuDNN has a persistent kernel; published, H100, H 768, B 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass of a recurrence on a device: what a plan is made for. The names are those of `plan`."""
+
+    cell: str
+    hidden_size: int
+    batch_size: int
+    sets: int
+    dtype: str
+    device: Device
+    backward: bool = False
+    precision: str | None = None
+    ragged: bool = False
+
+    @property
+    def gates(self) -> int:
+        """G; also the slots that are awaited backwards."""
+        return CELLS[self.cell].gates
+
+    @property
+    def size(self) -> int:
+        """HS."""
+        return padded(self.hidden_size, self.dtype)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a program cuts its part of a problem, as in Plan. chunks: all there are of K, wherever their weights are."""
+
+    units: int
+    rows: int
+    slices: int
+    warps: int
+    chunks: int
+    gates_per_tile: int
+
+    @property
+    def pairs(self) -> int:
+        """(row, unit) pairs of a thread, all slices together."""
+        return max(1, self.units * self.rows // (self.warps * 32)) * self.slices
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where the weights of a tiling are, in chunks, the order of the waits, and the shared memory it all takes."""
+
+    order: int
+    registers: int
+    shared: int
+    shared_bytes: int
 
 
 def plan(
@@ -156,145 +222,187 @@ def plan(
         return f"the kernels need compute capability 8.0 or later, {device.name} has {device.arch / 10}"
     resident = min(max_programs or device.multiprocessors, device.multiprocessors)
     precision = (precision or "tf32") if dtype == "float32" else None
-    problem = (cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision)
-    found = list(_alone(*problem)) if allow_alone else []
+    problem = Problem(cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision, ragged)
+    found = list(alone_plans(problem)) if allow_alone else []
     if not found:
-        found = [p for p in _exchanging(*problem, ragged) if p.unit_slices * sets <= resident]
-        found = [_with_batch(p, device, resident) for p in found]
+        found = [with_batch(p, device, resident) for p in exchanging_plans(problem, resident)]
     if not found:
         what = f"{hidden_size} hidden units in {sets} set(s)"
         return f"{what} need more than the {resident} programs that can run at the same time"
     return min(found, key=lambda p: (p.microseconds, p.programs))
 
 
-def _alone(cell, hidden_size, batch_size, sets, dtype, device, backward, precision):
+def _plan_of(problem: Problem, **chosen) -> Plan:
+    """A plan for a problem."""
+    names = ("cell", "hidden_size", "batch_size", "sets", "dtype", "backward", "precision")
+    return Plan(**{name: getattr(problem, name) for name in names}, **chosen)
+
+
+def alone_plans(problem: Problem) -> Iterator[Plan]:
     """Plans in which one program holds all units, and batch slices share nothing: any number of programs will do."""
-    gates, bytes_ = CELLS[cell].gates, itemsize(dtype)
-    units = max(16, 1 << (hidden_size - 1).bit_length())
+    device, gates, bytes_ = problem.device, problem.gates, itemsize(problem.dtype)
+    units = max(TILE_ROWS, 1 << (problem.hidden_size - 1).bit_length())
+    if problem.precision == "ieee" and units > ALONE_IEEE_UNITS:
+        return
     warps = 8 if units >= 128 else 4
-    for rows in (8, 16, 32):
+    for rows in ALONE_ROWS:
         weights = gates * units * units * bytes_
         # Beside the weights: the sums on their way to the layout of the loads and, backward, the state of all gates on
         # its way to the product.
-        scratch = units * rows * 4 + (gates if backward else 1) * units * max(rows, 16) * bytes_
+        scratch = units * rows * 4 + (gates if problem.backward else 1) * units * max(rows, TILE_ROWS) * bytes_
         accumulators = gates * units * rows // (warps * 32)
         if weights + scratch > device.shared_memory or accumulators > ALONE_ACCUMULATORS[warps]:
             continue
-        if precision == "ieee" and units > ALONE_IEEE_UNITS:
-            continue
-        programs = -(-batch_size // rows)
-        waves = -(-programs * sets // device.multiprocessors)
+        programs = -(-problem.batch_size // rows)
+        waves = -(-programs * problem.sets // device.multiprocessors)
         instructions = 200 + 60 * gates * units * rows / (warps * 32) / 4
         cycles = weights / SHARED_BYTES_PER_CYCLE + instructions * warps * ISSUE_CYCLES
-        yield Plan(
-            cell, hidden_size, batch_size, sets, dtype, backward, precision, True, units, rows, 1, warps, 0, 0, 0, 0, 1,
-            1, programs, 1, weights + scratch, waves * cycles / device.gigahertz / 1e3,
-            "one program holds all hidden units: nothing to exchange",
+        yield _plan_of(
+            problem, alone=True, units=units, rows=rows, slices=1, warps=warps, registers=0, shared=0, streamed=0,
+            order=0, gates_per_tile=1, unit_slices=1, batch_slices=programs, launches=1,
+            shared_bytes=weights + scratch, microseconds=waves * cycles / device.gigahertz / 1e3,
+            reason="one program holds all hidden units: nothing to exchange",
         )  # fmt: skip
 
 
-def _exchanging(cell, hidden_size, batch_size, sets, dtype, device, backward, precision, ragged):
-    """Plans that cut the hidden units into slices, without the batch: rows, slices, weights and where they stay."""
-    spec = CELLS[cell]
-    size = padded(hidden_size, dtype)
-    # Half the warps where half the chunks are enough: fewer partial sums to add, and no thread without a (row, unit)
-    # pair.
-    warps = 4 if size <= chunk_width(8, dtype) else 8
-    chunks = -(-size // chunk_width(warps, dtype))
-    for units in (8, 16, 32, 64):
-        if units == 8 and (backward or spec.gates == 1):  # a tile of weights has 16 rows at least
-            continue
-        # Gates that share a tile of weights: those that fill the 16 rows of a matrix instruction, and all four of the
-        # LSTM (fewer exchanges through shared memory), but one of 64 units, or a chunk would take half the registers;
-        # and two of the GRU where the rows of its input are not aligned either, which takes registers of its own.
-        per_tile = spec.gates if spec.gates == 4 and units < 64 else 1
-        if spec.gates == 3 and (units == 8 or (units == 64 and hidden_size % 64 != 0 and precision != "ieee")):
-            per_tile = 2
-        for rows, slices in ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2)):
-            if slices > 1 and chunks * slices * (spec.gates if backward else 1) > POLLED_TILES:
-                continue
-            found = _residency(
-                spec.gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision, ragged
-            )
-            if found is None:
-                continue
-            order, registers, shared, shared_bytes = found
-            yield Plan(
-                cell, hidden_size, batch_size, sets, dtype, backward, precision, False, units, rows, slices, warps,
-                registers, shared, chunks - registers - shared, order, per_tile,
-                -(-size // units), 0, 0, shared_bytes, 0.0, "",
+def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
+    """Plans that cut the hidden units into slices, for one slice of the batch, of at most `resident` programs.
+
+    They do not look at the batch: `with_batch` completes them.
+    """
+    for tiling in _tilings(problem):
+        unit_slices = -(-problem.size // tiling.units)
+        found = _residency(problem, tiling) if unit_slices * problem.sets <= resident else None
+        if found is not None:
+            yield _plan_of(
+                problem, alone=False, units=tiling.units, rows=tiling.rows, slices=tiling.slices, warps=tiling.warps,
+                registers=found.registers, shared=found.shared,
+                streamed=tiling.chunks - found.registers - found.shared, order=found.order,
+                gates_per_tile=tiling.gates_per_tile, unit_slices=unit_slices, batch_slices=0, launches=0,
+                shared_bytes=found.shared_bytes, microseconds=0.0, reason="",
             )  # fmt: skip
 
 
-def _residency(gates, per_tile, units, rows, slices, warps, chunks, device, backward, precision, ragged):
-    """Order of the waits, chunks of weights in registers and in shared memory, bytes of it all; None: it would spill.
+def _tilings(problem: Problem) -> Iterator[Tiling]:
+    """The ways to cut a problem that its kernel can be compiled for, whether or not they fit."""
+    # Half the warps where half the chunks are enough: fewer partial sums to add, and no thread without a (row, unit)
+    # pair.
+    warps = 4 if problem.size <= chunk_width(8, problem.dtype) else 8
+    chunks = -(-problem.size // chunk_width(warps, problem.dtype))
+    for units in UNITS:
+        per_tile = _gates_per_tile(problem, units)
+        if (1 if problem.backward else per_tile) * units < TILE_ROWS:
+            continue
+        for rows, slices in ROWS_AND_SLICES:
+            if slices == 1 or chunks * slices * (problem.gates if problem.backward else 1) <= POLLED_TILES:
+                yield Tiling(units, rows, slices, warps, chunks, per_tile)
 
-    The order that keeps most weights on the chip; where two are equal, all in registers; then the first of the list:
-    fewer waits, or waits that overlap. Order 3, whose waits do not, is taken for more weights on the chip alone.
+
+def _gates_per_tile(problem: Problem, units: int) -> int:
+    """Gates that share a tile of weights forward."""
+    if problem.gates == 4 and units < 64:  # fewer exchanges through shared memory
+        return 4
+    # Of 64 units one gate alone, or a chunk would take half the registers. But two of the GRU where the rows of its
+    # input are not aligned, which takes registers of its own, and with 8 units, where two fill the rows of a tile.
+    unaligned = problem.hidden_size % 64 != 0 and problem.precision != "ieee"
+    if problem.gates == 3 and (units < TILE_ROWS or (units == 64 and unaligned)):
+        return 2
+    return 1
+
+
+def _tile_gates(problem: Problem, tiling: Tiling) -> int:
+    """Gates in the weights of a chunk, those that only fill the last tile included."""
+    per_tile = 1 if problem.backward else tiling.gates_per_tile
+    return -(-problem.gates // per_tile) * per_tile
+
+
+def _orders(problem: Problem) -> tuple[tuple[int, int], ...]:
+    """Orders of the waits (kernels/backward.py), best first, each with the slots that are polled at the same time.
+
+    Best: fewer waits, then waits that overlap. In order 3 they do not.
     """
-    tile_gates = gates if backward else -(-gates // per_tile) * per_tile
-    words = tile_gates * units // 2  # of a chunk of weights, a thread: a chunk has 16 words a row and warp
-    chunk_bytes = warps * tile_gates * units * 64
-    sums = 1 if backward or gates == 1 else 4  # tiles, as tiles.side_by_side makes them
-    # A thread holds its warp's sums, the backward two of each, and then as many words of those of all warps.
-    accumulators = 2 * (2 if backward else sums) * units * rows // 32
-    pairs = max(1, units * rows // (warps * 32)) * slices
-    room = THREAD_WORDS[backward] - PAIR_WORDS[backward] * (pairs - 1)
-    room -= (OLDER_ADDRESS_WORDS if device.arch < 90 else 0) + (RAGGED_WORDS if ragged else 0)
-    scratch = warps * sums * units * rows * 4 + 1024
-    if pairs > PAIRS:
+    return ((2, problem.gates), (1, 2), (3, 1)) if problem.backward and problem.gates > 1 else ((0, 1),)
+
+
+def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
+    """The order that keeps most weights on the chip, or None where each would spill.
+
+    Where two keep as many, all in registers, but for order 3, which is taken for more weights on the chip alone; then
+    the better order.
+    """
+    if tiling.pairs > PAIRS:
         return None
-    if precision == "ieee":  # an operand passes through shared memory chunk by chunk, of all gates that share a tile
-        scratch = max(scratch, warps * 64 * ((1 if backward else per_tile) * units + rows) + 1024)
-    best, most = None, (-1, False)
-    for order, slots in ((2, gates), (1, 2), (3, 1)) if backward and gates > 1 else ((0, 1),):
-        state = chunks * slots * rows // 2  # polled words in a thread at the same time
-        for registers in range(0 if precision == "ieee" else chunks, -1, -1):
-            fitting = 0 if precision == "ieee" else max(0, device.shared_memory - scratch) // chunk_bytes
-            shared = min(chunks - registers, fitting)
-            held = registers + shared
-            if held == chunks:
-                needed = state + accumulators
-            else:  # only the held weights need their state kept, the others read it again, chunk by chunk
-                one_chunk = (units if backward else per_tile * units) // 2 + rows // 2
-                needed = max(state, -(-state * held // chunks) + accumulators, accumulators + one_chunk)
-            needed += PASSING_WORDS[backward] if registers < chunks else 0
-            needed += ROUNDING_WORDS if precision == "tf32" else 0
-            simplest = registers == 0 and slots * slices * rows == 8  # always possible: what passes takes its turn
-            if registers * words + needed <= room or simplest:
-                value = held, registers == chunks and order != 3
-                if value > most:
-                    best, most = (order, registers, shared, scratch + shared * chunk_bytes), value
-                break
-    return best
-
-
-def _with_batch(p: Plan, device: Device, resident: int) -> Plan:
-    """The plan with its batch slices, launches, predicted time and reason."""
-    spec, bytes_ = CELLS[p.cell], itemsize(p.dtype)
-    wanted = -(-p.batch_size // (p.rows * p.slices))
-    batch_slices = min(wanted, resident // (p.unit_slices * p.sets))
-    launches = -(-wanted // batch_slices)
-    batch_slices = -(-wanted // launches)  # even launches
-    programs = p.unit_slices * batch_slices * p.sets
-    polled = p.rows * padded(p.hidden_size, p.dtype) * bytes_ * (spec.gates if p.backward else 1)
-    chunk_bytes = p.warps * spec.gates * p.units * 64
-    chunks = p.registers + p.shared + p.streamed
-    instructions = 30 * spec.gates * p.units // 16 + chunks * (2 if p.backward else 1) * (4 + spec.gates * p.units // 8)
-    instructions = 150 + instructions * p.rows // 8
-    if p.precision == "ieee":
-        instructions += chunks * spec.gates * p.units * p.rows // 2
-    tile = instructions * p.warps * ISSUE_CYCLES / device.gigahertz / 1e3
-    tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / device.gigahertz / 1e3
-    streamed = p.streamed * chunk_bytes * programs / p.slices  # a tile's weights stay in the first-level cache at best
-    l2 = streamed <= device.l2_bytes
-    rate = L2_BYTES_PER_MICROSECOND if l2 else device.memory_gigabytes_per_second * 1e3
-    tile += p.streamed * chunk_bytes * programs / rate
-    poll = POLLS * max(
-        polled * programs / L2_BYTES_PER_MICROSECOND, polled / POLL_BYTES_PER_CYCLE / device.gigahertz / 1e3
+    found = [_most_on_chip(problem, tiling, order, slots) for order, slots in _orders(problem)]
+    return max(
+        (r for r in found if r is not None),
+        key=lambda r: (r.registers + r.shared, r.registers == tiling.chunks and r.order != 3),
+        default=None,
     )
-    # The exchange of one tile hides behind the work on the others.
-    step = max(EXCHANGE_MICROSECONDS + poll + tile, p.slices * (poll + tile))
+
+
+def _most_on_chip(problem: Problem, tiling: Tiling, order: int, slots: int) -> Residency | None:
+    """As many weights in registers as do not spill, of the others as many in shared memory as fit; None: it spills."""
+    tile_gates, scratch = _tile_gates(problem, tiling), _scratch_bytes(problem, tiling)
+    chunk_bytes = tiling.warps * tile_gates * tiling.units * CHUNK_ROW_BYTES
+    fitting = max(0, problem.device.shared_memory - scratch) // chunk_bytes
+    words = tile_gates * tiling.units // 2  # of a chunk of weights, a thread
+    room = _room_words(problem, tiling)
+    # Possible whatever the sum says: what passes takes its turn.
+    smallest = slots * tiling.slices * tiling.rows == TILE_BATCH
+    most = tiling.chunks
+    if problem.precision == "ieee":  # operands of scalar products are spread in yet another way: none is kept
+        fitting = most = 0
+    for registers in range(most, -1, -1):
+        shared = min(tiling.chunks - registers, fitting)
+        needed = registers * words + _passing_words(problem, tiling, slots, registers, shared)
+        if needed <= room or (registers == 0 and smallest):
+            return Residency(order, registers, shared, scratch + shared * chunk_bytes)
+    return None
+
+
+def _room_words(problem: Problem, tiling: Tiling) -> int:
+    """Words a thread has for weights, polled state and accumulators."""
+    room = THREAD_WORDS[problem.backward] - PAIR_WORDS[problem.backward] * (tiling.pairs - 1)
+    older = OLDER_ADDRESS_WORDS if problem.device.arch < 90 else 0
+    return room - older - (RAGGED_WORDS if problem.ragged else 0)
+
+
+def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int, shared: int) -> int:
+    """Words a thread needs in a step beside the weights that stay in registers."""
+    backward, units, rows = problem.backward, tiling.units, tiling.rows
+    # Its warp's sums, the backward two of each, and then as many words of those of all warps.
+    accumulators = 2 * (2 if backward else _sums(problem)) * units * rows // 32
+    state = tiling.chunks * slots * rows // 2  # polled at the same time
+    held = registers + shared
+    if held == tiling.chunks:
+        needed = state + accumulators
+    else:  # only the held weights need their state kept, the others read it again, chunk by chunk
+        one_chunk = (units if backward else tiling.gates_per_tile * units) // 2 + rows // 2
+        needed = max(state, -(-state * held // tiling.chunks) + accumulators, accumulators + one_chunk)
+    needed += PASSING_WORDS[backward] if registers < tiling.chunks else 0
+    return needed + (ROUNDING_WORDS if problem.precision == "tf32" else 0)
+
+
+def _sums(problem: Problem) -> int:
+    """Tiles of sums that go over the warps at the same time, as tiles.side_by_side makes them."""
+    return 1 if problem.backward or problem.gates == 1 else 4
+
+
+def _scratch_bytes(problem: Problem, tiling: Tiling) -> int:
+    """Shared memory of a program beside its weights."""
+    scratch = tiling.warps * _sums(problem) * tiling.units * tiling.rows * 4
+    if problem.precision == "ieee":  # an operand passes through it chunk by chunk, of all gates that share a tile
+        per_tile = 1 if problem.backward else tiling.gates_per_tile
+        scratch = max(scratch, tiling.warps * CHUNK_ROW_BYTES * (per_tile * tiling.units + tiling.rows))
+    return scratch + SPARE_BYTES
+
+
+def with_batch(p: Plan, device: Device, resident: int) -> Plan:
+    """A plan of `exchanging_plans` with its batch slices, launches, predicted time and reason."""
+    chunks = p.registers + p.shared + p.streamed
+    wanted = -(-p.batch_size // (p.rows * p.slices))
+    launches = -(-wanted // (resident // (p.unit_slices * p.sets)))
+    p = replace(p, batch_slices=-(-wanted // launches), launches=launches)  # even launches
     if p.precision == "ieee":
         reason = "full float32 products go without tensor cores: all weights are read again in every step"
     elif p.streamed:
@@ -305,7 +413,34 @@ def _with_batch(p: Plan, device: Device, resident: int) -> Plan:
         reason = "all weights stay in registers"
     if launches > 1:
         reason += f"; the batch takes {launches} launches one after another"
-    return replace(p, batch_slices=batch_slices, launches=launches, microseconds=launches * step, reason=reason)
+    return replace(p, microseconds=launches * _step_microseconds(p, device), reason=reason)
+
+
+def _instructions(p: Plan) -> int:
+    """What a warp issues for a tile in a step, about: enough to rank plans; perf/resources.py counts."""
+    gates, chunks = CELLS[p.cell].gates, p.registers + p.shared + p.streamed
+    of_product = chunks * (2 if p.backward else 1) * (4 + gates * p.units // 8)
+    instructions = 150 + (30 * gates * p.units // 16 + of_product) * p.rows // 8
+    if p.precision == "ieee":
+        instructions += chunks * gates * p.units * p.rows // 2
+    return instructions
+
+
+def _step_microseconds(p: Plan, device: Device) -> float:
+    """Predicted time of a step of one launch."""
+    gates = CELLS[p.cell].gates
+    chunk_bytes = p.warps * gates * p.units * CHUNK_ROW_BYTES
+    tile = _instructions(p) * p.warps * ISSUE_CYCLES / device.gigahertz / 1e3
+    tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / device.gigahertz / 1e3
+    streamed = p.streamed * chunk_bytes * p.programs
+    in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
+    tile += streamed / (L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3)
+    polled = p.rows * padded(p.hidden_size, p.dtype) * itemsize(p.dtype) * (gates if p.backward else 1)
+    poll = POLLS * max(
+        polled * p.programs / L2_BYTES_PER_MICROSECOND, polled / POLL_BYTES_PER_CYCLE / device.gigahertz / 1e3
+    )
+    # The exchange of one tile hides behind the work on the others.
+    return max(EXCHANGE_MICROSECONDS + poll + tile, p.slices * (poll + tile))
 
 
 def cudnn_microseconds(p: Plan, device: Device) -> float:

@@ -58,22 +58,23 @@ def candidates(
 ) -> list[Plan]:
     """All plans of a problem: what the plan chooses from, what it never compares, and other orders of the waits."""
     precision = (precision or "tf32") if dtype == "float32" else None
-    problem = (cell, hidden_size, batch_size, sets, dtype, device, backward, precision)
-    found = list(planning._alone(*problem))
-    for p in planning._exchanging(*problem, False):
-        if p.unit_slices * sets <= device.multiprocessors:
-            orders = (1, 2, 3) if backward and CELLS[cell].gates > 1 else (p.order,)
-            same = planning._with_batch(p, device, device.multiprocessors)
-            found += [dataclasses.replace(same, order=order) for order in orders]
+    problem = planning.Problem(cell, hidden_size, batch_size, sets, dtype, device, backward, precision)
+    found = list(planning.alone_plans(problem))
+    for p in planning.exchanging_plans(problem, device.multiprocessors):
+        orders = (1, 2, 3) if backward and CELLS[cell].gates > 1 else (p.order,)
+        same = planning.with_batch(p, device, device.multiprocessors)
+        found += [dataclasses.replace(same, order=order) for order in orders]
     return found
 
 
 def predicted(p: Plan, device: Device) -> float:
     """The model's microseconds a step for a plan, with its constants as they are now."""
     if not p.alone:
-        return planning._with_batch(p, device, device.multiprocessors).microseconds
-    problem = (p.cell, p.hidden_size, p.batch_size, p.sets, p.dtype, device, p.backward, p.precision)
-    return next(q.microseconds for q in planning._alone(*problem) if (q.rows, q.warps) == (p.rows, p.warps))
+        return planning.with_batch(p, device, device.multiprocessors).microseconds
+    problem = planning.Problem(
+        p.cell, p.hidden_size, p.batch_size, p.sets, p.dtype, device, p.backward, p.precision
+    )  # fmt: skip
+    return next(q.microseconds for q in planning.alone_plans(problem) if (q.rows, q.warps) == (p.rows, p.warps))
 
 
 @contextlib.contextmanager
