@@ -321,7 +321,12 @@ def _orders(problem: Problem) -> tuple[tuple[int, int], ...]:
 
     Best: fewer waits, then waits that overlap. In order 3 they do not.
     """
-    return ((2, problem.gates), (1, 2), (3, 1)) if problem.backward and problem.gates > 1 else ((0, 1),)
+    if not problem.backward or problem.gates == 1:
+        return ((0, 1),)
+    one_by_one = (1, 2), (3, 1)
+    # Operands of full float32 products take more registers than words: with several slots at a time (order 2) 32 of 73
+    # tilings spill on sm_90, with one after another none does.
+    return one_by_one if problem.precision == "ieee" else ((2, problem.gates), *one_by_one)
 
 
 def _residency(problem: Problem, tiling: Tiling) -> Residency | None:

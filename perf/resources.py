@@ -262,14 +262,17 @@ GRIDS = {
 
 
 def plans(
-    grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None, rows: str = "dense"
+    grid: str, arch: int, cells=None, dtypes=None, hidden_sizes=None, rows: str = "dense", precisions=None
 ) -> tuple[list[Plan], list[str]]:
     """The plans of a grid, one for each kernel that is compiled, and a sentence for each problem without a plan."""
     sizes, batches, sets, default_cells, default_dtypes = GRIDS[grid]
     found, refused = {}, {}
     for cell, dtype in itertools.product(cells or default_cells, dtypes or default_dtypes):
-        precisions = KINDS[dtype][:1] if grid == "quick" else KINDS[dtype]
-        problems = itertools.product(precisions, hidden_sizes or sizes, (False, True), sets, batches)
+        if precisions:
+            kinds = [kind for kind in KINDS[dtype] if kind in precisions]
+        else:
+            kinds = KINDS[dtype][:1] if grid == "quick" else KINDS[dtype]
+        problems = itertools.product(kinds, hidden_sizes or sizes, (False, True), sets, batches)
         for precision, hidden_size, backward, count, batch in problems:
             device = DEVICES[ARCHITECTURES[arch]]
             p = plan(cell, hidden_size, batch, count, dtype, device, backward, precision, ragged=rows != "dense")
@@ -349,13 +352,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--quick", action="store_true", help="a grid that takes less than a minute")
     add("--cell", action="append", choices=CELLS, help="only this cell (may be repeated)")
     add("--dtype", action="append", choices=DTYPES, help="only this type (may be repeated)")
+    add("--precision", action="append", choices=KINDS["float32"], help="only float32, with these products (repeatable)")
     add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")
     add("--rows", choices=ROWS, default="dense", help="how the rows of the batch lie (default: dense)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     add("--json", metavar="PATH", help="write all numbers there too; - for standard output, without the table")
     chosen = parser.parse_args(arguments)
     grid = "quick" if chosen.quick else chosen.grid
-    wanted, refused = plans(grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size, chosen.rows)
+    wanted, refused = plans(
+        grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size, chosen.rows, chosen.precision
+    )  # fmt: skip
     results = dict(progress(compile_all(wanted, chosen.arch, chosen.jobs, chosen.rows), len(wanted)))
     failed = [r for r in results.values() if isinstance(r, str) or r.problem]
     if chosen.json != "-":
