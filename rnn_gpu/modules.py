@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, onnx
+from . import backends, distributed, onnx
 from .functional import recurrent_stack
 from .rows import Rows, packed_rows
 
@@ -67,6 +67,8 @@ class _Layer(RNNBase):
         row's state is zeroed before the step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
+        if distributed.is_dtensor(input):
+            return distributed.forward(self, input, hx, lengths, resets)
         if lengths is None and resets is None and backends.plainly_torch(input):
             return self.torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
@@ -98,11 +100,16 @@ class _Layer(RNNBase):
         if data.device.type == "cuda":  # autocast flattens the weights for cuDNN, and always in float16
             return _cast(self.torch_class.forward(self, input, hx), dtype)
         self._update_flat_weights()
-        cast = object.__new__(type(self))  # this layer with its weights in dtype
-        weights = [weight.to(dtype) for weight in self._flat_weights]
-        cast.__dict__ = self.__dict__ | {"_flat_weights": weights, "_update_flat_weights": lambda: None}
+        cast = self.with_weights([weight.to(dtype) for weight in self._flat_weights])
         with torch.autocast(data.device.type, enabled=False):
             return self.torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
+
+    def with_weights(self, weights: list[Tensor]):
+        """This layer with other tensors in place of its weights, for the length of a call."""
+        other = object.__new__(type(self))
+        keep = lambda flatten=True: None
+        other.__dict__ = self.__dict__ | {"_flat_weights": weights, "_update_flat_weights": keep}
+        return other
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
@@ -130,6 +137,13 @@ class _Layer(RNNBase):
         if flatten and not same:
             self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
             self.flatten_parameters()
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn, but not under `fully_shard`: it gathers weights into memory of its own before each forward,
+        and would not reach weights that were moved out of it.
+        """
+        if not getattr(self, "_is_fsdp_managed_module", False):
+            super().flatten_parameters()
 
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
         """Dense input, on any route but torch.nn's own forward."""

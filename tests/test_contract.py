@@ -448,13 +448,3 @@ def test_meta_device(name):
     input = torch.randn(2, 3, device="meta")
     found = [contract.tensors(getattr(m, name)(3, 4, device="meta")(input)) for m in (rnn_gpu, torch.nn)]
     assert all(a.shape == b.shape and a.is_meta for a, b in zip(*found, strict=True))
-
-
-@every_layer
-def test_compile_and_export_on_torch(name):
-    """Catches: a graph break, which torch.nn's own layers make, or an export that fails, on PyTorch's kernels."""
-    layer, input = getattr(rnn_gpu, name)(3, 4), torch.randn(2, 1, 3)
-    expected, _ = layer(input)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(input)[0], expected)
-    assert torch.equal(torch.export.export(layer, (input,)).module()(input)[0], expected)

@@ -1,0 +1,236 @@
+"""Many devices: training and layers in two processes, on PyTorch's own kernels over gloo; and on two GPUs, where
+there are.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnn_gpu
+from tests import distributed
+from tests.contract import NAMES
+from tests.distributed import Case, Training, checkpoints, mixed_up, on_dtensors, replaced_late, train
+from tests.tolerances import assert_close_to_oracle, assert_same_mathematics
+
+if not torch.distributed.is_available():
+    pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+
+every_layer = pytest.mark.parametrize("name", NAMES)
+two_gpus = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Two processes on the CPU."""
+    with distributed.Processes("gloo", tmp_path_factory.mktemp("group")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def gpu_processes(tmp_path_factory):
+    """Two processes with a GPU each."""
+    with distributed.Processes("nccl", tmp_path_factory.mktemp("group")) as found:
+        yield found
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def assert_trains_as_one_process(training: Training, processes) -> None:
+    expected = train(training.alone())
+    assert any(key.startswith("gradient") for key in expected)
+    for found in processes.run(train, training):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same_mathematics(found[key], value, key)
+
+
+@pytest.mark.parametrize("how", ["ddp", "ddp, no_sync", "ddp, static graph", "ddp, unused parameters"])
+@every_layer
+def test_distributed_data_parallel_equals_one_process(name, how, processes):
+    """Catches: gradients that are not summed over processes, or are summed when they should not be; parameters that
+    DistributedDataParallel does not find.
+    """
+    assert_trains_as_one_process(Training(name, how), processes)
+
+
+@pytest.mark.parametrize("how", ["fsdp", "fsdp, weights moved"])
+@every_layer
+def test_fully_shard_equals_one_process(name, how, processes):
+    """Catches: weights kept from one forward to the next, or moved out of the memory that `fully_shard` gathers into
+    (as flatten_parameters does on a GPU): the model would train no more.
+    """
+    assert_trains_as_one_process(Training(name, how), processes)
+
+
+@pytest.mark.parametrize("how", ["compiled, then ddp", "ddp, then compiled", "compiled, then fsdp"])
+def test_compiled_equals_one_process(how, processes):
+    """Catches: a layer whose graph, with weights that another process changes, is wrong or cannot be made."""
+    assert_trains_as_one_process(Training("GRU", how), processes)
+
+
+@every_layer
+def test_fully_shard_in_mixed_precision(name, processes):
+    """Catches: weights gathered in bfloat16 that the layer does not take, or a loss of accuracy beyond torch.nn's."""
+    training = Training(name, "fsdp bfloat16", dtype=torch.float32)
+    expected = train(dataclasses.replace(training.alone(), library="torch.nn", dtype=torch.float64))
+    peers = processes.run(train, training.of("torch.nn"))
+    for found, peer in zip(processes.run(train, training), peers, strict=True):
+        for key, value in expected.items():
+            assert found[key].dtype == torch.float32
+            assert_close_to_oracle(found[key], value, peer[key], key)
+
+
+@every_layer
+def test_classes_under_fully_shard(name, processes):
+    """Catches: a change in what docs/limits.md says: `fully_shard` makes sub-classes, left alone and named."""
+    for texts, classes in processes.run(replaced_late, Training(name, "fsdp")):
+        assert len(texts) == 2 and all("left sub-classes alone" in text and f"FSDP{name}" in text for text in texts)
+        assert classes == [f"FSDP{name} of torch.nn.modules.rnn", f"FSDP{name} of rnn_gpu.modules"]
+
+
+# ---- State dicts and checkpoints -------------------------------------------------------------------------------------
+
+
+@every_layer
+def test_state_dicts_and_checkpoints(name, processes, tmp_path):
+    """Catches: a state that is not sharded, or not whole; one that does not go on from a checkpoint as if nothing had
+    been; one that torch.nn cannot load, or that cannot be loaded into a model built on the device "meta".
+    """
+    import torch.distributed.checkpoint as dcp
+
+    training = Training(name, "fsdp")
+    results = processes.run(checkpoints, training, str(tmp_path))
+    complete = results[0]["whole"]
+    assert torch.equal(results[1]["whole"]["head.weight"], complete["head.weight"])
+    for key, value in complete.items():
+        assert {found["placements"][key] for found in results} == {"(Shard(dim=0),)"}
+        assert sum(found["rows"][key] for found in results) == value.shape[0]
+        for found in results:
+            assert torch.equal(found["late"][key], value)
+            assert torch.equal(found["loaded"][key], found["continued"][key])
+            assert not torch.equal(found["continued"][key], value)
+            if not key.startswith("head"):
+                assert found["reset"][key].abs().max() > 0 and not torch.equal(found["reset"][key], value)
+    plain = distributed.network(Training(name, "one", library="torch.nn"), seed=1)
+    state = {"model": plain.state_dict()}
+    dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    assert all(torch.equal(state["model"][key], value) for key, value in complete.items())
+    plain.load_state_dict(complete)
+    ours = distributed.network(training, seed=1)
+    ours.load_state_dict(plain.state_dict())
+    input = distributed.data(training)
+    with rnn_gpu.backend("torch"):
+        assert torch.equal(ours(input), plain(input))
+
+
+# ---- DTensors --------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "batch": Case("1", "1"),
+    "batch of unequal parts": Case("1", "r", batch=3),
+    "batch of one row": Case("1", batch=1),
+    "batch first": Case("0", "1", batch_first=True),
+    "replicated": Case("r", "r"),
+    "time": Case("0", "0"),
+    "features": Case("2", "2"),
+    "sharded weights": Case("1", "r", weights="0"),
+    "masked": Case("1", "r", masked=True, batch=3),
+    "masked, batch first": Case("0", "r", masked=True, batch_first=True),
+    "unbatched": Case("r", "r", batch=None),
+    "unbatched, time": Case("0", batch=None),
+    "mesh of two dimensions": Case("1r", "r1", weights="rr"),
+    "twice the batch": Case("11", "rr", weights="0r"),
+}
+
+
+def assert_placed(case: Case, placed: dict[str, str]) -> None:
+    """Results are where the input is, or replicated; gradients where their tensors are."""
+    batch_dim = "0" if case.batch_first else "1"
+    split = [case.batch is not None and letter == batch_dim for letter in case.input]
+    expected = {
+        "result 0": "".join(batch_dim if one else "r" for one in split),
+        "result": "".join("1" if one else "r" for one in split),
+        "gradient of input 0": case.input,
+        "gradient of input": case.states,
+    }
+    for key, found in placed.items():
+        assert found == expected.get(key, expected.get(key.rpartition(" ")[0], case.weights)), key
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_layer
+def test_dtensors(name, case, processes):
+    """Catches: results or gradients that differ from those on plain tensors, or that are placed elsewhere than DTensor
+    would place them.
+    """
+    layer, *given = distributed.given(case, name, torch.float64)
+    expected = distributed.outcome(layer, *given)
+    for found, placed in processes.run(on_dtensors, case, name, "torch", torch.float64):
+        assert_placed(case, placed)
+        for key, value in expected.items():
+            assert_same_mathematics(found[key], value, key)
+
+
+def test_dtensors_compiled(processes):
+    """Catches: a layer on DTensors that torch.compile cannot take in one graph."""
+    case = CASES["batch"]
+    expected = distributed.outcome(*distributed.given(case, "GRU", torch.float64))
+    for found, placed in processes.run(on_dtensors, case, "GRU", "torch", torch.float64, "cpu", True):
+        assert_placed(case, placed)
+        for key, value in expected.items():
+            assert_same_mathematics(found[key], value, key)
+
+
+@every_layer
+def test_dtensors_mixed_with_others_are_refused(name, processes):
+    """Catches: a plain tensor silently taken for a part, or an error that does not name it."""
+    for found in processes.run(mixed_up, name):
+        assert "weight_ih_l0 is not: distribute it too" in found["weights"]
+        assert all(
+            f"{what} is not" in found[key] for what, key in (("hx", "states"), ("lengths",) * 2, ("resets",) * 2)
+        )
+        assert "weight_ih_l0 on" in found["mesh"]
+
+
+# ---- The example, and the cap on programs ----------------------------------------------------------------------------
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """What a Python process prints."""
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_example_with_torchrun(tmp_path):
+    """Catches: an example that does not run as docs/distributed.md says, or does not train."""
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    printed = run_python(*launcher, str(ROOT / "examples" / "distributed_training.py"), str(tmp_path / "model.pt"))
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert len(losses) > 1 and losses[-1] < losses[0] / 2
+    saved = torch.load(tmp_path / "model.pt")
+    assert "layer.weight_hh_l0" in saved and all(type(value) is torch.Tensor for value in saved.values())
+
+
+def test_cap_on_programs_from_the_environment():
+    """Catches: RNN_GPU_MAX_PROGRAMS, which torchrun hands to every process, without an effect on the plan."""
+    plan = "import rnn_gpu; print(rnn_gpu.explain(rnn_gpu.LSTM(8, 1024), 64, 'h100'))"
+    assert "= 128 programs" in run_python("-c", plan)
+    assert "= 128 programs" not in run_python("-c", plan, RNN_GPU_MAX_PROGRAMS="120")
