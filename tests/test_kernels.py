@@ -188,7 +188,7 @@ def test_inference_equals_training(cell, dtype, precision):
         forward_plan, _ = plans(problem, alone=alone)
         with concurrent_programs(5):
             y, c_n, aux, gates = run_forward(problem, forward_plan, data(problem))
-            y_only, c_n_only, no_aux, untouched = run_forward(problem, forward_plan, data(problem), save=False)
+            y_only, c_n_only, no_aux, untouched = run_forward(problem, forward_plan, data(problem), saving="nothing")
         assert torch.equal(bits(y), bits(y_only))
         assert (c_n is None) == (c_n_only is None) and (c_n is None or torch.equal(bits(c_n), bits(c_n_only)))
         assert no_aux is None and (aux is None) == (CELLS[cell].aux == "y")
