@@ -14,10 +14,12 @@ What else the interpreter does not do as the hardware does is mended in the same
   the values, and conversion to bfloat16 rounds to nearest even (the interpreter truncates);
 * `tl.dot(..., input_precision="tf32")`, Triton's default, ignores the low 13 bits of float32 operands as the
   tensor cores do; "ieee" is full float32; "tf32x3", "bf16x3" and "bf16x6" are taken as full float32 too;
-* 16-bit products are summed in float32.
+* 16-bit products are summed in float32;
+* inline assembly runs, as far as `_ASSEMBLY` knows it.
 
-Not imitated: the order of summation, the approximate `ex2`, a memory model (a store is seen by all at once,
-and in order; only `torn=True` changes that), and inline assembly, which does not run here.
+Not imitated: the order of summation, the errors of the approximate `ex2` and `rcp` (both are rounded correctly here,
+and do not flush what is smaller than a normal number), and a memory model (a store is seen by all at once, and in
+order; only `torn=True` changes that).
 
 Nothing of Triton's code is copied: its methods are wrapped while a context is open, and put back afterwards.
 Tried with Triton 3.6, 3.7 and 3.9. Importing this module loads neither numpy nor the interpreter.
@@ -422,6 +424,26 @@ def _wrap_fma(fma):
     return honest_fma
 
 
+# Instruction -> what it computes of float32 arrays. Infinities and zeros come out as in hardware, without a warning.
+_ASSEMBLY = {
+    "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
+}
+
+
+class _Results(tuple):
+    """What `create_inline_asm` returns: results by number."""
+
+    get_result = tuple.__getitem__
+
+
+def _create_inline_asm(builder, asm, constraints, operands, types, is_pure, pack):
+    if asm not in _ASSEMBLY:
+        raise NotImplementedError(f"inline assembly that this interpreter does not know: {asm}")
+    with np.errstate(all="ignore"):
+        result = _ASSEMBLY[asm](*(handle.data for handle in operands))
+    return _Results([interpreter.TensorHandle(result, types[0].scalar)])
+
+
 def _wrap_dot(dot):
     precision_of = _argument(dot, "input_precision")
 
@@ -516,6 +538,7 @@ def _wrap_interpreter():
         wrap(builder, "create_dot", _wrap_dot)
         wrap(builder, "create_fma", _wrap_fma)
         wrap(builder, "cast_impl", _wrap_cast)
+        put(builder, "create_inline_asm", _create_inline_asm)
         for arity in ("unary_op", "binary_op", "ternary_op"):
             wrap(builder, arity, _wrap_elementwise)
         wrap(interpreter.ReduceOps, "generic_reduce", _wrap_generic_reduce)

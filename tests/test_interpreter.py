@@ -586,6 +586,23 @@ def test_exp2_and_its_overflow():
 
 
 @triton.jit
+def assembled(x, out, ASSEMBLY: tl.constexpr, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out + n, tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [tl.load(x + n)], tl.float32, is_pure=True, pack=1))
+
+
+def test_inline_assembly():
+    """Catches: a reciprocal that warns or fails where hardware gives 0, NaN or infinity; other assembly taken for it."""
+    x = torch.tensor([1.0, 3.0, 1e30, torch.inf, 0.0, -0.0, torch.nan, -7.0])
+    out = torch.empty(8)
+    with concurrent_programs():
+        assembled[(1,)](x, out, "rcp.approx.ftz.f32 $0, $1;", 8)
+        assert same_bits(out, 1 / x)
+        with pytest.raises(InterpreterError, match="does not know: lg2"):
+            assembled[(1,)](x, out, "lg2.approx.ftz.f32 $0, $1;", 8)
+
+
+@triton.jit
 def either(a, b):
     return a | b
 
