@@ -592,7 +592,7 @@ def assembled(x, out, ASSEMBLY: tl.constexpr, N: tl.constexpr):
 
 
 def test_inline_assembly():
-    """Catches: a reciprocal that warns or fails where hardware gives 0, NaN or infinity; other assembly taken for it."""
+    """Catches: a reciprocal that warns or fails where hardware gives 0, NaN or infinity, other assembly."""
     x = torch.tensor([1.0, 3.0, 1e30, torch.inf, 0.0, -0.0, torch.nan, -7.0])
     out = torch.empty(8)
     with concurrent_programs():
