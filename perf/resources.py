@@ -6,6 +6,7 @@ there at the first look). Exit status 1 when a plan spills or does not fit the s
 
     python -m perf.resources --arch 90 --quick
     python -m perf.resources --arch 86 --cell gru --dtype float32 --json -
+    python -m perf.resources --documented      the tables of docs/performance.md
 """
 
 import argparse
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 
-from rnn_gpu.kernels.plan import DEVICES, Plan, plan
+from rnn_gpu.kernels.plan import DEVICES, Plan, Problem, exchanging_plans, plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 
 ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made for
@@ -283,6 +284,67 @@ def plans(
     return list(found.values()), list(refused)
 
 
+DOCUMENTED = ("HMMA", "LDSM", "BAR", "SHFL", "MUFU")  # what the tables of docs/performance.md count
+
+
+def documented(arch: int) -> dict[str, list[Plan]]:
+    """The plans of each table of docs/performance.md, by its title. The first and the last table fix the tiles, whether
+    or not such a plan would be chosen; the second has the plans that would run.
+    """
+    device = DEVICES[ARCHITECTURES[arch]]
+
+    def tiled(slices: int, *problem) -> list[Plan]:
+        """The plan with 16 units and tiles of 8 rows, if there is one."""
+        every = exchanging_plans(Problem(*problem), device.multiprocessors)
+        return [p for p in every if (p.units, p.rows, p.slices) == (16, 8, slices)]
+
+    passes, sizes = (False, True), (64, 128, 256, 512, 650, 768, 1536, 2048)
+    of_cells, of_slices = (
+        [
+            p
+            for backward, cell, hidden_size, dtype in itertools.product(passes, cells, hidden_sizes, dtypes)
+            for precision in KINDS[dtype]
+            for p in tiled(slices, cell, hidden_size, 8 * slices, 1, dtype, device, backward, precision)
+        ]
+        for slices, cells, hidden_sizes, dtypes in (
+            (1, ("lstm", "gru", "rnn_tanh"), (1024,), ("float16", "bfloat16", "float32")),
+            (4, ("lstm",), (256, 512, 1024), ("bfloat16",)),
+        )
+    )
+    planned = [
+        plan("lstm", hidden_size, 16, 1, "bfloat16", device, backward)
+        for backward, hidden_size in itertools.product(passes, sizes)
+    ]
+    return {
+        "16 units and 8 rows a program": of_cells,
+        f"16 rows, as planned for an {device.name}": planned,
+        "16 units and 4 x 8 rows a program": of_slices,
+    }
+
+
+def documented_tables(tables: dict[str, list[Plan]], report: dict, other: dict | None = None) -> str:
+    """Markdown: the tables with the numbers of a report, as --json writes it; with another one, "this / that" where
+    they differ.
+    """
+    reports = [
+        {key(Plan(**kernel["plan"])): kernel for kernel in one["kernels"]} for one in (report, other) if one is not None
+    ]
+    header = ("cell", "type", "pass", "H", "units, rows, warps", "weights", "all", *DOCUMENTED, "registers", "shared")
+    lines = []
+    for title, wanted in tables.items():
+        lines += ["", f"**{title}**", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        for p in wanted:
+            numbers = []
+            for kernel in (kernels[key(p)] for kernels in reports):
+                counts = (kernel["step"].get(name, 0) for name in ("all", *DOCUMENTED))
+                numbers.append((*counts, kernel["registers"], kernel["shared"]))
+            cells = [p.cell, p.precision or p.dtype, "backward" if p.backward else "forward", p.hidden_size]
+            cells += [f"{p.units}, {p.slices} x {p.rows}, {p.warps}", where(p)]
+            cells += [" / ".join(dict.fromkeys(map(str, of_both))) for of_both in zip(*numbers, strict=True)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines[1:])
+
+
 def _attempt(p: Plan, arch: int, rows: str) -> Resources | str:
     """What compile_plan gives, or the reason why it failed: for a process of the pool."""
     try:
@@ -305,13 +367,17 @@ def compile_all(all_plans: list[Plan], arch: int, jobs: int, rows: str = "dense"
             yield running[done], done.result()
 
 
+def where(p: Plan) -> str:
+    """Where a plan's weights are."""
+    return "alone" if p.alone else f"{p.registers}+{p.shared}+{p.streamed}"
+
+
 def describe(p: Plan) -> str:
     """A plan in a few columns."""
-    where = "alone" if p.alone else f"{p.registers}+{p.shared}+{p.streamed}"
     kind = p.dtype if p.precision is None else p.precision
     return (
         f"{p.cell:8} {kind:8} {'backward' if p.backward else 'forward':8} {p.hidden_size:5} {p.sets:4} {p.units:5} "
-        f"{f'{p.slices}x{p.rows}':>5} {p.warps:5} {where:>8} {p.order:5}"
+        f"{f'{p.slices}x{p.rows}':>5} {p.warps:5} {where(p):>8} {p.order:5}"
     )
 
 
@@ -357,27 +423,38 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", choices=ROWS, default="dense", help="how the rows of the batch lie (default: dense)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     add("--json", metavar="PATH", help="write all numbers there too; - for standard output, without the table")
+    add("--documented", action="store_true", help="the tables of docs/performance.md instead, as Markdown")
+    add("--beside", metavar="JSON", help="with --documented: a file of --json to compare with, of another Triton")
     chosen = parser.parse_args(arguments)
     grid = "quick" if chosen.quick else chosen.grid
-    wanted, refused = plans(
-        grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size, chosen.rows, chosen.precision
-    )  # fmt: skip
+    if chosen.documented:
+        tables = documented(chosen.arch)
+        wanted, refused = list({key(p): p for p in itertools.chain(*tables.values())}.values()), []
+    else:
+        wanted, refused = plans(
+            grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size, chosen.rows, chosen.precision
+        )  # fmt: skip
     results = dict(progress(compile_all(wanted, chosen.arch, chosen.jobs, chosen.rows), len(wanted)))
     failed = [r for r in results.values() if isinstance(r, str) or r.problem]
-    if chosen.json != "-":
+    report = {"arch": chosen.arch, "rows": chosen.rows, "without_plan": refused}
+    report["kernels"] = [
+        {"plan": asdict(p)} | ({"problem": r} if isinstance(r, str) else r.as_dict())
+        for p, r in ((p, results[p]) for p in wanted)
+    ]
+    if chosen.documented and not failed and chosen.json != "-":
+        other = None
+        if chosen.beside:
+            with open(chosen.beside, encoding="utf-8") as file:
+                other = json.load(file)
+        print(documented_tables(tables, report, other))
+    elif chosen.json != "-":
         print(HEADER)
         print("\n".join(row(p, results[p]) for p in wanted))
         print("\n".join(refused), end="\n" if refused else "")
         print(FOOTER)
         print(f"{len(wanted)} kernels for sm_{chosen.arch}, {len(failed)} that spill, do not fit or do not compile.")
     if chosen.json:
-        report = [
-            {"plan": asdict(p)} | ({"problem": r} if isinstance(r, str) else r.as_dict())
-            for p, r in ((p, results[p]) for p in wanted)
-        ]  # fmt: skip
-        text = json.dumps(
-            {"arch": chosen.arch, "rows": chosen.rows, "kernels": report, "without_plan": refused}, indent=1
-        )
+        text = json.dumps(report, indent=1)
         if chosen.json == "-":
             print(text)
         else:
