@@ -59,12 +59,11 @@ def forward(layer, input: Tensor, hx, lengths: Tensor | None, resets: Tensor | N
         like = torch.empty(shape, device="meta")  # told, because parts need not be of one size
         return DTensor.from_local(tensor, mesh, by_rows(dim), shape=like.shape, stride=like.stride())
 
-    layer._update_flat_weights(flatten=False)
     # a process has what its own rows add to a weight's gradient
     added = [Partial() if one else Replicate() for one in split]
     weights = [
         _placed(name, weight, mesh, [Replicate()] * mesh.ndim).to_local(grad_placements=added)
-        for name, weight in zip(layer._flat_weights_names, layer._flat_weights, strict=True)
+        for name, weight in [(name, getattr(layer, name)) for name in layer._flat_weights_names]
     ]
     one_state = hx is None or isinstance(hx, Tensor)
     states = [own_rows("hx", state, 1) for state in ([hx] if one_state else hx)]

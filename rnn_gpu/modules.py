@@ -132,9 +132,11 @@ class _Layer(RNNBase):
         weights = [own[name] if name in own else getattr(self, name, None) for name in names]
         if len(weights) != len(self._flat_weights) or not all(map(operator.is_, weights, self._flat_weights)):
             self._flat_weights = weights
+        if not flatten:
+            return
         refs = self._flat_weight_refs
         same = len(refs) == len(weights) and all(w is (r and r()) for w, r in zip(weights, refs, strict=True))
-        if flatten and not same:
+        if not same:
             self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
             self.flatten_parameters()
 

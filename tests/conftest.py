@@ -70,3 +70,18 @@ def pytest_runtest_makereport(item):
 def seed(request) -> int:
     """The seed of this test, for data drawn in other ways than from torch's and Python's global generators."""
     return request.node.stash[SEED]
+
+
+@pytest.fixture
+def tf32():
+    """A function that sets PyTorch's own switches, for products and for RNNs, to a problem's precision."""
+    switches = (torch.backends.cudnn.rnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+
+    def choose(precision: str | None) -> None:
+        for switch in switches:
+            switch.fp32_precision = precision or "tf32"
+
+    yield choose
+    for switch, setting in zip(switches, before, strict=True):
+        switch.fp32_precision = setting

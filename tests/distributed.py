@@ -124,6 +124,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
+def together(found: dict[str, Tensor]) -> Tensor:
+    """All results as one vector: for an error that is random, and small tensors too few to say how large it is."""
+    return torch.cat([value.flatten() for value in found.values()])
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -466,7 +471,7 @@ def mixed_up(name: str) -> dict[str, str]:
     found = {}
     for what, call in {
         "weights": lambda: plain(here),
-        "states": lambda: layer(here, hx),
+        "hx": lambda: layer(here, hx),
         "lengths": lambda: layer(here, lengths=masks["lengths"]),
         "resets": lambda: layer(here, resets=masks["resets"]),
         "mesh": lambda: layer(there),

@@ -108,12 +108,18 @@ def round_to_tf32(values: Tensor) -> Tensor:
     return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-class Tf32Products(TorchFunctionMode):
-    """Within this context the operands of float32 products are rounded to tf32: a CPU has none of its own."""
+class RoundedProducts(TorchFunctionMode):
+    """Within this context the operands of float32 products are rounded, by a function or to a dtype, and nothing else:
+    what tensor cores do, and a CPU has no tf32 of its own.
+    """
+
+    def __init__(self, rounding):
+        super().__init__()
+        self.rounding = (lambda a: a.to(rounding).float()) if isinstance(rounding, torch.dtype) else rounding
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
-            args = tuple(round_to_tf32(a) if a.dtype == torch.float32 else a for a in args)
+            args = tuple(self.rounding(a) if a.dtype == torch.float32 else a for a in args)
         return function(*args, **(kwargs or {}))
 
 
@@ -153,7 +159,7 @@ def loop(problem: Problem, given: Data | None = None) -> dict[str, Tensor]:
     if given is None:
         return _loop(problem)
     if problem.precision == "tf32":
-        with Tf32Products():
+        with RoundedProducts(round_to_tf32):
             return by_reference(problem, given, problem.dtype)
     return by_reference(problem, given, problem.dtype)
 

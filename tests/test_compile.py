@@ -116,6 +116,21 @@ def test_a_graph_stays_small_whatever_the_number_of_steps():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_one_graph_where_a_weight_is_new(name):
+    """Catches: a compile for a second time, or guards that cannot be made, where a weight has been registered anew, as
+    tools do that distribute or share weights.
+    """
+    layer = getattr(rnn_gpu, name)(4, 12)
+    layer.register_parameter("weight_ih_l0", torch.nn.Parameter(torch.randn_like(layer.weight_ih_l0)))
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=count, fullgraph=True)
+    for _ in range(3):
+        compiled(torch.randn(5, 3, 4))
+    assert count.frame_count == 1
+    assert_same(layer, compiled, layer, torch.randn(5, 3, 4))
+
+
 def test_autocast_inside_a_graph():
     """Catches: another type of results than without compile."""
     layer, input = rnn_gpu.GRU(4, 12), torch.randn(5, 3, 4)

@@ -220,49 +220,6 @@ def test_examples_in_docstrings(module):
     assert not failed and attempted
 
 
-# ---- Under torch.distributed -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of one process, on the CPU."""
-    if not torch.distributed.is_available():
-        pytest.skip("PyTorch was built without torch.distributed")
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def step_of(model, input) -> tuple:
-    """The output of a model and the gradients of its parameters."""
-    output, _ = model(input)
-    output.pow(2).sum().backward()
-    whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
-    return output.detach(), *(whole(p.grad) for p in model.parameters())
-
-
-@every_layer
-def test_distributed_data_parallel_and_fsdp(name, one_process):
-    """Catches: a layer whose class, parameters or lists of weights DistributedDataParallel or fully_shard cannot
-    handle: the latter renames the class and turns parameters into DTensors outside the forward.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    layer, input = getattr(rnn_gpu, name)(3, 5, num_layers=2), torch.randn(4, 2, 3)
-    expected = step_of(copy.deepcopy(layer), input)
-    found = step_of(torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer)), input)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    sharded = fully_shard(copy.deepcopy(layer), mesh=init_device_mesh("cpu", (1,)))
-    assert isinstance(sharded, getattr(rnn_gpu, name)) and type(sharded) is not getattr(rnn_gpu, name)
-    for _ in range(2):
-        sharded.zero_grad()
-        found = step_of(sharded, input)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
-
-
 # ---- replace_rnns and restore_rnns -----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 import rnn_gpu
 from tests import distributed
 from tests.contract import NAMES
-from tests.distributed import Case, Training, checkpoints, mixed_up, on_dtensors, replaced_late, train
+from tests.distributed import Case, Training, checkpoints, mixed_up, on_dtensors, replaced_late, together, train
 from tests.tolerances import assert_close_to_oracle, assert_same_mathematics
 
 if not torch.distributed.is_available():
@@ -23,10 +23,11 @@ if not torch.distributed.is_available():
 ROOT = Path(__file__).parent.parent
 
 every_layer = pytest.mark.parametrize("name", NAMES)
-two_gpus = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+
+
+def needs_two_gpus(test):
+    """Marks of a test that cannot run on one GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")(test))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_fully_shard_equals_one_process(name, how, processes):
 @pytest.mark.parametrize("how", ["compiled, then ddp", "ddp, then compiled", "compiled, then fsdp"])
 def test_compiled_equals_one_process(how, processes):
     """Catches: a layer whose graph, with weights that another process changes, is wrong or cannot be made."""
-    assert_trains_as_one_process(Training("GRU", how), processes)
+    assert_trains_as_one_process(Training("LSTM", how), processes)
 
 
 @every_layer
@@ -93,7 +94,7 @@ def test_fully_shard_in_mixed_precision(name, processes):
 
 @every_layer
 def test_classes_under_fully_shard(name, processes):
-    """Catches: a change in what docs/limits.md says: `fully_shard` makes sub-classes, left alone and named."""
+    """Catches: another fate of the sub-classes that `fully_shard` makes than docs/limits.md tells."""
     for texts, classes in processes.run(replaced_late, Training(name, "fsdp")):
         assert len(texts) == 2 and all("left sub-classes alone" in text and f"FSDP{name}" in text for text in texts)
         assert classes == [f"FSDP{name} of torch.nn.modules.rnn", f"FSDP{name} of rnn_gpu.modules"]
@@ -102,6 +103,22 @@ def test_classes_under_fully_shard(name, processes):
 # ---- State dicts and checkpoints -------------------------------------------------------------------------------------
 
 
+def assert_checkpoints(results: list[dict]) -> None:
+    """What `checkpoints` found in each process is right."""
+    complete = results[0]["whole"]
+    for key, value in complete.items():
+        assert {found["placements"][key] for found in results} == {"(Shard(dim=0),)"}
+        assert sum(found["rows"][key] for found in results) == value.shape[0]
+        for found in results:
+            assert torch.equal(found["whole"][key], value)
+            assert torch.equal(found["late"][key], value)
+            assert torch.equal(found["loaded"][key], found["continued"][key])
+            assert not torch.equal(found["continued"][key], value)
+            if not key.startswith("head"):
+                assert found["reset"][key].abs().max() > 0 and not torch.equal(found["reset"][key], value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process loads what two have saved
 @every_layer
 def test_state_dicts_and_checkpoints(name, processes, tmp_path):
     """Catches: a state that is not sharded, or not whole; one that does not go on from a checkpoint as if nothing had
@@ -111,17 +128,8 @@ def test_state_dicts_and_checkpoints(name, processes, tmp_path):
 
     training = Training(name, "fsdp")
     results = processes.run(checkpoints, training, str(tmp_path))
+    assert_checkpoints(results)
     complete = results[0]["whole"]
-    assert torch.equal(results[1]["whole"]["head.weight"], complete["head.weight"])
-    for key, value in complete.items():
-        assert {found["placements"][key] for found in results} == {"(Shard(dim=0),)"}
-        assert sum(found["rows"][key] for found in results) == value.shape[0]
-        for found in results:
-            assert torch.equal(found["late"][key], value)
-            assert torch.equal(found["loaded"][key], found["continued"][key])
-            assert not torch.equal(found["continued"][key], value)
-            if not key.startswith("head"):
-                assert found["reset"][key].abs().max() > 0 and not torch.equal(found["reset"][key], value)
     plain = distributed.network(Training(name, "one", library="torch.nn"), seed=1)
     state = {"model": plain.state_dict()}
     dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
@@ -182,11 +190,12 @@ def test_dtensors(name, case, processes):
             assert_same_mathematics(found[key], value, key)
 
 
-def test_dtensors_compiled(processes):
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_dtensors_compiled(name, processes):
     """Catches: a layer on DTensors that torch.compile cannot take in one graph."""
     case = CASES["batch"]
-    expected = distributed.outcome(*distributed.given(case, "GRU", torch.float64))
-    for found, placed in processes.run(on_dtensors, case, "GRU", "torch", torch.float64, "cpu", True):
+    expected = distributed.outcome(*distributed.given(case, name, torch.float64))
+    for found, placed in processes.run(on_dtensors, case, name, "torch", torch.float64, "cpu", True):
         assert_placed(case, placed)
         for key, value in expected.items():
             assert_same_mathematics(found[key], value, key)
@@ -197,9 +206,7 @@ def test_dtensors_mixed_with_others_are_refused(name, processes):
     """Catches: a plain tensor silently taken for a part, or an error that does not name it."""
     for found in processes.run(mixed_up, name):
         assert "weight_ih_l0 is not: distribute it too" in found["weights"]
-        assert all(
-            f"{what} is not" in found[key] for what, key in (("hx", "states"), ("lengths",) * 2, ("resets",) * 2)
-        )
+        assert all(f"{what} is not" in found[what] for what in ("hx", "lengths", "resets"))
         assert "weight_ih_l0 on" in found["mesh"]
 
 
@@ -234,3 +241,76 @@ def test_cap_on_programs_from_the_environment():
     plan = "import rnn_gpu; print(rnn_gpu.explain(rnn_gpu.LSTM(8, 1024), 64, 'h100'))"
     assert "= 128 programs" in run_python("-c", plan)
     assert "= 128 programs" not in run_python("-c", plan, RNN_GPU_MAX_PROGRAMS="120")
+
+
+# ---- Two GPUs: ready, not run yet ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_float32(monkeypatch):
+    """Full products, as in the processes."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("how", ["ddp", "ddp, no_sync", "fsdp"])
+@every_layer
+@needs_two_gpus
+def test_training_over_nccl(name, how, backend, gpu_processes, full_float32):
+    """Catches: launches and collectives that wait for each other, a launch on another device or stream than its input,
+    weights that flatten_parameters moved away from `fully_shard`.
+    """
+    room = torch.cuda.get_device_properties(0).multi_processor_count // 2
+    training = Training(name, how, backend=backend, dtype=torch.float32, device="cuda", max_programs=room)
+    one = training.of("torch.nn").alone()
+    expected = together(train(dataclasses.replace(one, device="cpu", dtype=torch.float64)))
+    peer = together(train(one))
+    for found in gpu_processes.run(train, training):
+        assert_close_to_oracle(together(found), expected, peer)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@needs_two_gpus
+def test_checkpoints_over_nccl(backend, gpu_processes, tmp_path):
+    """Catches: a sharded model on GPUs that does not go on from a checkpoint as if nothing had been."""
+    training = Training("GRU", "fsdp", backend=backend, dtype=torch.float32, device="cuda")
+    assert_checkpoints(gpu_processes.run(checkpoints, training, str(tmp_path)))
+
+
+def outcome_on(device: str, name: str, dtype: torch.dtype, backend: str, case: Case) -> torch.Tensor:
+    """The outcome of a case in this process."""
+    layer, input, states, masks, gradients = distributed.given(case, name, torch.float32)
+    moved = lambda tensors: [tensor.to(device, dtype) for tensor in tensors]
+    with distributed.on_backend(backend):
+        found = distributed.outcome(
+            layer.to(device, dtype), *moved([input]), moved(states), {k: m.to(device) for k, m in masks.items()},
+            moved(gradients),
+        )  # fmt: skip
+    rnn_gpu.check()
+    return together(found)
+
+
+@pytest.mark.parametrize("case", [Case("1", "1"), Case("1", "r", batch=3), Case("r", "r")], ids=str)
+@every_layer
+@needs_two_gpus
+def test_dtensors_over_nccl(name, case, gpu_processes, full_float32):
+    """Catches: results or gradients on a part of the batch that differ from those of the whole."""
+    expected = outcome_on("cpu", name, torch.float64, "torch", case)
+    peer = outcome_on("cuda", name, torch.float32, "torch", case).cpu()
+    for found, _ in gpu_processes.run(on_dtensors, case, name, "triton", torch.float32, "cuda"):
+        assert_close_to_oracle(together(found), expected, peer)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@every_layer
+@needs_two_gpus
+def test_layer_on_a_device_that_is_not_the_current_one(name, masked, full_float32):
+    """Catches: a launch, a buffer or a stream of the current device in place of the input's."""
+    case = Case("r", "r", masked=masked)
+    expected = outcome_on("cpu", name, torch.float64, "torch", case)
+    peer = outcome_on("cuda:1", name, torch.float32, "torch", case)
+    with torch.cuda.device(0):
+        found = outcome_on("cuda:1", name, torch.float32, "triton", case)
+        assert torch.cuda.current_device() == 0
+    assert found.device == torch.device("cuda:1")
+    assert_close_to_oracle(found, expected, peer)

@@ -7,7 +7,7 @@ import torch
 
 from tests import distributed
 from tests.contract import NAMES
-from tests.distributed import Case, Training, checkpoints, on_dtensors, train
+from tests.distributed import Case, Training, checkpoints, on_dtensors, together, train
 from tests.tolerances import assert_close_to_oracle
 
 if not torch.distributed.is_available():
@@ -58,7 +58,6 @@ def test_compiled_and_capped_equals_one_process(processes):
 def test_fully_shard_in_mixed_precision(name, processes):
     """Catches: weights gathered in bfloat16 that the kernels do not take, or a loss of accuracy beyond torch.nn's."""
     training = Training(name, "fsdp bfloat16", backend="triton", dtype=torch.float32)
-    together = lambda found: torch.cat([value.flatten() for value in found.values()])
     expected = together(train(dataclasses.replace(training.of("torch.nn").alone(), dtype=torch.float64)))
     peers = processes.run(train, training.of("torch.nn"))
     for found, peer in zip(processes.run(train, training), peers, strict=True):

@@ -54,21 +54,6 @@ def no_launch_gave_up():
     launch.check()
 
 
-@pytest.fixture
-def tf32():
-    """A function that sets PyTorch's own switches, for products and for RNNs, to a problem's precision."""
-    switches = (torch.backends.cudnn.rnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-
-    def choose(precision: str | None) -> None:
-        for switch in switches:
-            switch.fp32_precision = precision or "tf32"
-
-    yield choose
-    for switch, setting in zip(switches, before, strict=True):
-        switch.fp32_precision = setting
-
-
 def gpu_problem(*args, **kwargs) -> Problem:
     return Problem(*args, device="cuda", **kwargs)
 
