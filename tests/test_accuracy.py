@@ -179,9 +179,8 @@ def errors_of_layers(name: str, kind: str, problems: int, device: str) -> dict[s
         layers = ours.to(device), same(ours, dtype).to(device)
         given = input.to(device), [state.to(device) for state in states]
         with concurrent_programs(seed):
-            found, peer = (
-                outcome(layer, *given, by, seed) for layer, by in zip(layers, ("triton", "torch"), strict=True)
-            )
+            by = zip(layers, ("triton", "torch"), strict=True)
+            found, peer = (outcome(layer, *given, backend, seed) for layer, backend in by)
         for key, value in expected.items():
             errors[key].append(tuple(absolute_error(results[key], value) for results in (found, peer)))
     return errors
