@@ -15,6 +15,9 @@ unwritten or final, so no order between elements matters: there is no counter, n
 import triton
 import triton.language as tl
 
+from .program import entry
+from .tiles import chunk_columns, chunk_words
+
 
 @triton.jit
 def either(a, b):
@@ -23,27 +26,32 @@ def either(a, b):
 
 
 @triton.jit
-def poll(p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr):
-    """SLOTS x CHUNKS tiles of 32-bit words, SLOT and STEP words apart; `inside` masks the last chunk, None where all
-    of it exists.
-    """
+def inside_last_chunk(C: tl.constexpr):
+    """Which words of the last chunk exist."""
+    return chunk_columns(C.S, chunk_words()) < C.WORDS - (C.CHUNKS - 1) * C.STEP
+
+
+@triton.jit
+def poll(p, SLOTS: tl.constexpr, C: tl.constexpr):
+    """SLOTS x CHUNKS tiles of 32-bit words, read from p on: all of a state, or of some of a gradient's slots."""
     words = ()
     for slot in tl.static_range(SLOTS):
-        for i in tl.static_range(CHUNKS):
-            if i == CHUNKS - 1 and inside is not None:
-                words = words + (tl.load(p + slot * SLOT + i * STEP, mask=inside, other=0, volatile=True),)
+        for i in tl.static_range(C.CHUNKS):
+            source = p + slot * C.WORDS + i * C.STEP
+            if i == C.CHUNKS - 1 and C.WORDS % C.STEP != 0:
+                words = words + (tl.load(source, mask=inside_last_chunk(C), other=0, volatile=True),)
             else:
-                words = words + (tl.load(p + slot * SLOT + i * STEP, volatile=True),)
+                words = words + (tl.load(source, volatile=True),)
     return words
 
 
 @triton.jit
-def poll_again(p, inside, i, CHUNKS: tl.constexpr, STEP: tl.constexpr):
-    """Tile i of those that `poll` reads: for one that was found written and not kept."""
-    if inside is None:
-        words = tl.load(p + i * STEP, volatile=True)
+def poll_again(p, i, C: tl.constexpr):
+    """Tile i of a slot that `poll` reads: for one that was found written and not kept."""
+    if C.WORDS % C.STEP == 0:
+        words = tl.load(p + i * C.STEP, volatile=True)
     else:
-        words = tl.load(p + i * STEP, mask=inside | (i < CHUNKS - 1), other=0, volatile=True)
+        words = tl.load(p + i * C.STEP, mask=inside_last_chunk(C) | (i < C.CHUNKS - 1), other=0, volatile=True)
     return words
 
 
@@ -61,27 +69,33 @@ def unwritten(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def until_written(
-    words, p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr,
-    ALL_KEPT: tl.constexpr, BITS: tl.constexpr, limit,
-):  # fmt: skip
-    """Poll again, `limit` times at most, until every element of `words` is written -> words, 1 if it gave up.
+def until_written(words, p, limit, SLOTS: tl.constexpr, ALL_KEPT: tl.constexpr, C: tl.constexpr):
+    """Poll again, `limit` times at most, until every element of `words`, as `poll` read them from p on, is written
+    -> words, and the limit of the next wait: the same, or 0 if this one gave up.
 
     ALL_KEPT: every word is used afterwards. The compiler fails on a tile that a `while` tests and nobody uses after
     it, so where some are only tested, the test has a copy in the loop.
     """
     polls = 0
     if ALL_KEPT:
-        while (unwritten(words, BITS) != 0) & (polls < limit):
-            words = poll(p, inside, SLOTS, SLOT, CHUNKS, STEP)
+        while (unwritten(words, C.BITS) != 0) & (polls < limit):
+            words = poll(p, SLOTS, C)
             polls += 1
     else:
-        found = unwritten(words, BITS)
+        found = unwritten(words, C.BITS)
         while (found != 0) & (polls < limit):
-            words = poll(p, inside, SLOTS, SLOT, CHUNKS, STEP)
-            found = unwritten(words, BITS)
+            words = poll(p, SLOTS, C)
+            found = unwritten(words, C.BITS)
             polls += 1
-    return words, (polls >= limit).to(tl.int32)
+    return words, tl.where(polls < limit, limit, 0)
+
+
+@triton.jit
+def lost_as_nan(x, limit, C: tl.constexpr):
+    """x, what came of an awaited state; NaN once a wait gave up. In all types but tf32 it is NaN by itself, because
+    unwritten words are; rounding to tf32 makes zeros of them.
+    """
+    return tl.where(limit == 0, float("nan"), x) if C.PRECISION == "tf32" else x
 
 
 @triton.jit
@@ -94,3 +108,11 @@ def publishable(x, DTYPE: tl.constexpr, BITS: tl.constexpr):
     else:
         bits = x.to(DTYPE).to(BITS, bitcast=True)
         return tl.where(bits == -1, 0x7FFF, bits).to(BITS)
+
+
+@triton.jit
+def publish(p, row, place, slot: tl.constexpr, x, mask, C: tl.constexpr):
+    """Publish a float32 tile as a slot of a buffer [rows, N, E*HS] -> what was published."""
+    x = publishable(x, C.DTYPE, C.BITS).to(C.DTYPE, bitcast=True)
+    tl.store(entry(p, row, place, C.E * C.HS, C) + slot * C.HS, x, mask=mask, cache_modifier=".cg")
+    return x

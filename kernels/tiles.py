@@ -153,63 +153,7 @@ def to_tf32(x):
 
 
 @triton.jit
-def weight_chunk(p, columns, i: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Chunk i of a weight tile as loaded; p, columns: pointers and columns of chunk 0. Zeros from WIDTH on."""
-    K: tl.constexpr = columns.shape[len(columns.shape) - 1]
-    if (i + 1) * S * K > WIDTH:
-        x = tl.load(p + i * (S * K), mask=columns < WIDTH - i * (S * K), other=0.0)
-    else:
-        x = tl.load(p + i * (S * K))
-    return to_tf32(x) if PRECISION == "tf32" else x
-
-
-@triton.jit
-def streamed_chunk(p, i, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """`weight_chunk` for a chunk number that is known at run time only."""
-    columns = chunk_columns(S, K)
-    if WIDTH % (S * K) == 0:
-        x = tl.load(p + i * (S * K))
-    else:
-        x = tl.load(p + i * (S * K), mask=columns < WIDTH - i * (S * K), other=0.0)
-    return to_tf32(x) if PRECISION == "tf32" else x
-
-
-@triton.jit
-def resident_weights(
-    p, rows, stride, COUNT: tl.constexpr, IN_REGISTERS: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
-    K: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The first COUNT chunks of a weight tile [ROWS, WIDTH] as operands: IN_REGISTERS of them there, the rest in
-    shared memory.
-
-    `rows` gives the row of the weight for each row of the tile, twice: along the axes of a chunk tile, and plainly
-    [1, ROWS, 1] for shared memory, where the compiler keeps an operand that was loaded in any other way than a chunk
-    tile.
-    """
-    W = ()
-    for i in tl.static_range(COUNT):
-        if i < IN_REGISTERS:
-            columns = chunk_columns(S, K)
-            W = W + (
-                operand(weight_chunk(p + rows[0] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),
-            )
-        else:
-            columns = tl.arange(0, S)[:, None, None] * K + tl.arange(0, K)[None, None, :]
-            W = W + (
-                permuted(weight_chunk(p + rows[1] * stride + columns, columns, i, S, WIDTH, PRECISION), S, ROWS, K),
-            )
-    return W
-
-
-@triton.jit
-def two_ways(ROWS: tl.constexpr):
-    """The numbers 0..ROWS-1 as `resident_weights` wants its rows."""
-    return chunk_rows(ROWS), tl.arange(0, ROWS)[None, :, None]
-
-
-@triton.jit
-def state_operand(words, S: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def state_operand(words, C: tl.constexpr):
     """A chunk tile of the exchanged state, as polled -> operand [S, K, NB]."""
-    K: tl.constexpr = chunk_values(DTYPE)
-    x = rounded_to_tf32(words) if PRECISION == "tf32" else values(words, DTYPE)
-    return operand(x, S, NB, K).permute(0, 2, 1)
+    x = rounded_to_tf32(words) if C.PRECISION == "tf32" else values(words, C.DTYPE)
+    return operand(x, C.S, C.NB, C.K).permute(0, 2, 1)

@@ -30,57 +30,54 @@ VARIANTS = {
 COMPARED = {"product": "nothing, tested"}
 
 # Loaded by name, because the kernels read names of their own module: these become globals of a kernel's copy.
-until_written = exchange.until_written
+poll, until_written = exchange.poll, exchange.until_written
 
 
 @triton.jit
-def until_tested(
-    words, p, inside, SLOTS: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr,
-    ALL_KEPT: tl.constexpr, BITS: tl.constexpr, limit,
-):  # fmt: skip
+def until_tested(words, p, limit, SLOTS: tl.constexpr, ALL_KEPT: tl.constexpr, C: tl.constexpr):
     """`until_written` for words that are only tested: nothing multiplies them."""
-    words, late = until_written(words, p, inside, SLOTS, SLOT, CHUNKS, STEP, False, BITS, limit)
-    return words, late
+    words, limit = until_written(words, p, limit, SLOTS, False, C)
+    return words, limit
 
 
 @triton.jit
-def no_hidden_part(
-    W, rest, words, p, inside, one, CHUNKS: tl.constexpr, HELD: tl.constexpr, G: tl.constexpr, PER: tl.constexpr,
-    HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`forward.hidden_part` without the product: zeros."""
+def no_hidden_part(W, p, limit, one, C: tl.constexpr):
+    """`forward.hidden_part` without the product: it waits, and gives zeros."""
+    _, limit = until_written(poll(p, 1, C), p, limit, 1, False, C)
     r = ()
-    for _ in tl.static_range(4 if G > 1 else 1):
-        r = r + (tl.zeros((NB, UB), tl.float32),)  # noqa: RUF005  (Triton has no (*r, x))
-    return r
+    for _ in tl.static_range(4 if C.G > 1 else 1):
+        r = r + (tl.zeros((C.NB, C.UB), tl.float32),)  # noqa: RUF005  (Triton has no (*r, x))
+    return r, limit
 
 
 @triton.jit
-def no_hidden_part_alone(W, h, G: tl.constexpr, PRECISION: tl.constexpr):
+def no_hidden_part_alone(W, h, C: tl.constexpr):
     """`forward.hidden_part_alone` without the product: the state itself."""
     r = ()
-    for _ in tl.static_range(G):
+    for _ in tl.static_range(C.G):
         r = r + (h.to(tl.float32),)  # noqa: RUF005
     return r
 
 
 @triton.jit
-def no_product(
-    acc, W, rest, words, p, inside, one, FIRST: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, HS: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`backward.product` without the product: what it was given."""
-    return acc
+def nothing_held(sums, W, first: tl.constexpr, words, C: tl.constexpr):
+    """`product.multiply_held` without the product: what it was given."""
+    return sums
 
 
 @triton.jit
-def no_multiply_alone(W, slots, G: tl.constexpr, PRECISION: tl.constexpr):
-    """`backward.multiply_alone` without the product: the sum of the slots."""
-    acc = slots[0].to(tl.float32)
-    for g in tl.static_range(1, G):
-        acc += slots[g].to(tl.float32)
-    return acc
+def nothing_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one, C: tl.constexpr):
+    """`product.multiply_streamed` without the product: what it was given."""
+    return sums
+
+
+@triton.jit
+def no_gates_alone(W, slots, C: tl.constexpr):
+    """`backward.through_gates_alone` without the product: the sum of the slots."""
+    dh = slots[0].to(tl.float32)
+    for g in tl.static_range(1, C.G):
+        dh += slots[g].to(tl.float32)
+    return dh
 
 
 @triton.jit
@@ -130,12 +127,16 @@ def with_globals(kernel, **replaced):
 def tested(backward: bool, product: bool):
     """The kernel with the loop of a wait that suits states which nothing multiplies; with products or without."""
     if not backward:
-        left_out = {} if product else dict(hidden_part=no_hidden_part, hidden_part_alone=no_hidden_part_alone)
-        return with_globals(forward_kernel.forward, until_written=until_tested, **left_out)
-    left_out = {} if product else dict(product=no_product)
-    inner = with_globals(backward_kernel.await_and_multiply, until_written=until_tested, **left_out)
-    left_out = {} if product else dict(multiply_alone=no_multiply_alone)
-    return with_globals(backward_kernel.backward, await_and_multiply=inner, **left_out)
+        if not product:
+            return with_globals(
+                forward_kernel.forward, hidden_part=no_hidden_part, hidden_part_alone=no_hidden_part_alone
+            )
+        inner = with_globals(forward_kernel.hidden_part, until_written=until_tested)
+        return with_globals(forward_kernel.forward, hidden_part=inner)
+    left_out = {} if product else dict(multiply_held=nothing_held, multiply_streamed=nothing_streamed)
+    inner = with_globals(backward_kernel.through_gates, until_written=until_tested, **left_out)
+    left_out = {} if product else dict(through_gates_alone=no_gates_alone)
+    return with_globals(backward_kernel.backward, through_gates=inner, **left_out)
 
 
 def of(p: Plan) -> tuple[str, ...]:

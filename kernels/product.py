@@ -1,0 +1,143 @@
+"""The product of a step: recurrent weights that stay on the chip, times the state that the neighbours published.
+
+A weight tile has the M = PER*UB rows of a program (PER gates of its UB units) and all of K. It is cut into chunks of K
+(tiles.py): the first C.REGISTERS of them stay in registers, the following ones, up to C.HELD, in shared memory, and the
+rest is read again in every step. `C` is program.Sizes.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .exchange import poll_again
+from .tiles import chunk_columns, chunk_rows, operand, permuted, state_operand, to_tf32
+
+
+class Weights(NamedTuple):
+    """The recurrent weights of a program."""
+
+    held: Any  # operands that stay on the chip: C.HELD chunks of each weight tile, tile by tile; alone: one a gate
+    streamed: Any  # of each tile, pointers to chunk 0, for reading the chunks that do not stay
+
+
+@triton.constexpr_function
+def tile_count(G, PER):
+    """Weight tiles of a program."""
+    return -(-G // PER)
+
+
+@triton.jit
+def weight_row(gate, unit, C: tl.constexpr):
+    """Row of a gate's unit in the weight of a set: [G*H, HS] forward, [HS, G, HS] backward."""
+    return unit * C.G + gate if C.BACKWARD else gate * C.H + unit
+
+
+@triton.jit
+def rows_of_tile(r, tile, unit, C: tl.constexpr):
+    """The weight's rows for the rows r of a tile of units from `unit` on. What does not exist, stands at the last row
+    that does: nobody uses the result.
+    """
+    LAST: tl.constexpr = (C.HS if C.BACKWARD else C.H) - 1  # the backward has zeros up to HS
+    return weight_row(tl.minimum(tile * C.PER + r // C.UB, C.G - 1), tl.minimum(unit + r % C.UB, LAST), C)
+
+
+@triton.jit
+def rounded(w, C: tl.constexpr):
+    """Weights as the product wants them."""
+    return to_tf32(w) if C.PRECISION == "tf32" else w
+
+
+@triton.jit
+def held_chunk(p, columns, i: tl.constexpr, C: tl.constexpr):
+    """Chunk i of a weight tile as loaded; p, columns: pointers and columns of chunk 0. Zeros from HS on."""
+    if (i + 1) * C.S * C.K > C.HS:
+        return rounded(tl.load(p + i * (C.S * C.K), mask=columns < C.HS - i * (C.S * C.K), other=0.0), C)
+    else:
+        return rounded(tl.load(p + i * (C.S * C.K)), C)
+
+
+@triton.jit
+def streamed_chunk(p, i, C: tl.constexpr):
+    """The same for a chunk number that is known at run time only, as operand."""
+    if C.HS % (C.S * C.K) == 0:
+        w = tl.load(p + i * (C.S * C.K))
+    else:
+        w = tl.load(p + i * (C.S * C.K), mask=chunk_columns(C.S, C.K) < C.HS - i * (C.S * C.K), other=0.0)
+    return operand(rounded(w, C), C.S, C.PER * C.UB, C.K)
+
+
+@triton.jit
+def hold_tile(weight, tile: tl.constexpr, unit, C: tl.constexpr):
+    """The operands of a weight tile that stay on the chip, and pointers to its chunk 0. A chunk for shared memory is
+    loaded in a plain layout: the compiler keeps an operand there that was loaded in any other way than a chunk tile.
+    """
+    ROWS: tl.constexpr = C.PER * C.UB
+    columns = chunk_columns(C.S, C.K)
+    p = weight + rows_of_tile(chunk_rows(ROWS), tile, unit, C) * C.HS + columns
+    plain_columns = tl.arange(0, C.S)[:, None, None] * C.K + tl.arange(0, C.K)[None, None, :]
+    plain_p = weight + rows_of_tile(tl.arange(0, ROWS)[None, :, None], tile, unit, C) * C.HS + plain_columns
+    held = ()
+    for i in tl.static_range(C.HELD):
+        if i < C.REGISTERS:
+            held = held + (operand(held_chunk(p, columns, i, C), C.S, ROWS, C.K),)
+        else:
+            held = held + (permuted(held_chunk(plain_p, plain_columns, i, C), C.S, ROWS, C.K),)
+    return held, p
+
+
+@triton.jit
+def hold_weights(weight, unit, C: tl.constexpr):
+    """The `Weights` of a program whose first unit is `unit`, from those of its set."""
+    held, streamed = (), ()
+    if C.ALONE:
+        u, k = tl.arange(0, C.UB)[:, None], tl.arange(0, C.UB)[None, :]
+        for g in tl.static_range(C.G):
+            w = tl.load(weight + weight_row(g, u, C) * C.HS + k, mask=(u < C.H) & (k < C.H), other=0.0)
+            held = held + (rounded(w, C),)
+    else:
+        for tile in tl.static_range(tile_count(C.G, C.PER)):
+            chunks, p = hold_tile(weight, tile, unit, C)
+            held, streamed = held + chunks, streamed + (p,)
+    return Weights(held=held, streamed=streamed)
+
+
+@triton.jit
+def add_product(sums, j: tl.constexpr, w, x, C: tl.constexpr):
+    """The sums, with w times x added to the j-th, counted round."""
+    out = ()
+    for i in tl.static_range(len(sums)):
+        out = out + (tl.dot(w, x, sums[i], input_precision=C.PRECISION) if i == j % len(sums) else sums[i],)
+    return out
+
+
+@triton.jit
+def multiply_held(sums, W, first: tl.constexpr, words, C: tl.constexpr):
+    """Adds to the sums [S, PER*UB, NB] of the warps the products of the weight tiles from `first` on with the words
+    polled for each of them, as far as the weights are held.
+    """
+    for tile in tl.static_range(len(words) // C.CHUNKS):
+        for i in tl.static_range(C.HELD):
+            x = state_operand(words[tile * C.CHUNKS + i], C)
+            sums = add_product(sums, tile * C.CHUNKS + i, W.held[(first + tile) * C.HELD + i], x, C)
+    return sums
+
+
+@triton.jit
+def multiply_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one, C: tl.constexpr):
+    """The same for the rest of the weights of COUNT tiles, and of their states, which are read again, from p on.
+
+    A loop at run time: unrolled, all its loads rise to the top and the registers spill.
+    """
+    if C.HELD < C.CHUNKS:
+        for i in range(C.HELD, C.CHUNKS, one):
+            for tile in tl.static_range(COUNT):
+                x = state_operand(poll_again(p + tile * C.WORDS, i, C), C)
+                sums = add_product(sums, tile, streamed_chunk(W.streamed[first + tile], i, C), x, C)
+    return sums
+
+
+@triton.jit
+def multiply_alone(w, x, sum, C: tl.constexpr):
+    """sum + w times x, for a gate's weights [UB, UB] and a state [UB, NB]."""
+    return tl.dot(w, rounded(x, C), sum, input_precision=C.PRECISION)

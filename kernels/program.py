@@ -1,0 +1,296 @@
+"""What one program owns and how it goes through time: the part that the forward and the backward loop share.
+
+A launch has unit slices x batch slices x weight sets programs. A program owns UB hidden units of one weight set and
+SLICES x NB rows of the batch, which it works through in SLICES sub-slices within a step. `Sizes` says how the problem
+was cut, `Program` which part is this program's, a `Place` which rows and units one sub-slice has, a `Moment` which step
+it is.
+
+Every buffer is [rows, N, width]: a row for each row of the batch at each step (or for the batch once), in it the N
+weight sets, in each of them the values of all units. `entry` makes the addresses in them.
+
+What is optional costs nothing where it is absent: a helper then returns True or False, a constant, and the compiler
+drops the mask or the choice that it was for.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words
+
+
+class Sizes(NamedTuple):
+    """All that is known when a kernel is compiled; `C`, for constants, in the kernels."""
+
+    G: Any  # gates of the cell
+    E: Any  # values that a unit publishes in a step: 1 forward (h), backward the slots of the cell (cells.py)
+    H: Any  # hidden units
+    HS: Any  # H padded to whole 16-byte loads
+    N: Any  # weight sets: the directions of a layer
+    REVERSED: Any  # which of them run backwards in time: 0 none, 1 all, 2 every second one
+    UB: Any  # units of a program
+    NB: Any  # rows of a sub-slice
+    SLICES: Any  # sub-slices of a program
+    S: Any  # warps of a program; also the number of ways in which K, the units summed over, is split
+    K: Any  # values of K in a warp's part of a chunk (tiles.py)
+    CHUNKS: Any  # chunks of K
+    STEP: Any  # 32-bit words from chunk to chunk of a state
+    WORDS: Any  # 32-bit words of HS values
+    REGISTERS: Any  # chunks whose weights stay in registers
+    HELD: Any  # those and the chunks whose weights stay in shared memory; the rest is read again in every step
+    PER: Any  # gates that share a tile of weights
+    BACKWARD: Any  # whether it is the backward
+    ORDER: Any  # in which order the backward awaits the slots
+    DTYPE: Any  # type of weights, input part, outputs and all that is exchanged
+    BITS: Any  # the integer type of that width
+    PRECISION: Any  # of products of float32: "tf32" or "ieee"; None for other types
+    ALONE: Any  # one program holds all units: nothing is exchanged
+    SHAPE: Any  # of a sub-slice's tiles: rows x units, or, alone, units x rows, as its product needs them
+
+
+@triton.constexpr_function
+def sizes(
+    G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, E=1, PER=1,
+    BACKWARD=False, ORDER=0,
+):  # fmt: skip
+    """`Sizes` from the compile-time arguments of a kernel. (All is computed here, because Triton's cache of compiled
+    kernels sees this function change, and not the class.)
+    """
+    K = chunk_values(DTYPE)
+    known = Sizes(
+        G=G, E=E, H=H, HS=HS, N=N, REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K,
+        CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32,
+        REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, ORDER=ORDER, DTYPE=DTYPE,
+        BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=(UB, NB) if ALONE else (NB, UB),
+    )  # fmt: skip
+    return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
+
+
+class Program(NamedTuple):
+    """What is one program's own."""
+
+    n: Any  # its weight set
+    reverse: Any  # whether that set runs backwards in time
+    first: Any  # its first row of the batch, int64
+    last: Any  # the last row of the batch that exists, counted from `first`
+    unit: Any  # its first unit
+    one: Any  # 1, but the compiler cannot know it: it unrolls no loop with such a stride
+
+
+@triton.jit
+def this_program(begin, B, C: tl.constexpr):
+    """The `Program` that runs this. begin: the first row of the launch."""
+    n = tl.program_id(2)
+    first = begin.to(tl.int64) + tl.program_id(1) * (C.SLICES * C.NB)
+    return Program(
+        n=n,
+        reverse=(n & 1) == 1 if C.REVERSED == 2 else C.REVERSED == 1,
+        first=first,
+        last=(B - 1 - first).to(tl.int32),
+        unit=tl.program_id(0) * C.UB,
+        one=tl.where(B > 0, 1, 2),
+    )
+
+
+class Place(NamedTuple):
+    """The rows and units of one sub-slice, [NB, 1] and [1, UB] ([1, NB] and [UB, 1] alone), and the tile that it polls.
+
+    A spare row, past the last one of the batch, stands at the last one, so that no load needs a mask for it.
+    """
+
+    row: Any  # rows of the batch
+    at: Any  # where they lie within a step: rows from the program's first one on, times N, plus its weight set
+    units: Any  # units of the layer
+    exists: Any  # which units are below H; True where all are
+    own: Any  # what of the tile this program may write: no spare row, no unit past the padding
+    length: Any  # steps of each row; T where all rows have all
+    polled: Any  # the words to poll, chunk 0 of them, counted from the program's first row of a step
+    polled_length: Any  # steps of their rows
+
+
+@triton.jit
+def place_of(me, j: tl.constexpr, T, lengths, C: tl.constexpr):
+    """The `Place` of sub-slice j."""
+    rows, units = tl.arange(0, C.NB), me.unit + tl.arange(0, C.UB)
+    b = j * C.NB + (rows[None, :] if C.ALONE else rows[:, None])
+    units = units[:, None] if C.ALONE else units[None, :]
+    inside = tl.minimum(b, me.last)
+    polled = tl.minimum(j * C.NB + chunk_rows(C.NB), me.last)
+    return Place(
+        row=me.first + inside,
+        at=inside * C.N + me.n,
+        units=units,
+        exists=True if C.H % C.UB == 0 else units < C.H,
+        own=(b <= me.last) & (units < C.HS),
+        length=T if lengths is None else tl.load(lengths + me.first + inside),
+        polled=(polled * C.N + me.n) * (C.E * C.WORDS) + chunk_columns(C.S, chunk_words()),
+        polled_length=T if lengths is None else tl.load(lengths + me.first + polled),
+    )
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+class Moment(NamedTuple):
+    """A step, and where its rows lie."""
+
+    t: Any  # the step, 0..T-1
+    row: Any  # the program's first row at that step, of the R rows of all steps, int64
+
+
+@triton.jit
+def rows_before(t, B, offsets):
+    """Rows of all steps before t."""
+    if offsets is None:
+        return t.to(tl.int64) * B
+    else:
+        return tl.load(offsets + t)
+
+
+@triton.jit
+def walk(me, T, B, lengths, offsets, C: tl.constexpr):
+    """-> the number of a program's steps, 1 or -1: from step to step, and the first `Moment`. The backward goes against
+    the direction of the set. Packed rows are sorted, longest first: no row of the program has more steps than its
+    first.
+    """
+    steps = T if offsets is None else tl.load(lengths + me.first)
+    ahead = tl.where(me.reverse, 1, -1) if C.BACKWARD else tl.where(me.reverse, -1, 1)
+    t = tl.where(ahead < 0, steps - 1, 0)
+    return steps, ahead, Moment(t=t, row=rows_before(t, B, offsets) + me.first)
+
+
+@triton.jit
+def rows_between(now, then, ahead, B, offsets):
+    """Rows from a `Moment` to the next one."""
+    if offsets is None:
+        return ahead * B.to(tl.int64)
+    else:
+        return tl.load(offsets + then.t) - tl.load(offsets + now.t)
+
+
+@triton.jit
+def moment_after(now, more, ahead, B, offsets):
+    """The next `Moment`; the same again where there are no `more`: what is loaded ahead of the last step exists, and
+    nobody uses it.
+    """
+    then = Moment(t=now.t + tl.where(more, ahead, 0), row=now.row)
+    return Moment(t=then.t, row=now.row + tl.where(more, rows_between(now, then, ahead, B, offsets), 0))
+
+
+@triton.jit
+def moved_on(now, then, ahead, B, offsets):
+    """`then`, for the next step. Past the last step its row, which nobody uses, is another than that of `moment_after`:
+    a number that grows by the same amount in every step takes fewer instructions.
+    """
+    return Moment(t=then.t, row=now.row + rows_between(now, then, ahead, B, offsets))
+
+
+# Rows that end early or start anew ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def within(t, length, lengths):
+    """Which rows have a step t; True where all rows have all steps."""
+    return True if lengths is None else t < length
+
+
+@triton.jit
+def is_end(t, place, me):
+    """Which rows have their last step, in the direction of their set, at t."""
+    return t == tl.where(me.reverse, 0, place.length - 1)
+
+
+@triton.jit
+def has_room(place, active, offsets):
+    """What of a tile has a place in memory: a packed row has none where it is not `active`."""
+    return place.own if offsets is None else place.own & active
+
+
+@triton.jit
+def cleared(x, active, place, C: tl.constexpr):
+    """x with zeros where a row is not `active`, and in the padding: the neighbours read that, too."""
+    return tl.where(active if C.H == C.HS else place.exists & active, x, 0.0)
+
+
+@triton.jit
+def starts_anew(resets, t, exists, place, B):
+    """Which rows have their state zeroed before step t; False where no row ever has. exists: whether there is such a
+    step.
+    """
+    if resets is None:
+        return False
+    else:
+        return tl.load(resets + t.to(tl.int64) * B + place.row, mask=exists, other=0) != 0
+
+
+@triton.jit
+def source(p, row, fallback, place, s, t, lengths, C: tl.constexpr):
+    """Pointers to the tile that a place polls in step number s: at `row`, where the step before it, t, begins, or, for
+    rows whose sequence has no such step, at `fallback`, rows that were filled before the launch.
+    """
+    there = p + row * (C.N * C.E * C.WORDS) + place.polled
+    if lengths is None:
+        return there
+    else:
+        filled = p + fallback * (C.N * C.E * C.WORDS) + place.polled
+        return tl.where((s > 0) & (t < place.polled_length), there, filled)
+
+
+# Loads and stores of a tile -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def entry(p, row, place, WIDTH: tl.constexpr, C: tl.constexpr):
+    """Pointers to a place's units, in a buffer [rows, N, WIDTH]; row: the program's first one."""
+    return p + row * (C.N * WIDTH) + (place.at * WIDTH + place.units)
+
+
+@triton.jit
+def load_or_zero(p, row, place, mask, WIDTH: tl.constexpr, C: tl.constexpr):
+    """A tile of a buffer [rows, N, WIDTH] in float32; zeros where the mask is false, or p None."""
+    if p is None:
+        return tl.zeros(C.SHAPE, tl.float32)
+    else:
+        return tl.load(entry(p, row, place, WIDTH, C), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_gates(p, row, place, mask, C: tl.constexpr):
+    """The G tiles of a buffer [rows, N, G*H], as stored; zeros where the mask is false."""
+    x = ()
+    for g in tl.static_range(C.G):
+        x = x + (tl.load(entry(p, row, place, C.G * C.H, C) + g * C.H, mask=mask, other=0.0),)
+    return x
+
+
+@triton.jit
+def save(p, row, place, x, mask, WIDTH: tl.constexpr, C: tl.constexpr):
+    """Store a tile in a buffer [rows, N, WIDTH], if there is one, in the buffer's type."""
+    if p is not None:
+        tl.store(entry(p, row, place, WIDTH, C), x, mask=mask)
+
+
+@triton.jit
+def finish(p, carry, places, me, limit, status, launch, C: tl.constexpr):
+    """What comes after the last step: the carry goes to p [B, N, HS], if there is one, and a wait that gave up (`limit`
+    is 0) is told.
+    """
+    for j in tl.static_range(C.SLICES):
+        place = Place(*places[j])
+        save(p, me.first, place, carry[j], place.own, C.HS, C)
+    if not C.ALONE:
+        if limit == 0:
+            tl.store(status, launch)
+
+
+@triton.jit
+def as_float(tiles):
+    """The tiles in float32."""
+    return [tile.to(tl.float32) for tile in tiles]
+
+
+@triton.jit
+def zero_where(mask, tiles):
+    """The tiles with zeros where the mask is set."""
+    return [tl.where(mask, 0.0, tile) for tile in tiles]
