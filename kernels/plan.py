@@ -102,6 +102,9 @@ THREAD_WORDS = {False: 248, True: 222}
 OLDER_ADDRESS_WORDS = 16
 # Fewer where sequences are packed, end early or start anew: more masks, and a source of the state for each row.
 RAGGED_WORDS = 24
+# Fewer backward, for each (row, unit) pair of a thread, where some of the last program's units do not exist: a mask
+# beside each of the many tensors.
+MASKED_UNITS_WORDS = 12
 # What each further (row, unit) pair of a thread takes of them: its input part of this step and the next, its carry, its
 # offsets.
 PAIR_WORDS = {False: 24, True: 16}
@@ -369,7 +372,8 @@ def _room_words(problem: Problem, tiling: Tiling) -> int:
     """Words a thread has for weights, polled state and accumulators."""
     room = THREAD_WORDS[problem.backward] - PAIR_WORDS[problem.backward] * (tiling.pairs - 1)
     older = OLDER_ADDRESS_WORDS if problem.device.arch < 90 else 0
-    return room - older - (RAGGED_WORDS if problem.ragged else 0)
+    masked = MASKED_UNITS_WORDS * tiling.pairs if problem.backward and problem.hidden_size % tiling.units != 0 else 0
+    return room - older - masked - (RAGGED_WORDS if problem.ragged else 0)
 
 
 def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int, shared: int) -> int:
