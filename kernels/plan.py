@@ -111,6 +111,8 @@ PAIR_WORDS = {False: 24, True: 16}
 # Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
 # to have room for.
 PASSING_WORDS = {False: 32, True: 48}
+# And more where some are read again in every step, and so pass in a loop of their own.
+STREAMED_WORDS = {False: 0, True: 16}
 # Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
 ROUNDING_WORDS = 24
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
@@ -388,6 +390,7 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
     else:  # only the held weights need their state kept, the others read it again, chunk by chunk
         one_chunk = (units if backward else tiling.gates_per_tile * units) // 2 + rows // 2
         needed = max(state, -(-state * held // tiling.chunks) + accumulators, accumulators + one_chunk)
+        needed += STREAMED_WORDS[backward]
     needed += PASSING_WORDS[backward] if registers < tiling.chunks else 0
     return needed + (ROUNDING_WORDS if problem.precision == "tf32" else 0)
 

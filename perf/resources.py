@@ -246,8 +246,8 @@ KINDS = {"bfloat16": (None,), "float16": (None,), "float32": ("tf32", "ieee")}
 GRIDS = {
     "quick": ((100, 1024), (16,), (1,), ("lstm", "gru", "rnn_tanh"), ("bfloat16", "float32")),
     "usual": (
-        (64, 256, 512, 1000, 1024, 2048),
-        (8, 64, 256),
+        (64, 256, 512, 1000, 1024, 1536, 2048),
+        (8, 16, 64, 256),
         (1,),
         ("lstm", "gru", "rnn_tanh"),
         ("bfloat16", "float32"),
