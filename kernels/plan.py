@@ -95,9 +95,9 @@ class Plan:
 # Residency. A thread has 255 registers, and what does not fit spills to memory in every step. Words of 32 bits that a
 # thread may spend on weights, polled state and accumulators, forward and backward; the rest goes to the input part on
 # its way, the equations and the addresses. Found by compiling for sm_80 to sm_120 with Triton 3.6 and 3.7
-# (perf/resources.py, which repeats it): the LSTM with 1536 units forward takes all 248 of sm_90; backward there are
-# more tensors to address, and the factors wait in registers.
-THREAD_WORDS = {False: 248, True: 222}
+# (perf/resources.py, which repeats it): on sm_90 the LSTM with 1536 units and 8 rows forward would take 248 and
+# spills a few; backward there are more tensors to address, and the factors wait in registers.
+THREAD_WORDS = {False: 247, True: 222}
 # Fewer before sm_90, where fewer addresses stand in the registers that all threads of a warp share.
 OLDER_ADDRESS_WORDS = 16
 # Fewer where sequences are packed, end early or start anew: more masks, and a source of the state for each row.
