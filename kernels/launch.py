@@ -43,7 +43,8 @@ UNWRITTEN = -1  # all ones
 WAIT_LIMIT = integer_from_environment("RNN_GPU_WAIT_LIMIT", 20_000_000, largest=(1 << 31) - 1)
 
 _numbers = itertools.count(1)
-_launches: dict[int, str] = {}  # the latest launches by number, for the message of a wait that did not end
+# The latest launches by number, for the message of a wait that did not end: plan, rows, the first row of the batch.
+_launches: dict[int, tuple] = {}
 _status: dict[
     torch.device, Tensor
 ] = {}  # a word that kernels write to and the host reads without waiting for the device
@@ -66,7 +67,11 @@ def raise_if_late(device: torch.device) -> None:
         return
     number = word.item()
     word.zero_()
-    what = _launches.get(number, "a launch no longer on record")
+    what = "a launch no longer on record"
+    if number in _launches:
+        plan, rows, begin = _launches[number]
+        direction = "backward" if plan.backward else "forward"
+        what = f"{plan.cell} {direction}, T {rows[0]}, B {rows[1]} from row {begin}, {plan}"
     raise RuntimeError(
         f"rnn_gpu: a wait inside a persistent kernel did not end within {WAIT_LIMIT} polls (launch {number}: {what}). "
         "Its results are NaN. Its programs did not all run at the same time: is the GPU shared with kernels that hold "
@@ -76,9 +81,13 @@ def raise_if_late(device: torch.device) -> None:
 
 
 def check(device: torch.device | str | None = None) -> None:
-    """Wait for the device (default: every one used so far) and raise if a wait of a launch on it did not end."""
+    """Wait for the device (default: every one used so far) and raise a RuntimeError if a wait of a launch on it did
+    not end, or if there is no such device.
+    """
     devices = list(_status) if device is None else [torch.device(device)]
     for one in devices:
+        if one.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device {str(one)!r} is not available: PyTorch finds no GPU here")
         if one.type == "cuda" and one.index is None:
             one = torch.device("cuda", torch.cuda.current_device())
         if one.type == "cuda":
@@ -163,24 +172,15 @@ def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, te
             "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"
         )
     kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
-    what = f"{plan.cell} {'backward' if plan.backward else 'forward'}, T {rows.time}, B {rows.batch}"
     each = plan.rows * plan.slices  # rows of a program
+    arguments = tensors | rows.pointers() | constants(plan, reversed_sets) | options(plan)
     with context:
         for begin in range(0, rows.batch, each * plan.batch_slices):
             number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
-            _launches[number] = f"{what} from row {begin}, {plan}"
+            _launches[number] = plan, (rows.time, rows.batch), begin
             _launches.pop(number - 256, None)
             grid = plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets
-            kernel[grid](
-                **tensors,
-                **rows.pointers(),
-                status=status_word(device),
-                begin=begin,
-                limit=WAIT_LIMIT,
-                launch=number,
-                **constants(plan, reversed_sets),
-                **options(plan),
-            )
+            kernel[grid](**arguments, status=status_word(device), begin=begin, limit=WAIT_LIMIT, launch=number)
     if device.type == "cpu":
         raise_if_late(device)
 

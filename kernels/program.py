@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
     E: Any  # values that a unit publishes in a step: 1 forward (h), backward the slots of the cell (cells.py)
     H: Any  # hidden units
     HS: Any  # H padded to whole 16-byte loads
-    N: Any  # weight sets: the directions of a layer
+    N: Any  # weight sets: directions of a layer, members of an ensemble
     REVERSED: Any  # which of them run backwards in time: 0 none, 1 all, 2 every second one
     UB: Any  # units of a program
     NB: Any  # rows of a sub-slice

@@ -66,12 +66,14 @@ def runs_backwards(reversed_sets: int, n: int) -> bool:
     return reversed_sets == 1 or (reversed_sets == 2 and n % 2 == 1)
 
 
-def integer_from_environment(name: str, default: int | None, largest: int | None = None) -> int | None:
-    """The positive integer of an environment variable; ValueError that names it for anything else."""
+def integer_from_environment(
+    name: str, default: int | None, largest: int | None = None, smallest: int = 1
+) -> int | None:
+    """The integer of an environment variable, `smallest` or more; ValueError that names it for anything else."""
     text = os.environ.get(name)
     if text is None:
         return default
-    if not text.strip().isdigit() or int(text) < 1 or (largest is not None and int(text) > largest):
-        most = "" if largest is None else f" up to {largest}"
-        raise ValueError(f"the environment variable {name} should be a positive integer{most}, got: {text!r}")
+    if not text.strip().isdigit() or int(text) < smallest or (largest is not None and int(text) > largest):
+        most = "" if largest is None else f", at most {largest}"
+        raise ValueError(f"the environment variable {name} should be an integer, at least {smallest}{most}, got: {text!r}")
     return int(text)

@@ -139,7 +139,7 @@ def rounded_to_tf32(words):
     """float32 bits -> values whose truncation to tf32, which is what the tensor core does, rounds to nearest.
 
     Only for bits that were published: a NaN whose low bits are all set would become a zero. So does an unwritten
-    word: see `lost` in the loops.
+    word: see `lost_as_nan` in exchange.py.
     """
     return (words + 0x1000).to(tl.float32, bitcast=True)
 

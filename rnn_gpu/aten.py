@@ -53,12 +53,12 @@ def layer(
     states = (h0,) if c0 is None else (h0, c0)
     with _quietly(input):
         if lengths is None and resets is None and reversed_sets != 1:
-            y, *final = _call(cell, input.view(time, batch, -1), None, states, weights, bias_ih is not None)
-            y = y.view(time * batch, sets, -1)
+            y, *final = _call(cell, input.view(time, batch, input.shape[-1]), None, states, weights, bias_ih is not None)
+            y = y.view(time * batch, sets, h0.shape[-1])
         elif offsets is not None and resets is None and reversed_sets != 1:
             sizes = (offsets[1:] - offsets[:-1]).cpu()
             y, *final = _call(cell, input, sizes, states, weights, bias_ih is not None)
-            y = y.view(input.shape[0], sets, -1)
+            y = y.view(input.shape[0], sets, h0.shape[-1])
         else:
             found = []
             for n in range(sets):

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from .kernels import plan as planning
@@ -42,7 +43,7 @@ def _checked(name: str) -> str:
 _backend = _checked(os.environ.get("RNN_GPU_BACKEND", "auto"))
 _max_programs = integer_from_environment("RNN_GPU_MAX_PROGRAMS", None)
 _memory = "full"
-_allow_alone = os.environ.get("RNN_GPU_ALONE", "1") != "0"
+_allow_alone = integer_from_environment("RNN_GPU_ALONE", 1, largest=1, smallest=0) == 1
 
 
 @contextlib.contextmanager
@@ -134,7 +135,7 @@ def plainly_torch(input) -> bool:
     """
     return (
         (_backend == "torch" or _backend == "auto")
-        and not input.is_cuda
+        and not getattr(input, "is_cuda", False)
         and not torch.compiler.is_compiling()
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
@@ -142,16 +143,18 @@ def plainly_torch(input) -> bool:
     )
 
 
-def route(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, masked: bool) -> str:
+def route(
+    module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, packed: bool, masked: bool
+) -> str:
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
-    input: the input, or the data of a PackedSequence; dtype: that of the computation. RuntimeError where backend
-    "triton" was asked for and cannot serve the call.
+    input: the input, or, if `packed`, the data of a PackedSequence; dtype: that of the computation; masked: with
+    lengths or resets. RuntimeError where backend "triton" was asked for and cannot serve the call.
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
         return "onnx"
-    kernels = choose(module, input, batch_size, dtype).name == "triton"
+    kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
     if not tracing and forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative
     if kernels:
@@ -159,6 +162,8 @@ def route(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype:
     if tracing or transforming():
         return "opaque"
     # cuDNN's own backward refuses a forward in eval mode; ours asks it for what a training forward keeps.
+    if masked and (input.is_meta or isinstance(input, FakeTensor)):
+        return "opaque"  # which knows the shapes of its results without looking at the masks
     in_eval_mode = input.is_cuda and torch.is_grad_enabled() and not module.training
     return "aten" if masked or in_eval_mode else "torch.nn"
 
@@ -201,6 +206,8 @@ def device_of(device: torch.device | str) -> planning.Device:
         known = ", ".join(map(repr, planning.DEVICES))
         raise ValueError(f"Unknown device {device!r}. Select a torch device or one of {known}.") from None
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"device {str(device)!r} is not available: PyTorch finds no GPU here")
         return _properties(torch.cuda.current_device() if device.index is None else device.index)
     return planning.DEVICES["h200"]  # the interpreter, and plans made where there is no GPU
 
@@ -260,14 +267,30 @@ def kernels_for(
     dtype: torch.dtype,
     device: planning.Device,
     training: bool,
+    ragged: bool = False,
 ) -> Choice:
-    """Whether the kernels can serve a call of `module`, and whether they are predicted to be the faster choice."""
-    if triton_missing():
-        return Choice("torch", triton_missing())
-    cell, sets = CELL_OF_MODE[module.mode], 2 if module.bidirectional else 1
+    """Whether the kernels can serve a call of `module`, and whether they are predicted to be the faster choice.
+
+    ragged: rows end early or start anew. It does not ask whether Triton is installed.
+    """
+    problem = CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1
+    return _weighed(*problem, name_of(dtype), device, training, ragged)
+
+
+def _weighed(
+    cell: str,
+    hidden_size: int,
+    batch_size: int,
+    sets: int,
+    dtype: str,
+    device: planning.Device,
+    training: bool,
+    ragged: bool,
+) -> Choice:
+    """The same for a problem without a module, which no graph can hold as a constant."""
     plans = []
     for backward in (False, True) if training else (False,):
-        found = plan_for(cell, module.hidden_size, batch_size, sets, name_of(dtype), device, backward)
+        found = plan_for(cell, hidden_size, batch_size, sets, dtype, device, backward, ragged)
         if isinstance(found, str):
             return Choice("torch", found)
         plans.append(found)
@@ -277,37 +300,43 @@ def kernels_for(
     return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
 
 
-_logged: set[str] = set()
+_logged: set[tuple] = set()
 
 
-def _log_once(module: torch.nn.RNNBase, reason: str) -> None:
-    """Say once for each kind of layer that "auto" fell back, not again for every batch size."""
-    if (layer := str(module)) not in _logged:
-        _logged.add(layer)
-        logger.warning("%s: PyTorch's own kernels serve it, not rnn_gpu's: %s", layer, reason)
+def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
+    """Say once for each kind of layer that "auto" fell back, not again for every batch size: a warning where the
+    kernels cannot serve it, for information where they can and are estimated to be slower.
+    """
+    kind = module.mode, module.hidden_size, module.bidirectional, bool(choice.plans)
+    if kind not in _logged:
+        _logged.add(kind)
+        level = logging.INFO if choice.plans else logging.WARNING
+        logger.log(level, "%s: PyTorch's own kernels serve it, not rnn_gpu's: %s", module, choice.reason)
 
 
 @torch.compiler.assume_constant_result
-def _why_not_compiled(mode: str, hidden_size: int, bidirectional: bool, dtype: str, kind: str, index: int) -> str:
-    """Why the kernels cannot serve a layer, or "": asked once while torch.compile traces, for any batch and length.
+def _why_not_compiled(
+    cell: str, hidden_size: int, sets: int, dtype: str, kind: str, index: int, ragged: bool, wanted: str
+) -> str:
+    """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
-    The estimate for one row stands for all: a graph that chose between backends by the size of the batch would be
-    compiled anew for every size.
+    The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
+    the batch would be compiled anew for every size. wanted: the backend in force; "triton" compares with nothing.
     """
     if triton_missing():
         return triton_missing()
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
-    for backward in (False, True):
-        found = plan_for(CELL_OF_MODE[mode], hidden_size, 1, 2 if bidirectional else 1, dtype, device, backward)
-        if isinstance(found, str):
-            return found
-    return ""
+    choice = _weighed(cell, hidden_size, 1, sets, dtype, device, training=True, ragged=ragged)
+    return "" if choice.name == "triton" or (choice.plans and wanted == "triton") else choice.reason
 
 
-def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Choice:
+def choose(
+    module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, ragged: bool = False
+) -> Choice:
     """The backend for a call; RuntimeError where "triton" was asked for and cannot serve it.
 
-    input: the input, or the data of a PackedSequence; dtype: that of the computation.
+    input: the input, or the data of a PackedSequence; dtype: that of the computation; ragged: rows end early or start
+    anew.
     """
     wanted = _backend
     if wanted == "torch" or (wanted == "auto" and input.device.type != "cuda"):
@@ -321,15 +350,19 @@ def choose(module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
         reason = _why_not_compiled(
-            module.mode, module.hidden_size, module.bidirectional, name_of(dtype), input.device.type, where
-        )
+            CELL_OF_MODE[module.mode], module.hidden_size, 2 if module.bidirectional else 1, name_of(dtype),
+            input.device.type, where, ragged, wanted,
+        )  # fmt: skip
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")
-    choice = kernels_for(module, batch_size, dtype, device_of(input.device), training)
+    if triton_missing():
+        choice = Choice("torch", triton_missing())
+    else:
+        choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, ragged)
     if wanted == "auto":
         if choice.name == "torch":
-            _log_once(module, choice.reason)
+            _log_once(module, choice)
         return choice
     if not choice.plans:
         raise RuntimeError(f"backend 'triton' cannot serve this call: {choice.reason}.")

@@ -87,14 +87,14 @@ def _by_rows(run: Callable, given: dict, kinds: dict, results: tuple, time: int,
 
 
 def _by_sets(run: Callable, given: dict, kinds: dict, results: tuple, most: int, count: int) -> list[Tensor]:
-    """Run V problems with weights of their own as weight sets, `most` of them at once; masks must be shared."""
+    """Run V problems with weights of their own as weight sets, `most` of them at once: one where masks differ."""
     parts = []
     for begin in range(0, count, most):
         taken = min(most, count - begin)
         folded = {}
         for name, tensor in given.items():
             if tensor is None or kinds[name] in MASKS or _is_placeholder(tensor):
-                folded[name] = None if tensor is None else tensor[0]
+                folded[name] = None if tensor is None else tensor[begin]
             else:
                 folded[name] = _into_sets(tensor[begin : begin + taken], kinds[name])
         found = run(**folded)
@@ -105,6 +105,20 @@ def _by_sets(run: Callable, given: dict, kinds: dict, results: tuple, most: int,
             ]
         )
     return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _split(info, in_dims: tuple, arguments: tuple, kinds: dict) -> tuple[int, dict, set, tuple]:
+    """What a rule is given -> V; the tensors by name, as [V, ...]; which of them are mapped; the other arguments.
+
+    RuntimeError for packed sequences: V of them are not one.
+    """
+    count, names = info.batch_size, list(kinds)
+    tensors = dict(zip(names, arguments[: len(names)], strict=True))
+    if tensors["offsets"] is not None:
+        raise RuntimeError("torch.func.vmap over packed sequences is not supported: give padded input and lengths")
+    dims = dict(zip(names, in_dims[: len(names)], strict=True))
+    given = {name: _members(tensor, dims[name], count) for name, tensor in tensors.items()}
+    return count, given, {name for name, dim in dims.items() if dim is not None}, arguments[len(names) :]
 
 
 def _one_by_one(run: Callable, given: dict, count: int) -> list[Tensor]:
@@ -130,27 +144,17 @@ def _sets_at_once(given: dict, how: tuple, count: int, backward: bool) -> int:
     return count
 
 
-def _refuse_packed(offsets: Tensor | None, dims: dict) -> None:
-    if offsets is not None:
-        raise RuntimeError("torch.func.vmap over packed sequences is not supported: give padded input and lengths")
-
-
 def _kernel_rule(operator: Callable, kinds: dict, results: tuple, backward: bool):
     """The rule for one of the two passes of the kernels."""
 
     def rule(info, in_dims, *arguments):
-        count, tensors, how = info.batch_size, dict(zip(kinds, arguments)), arguments[len(kinds) :]  # noqa: B905
-        dims = dict(zip(kinds, in_dims))  # noqa: B905
-        _refuse_packed(tensors["offsets"], dims)
-        given = {name: _members(t, dims[name], count) for name, t in tensors.items()}
+        count, given, mapped, how = _split(info, in_dims, arguments, kinds)
         run = lambda **folded: operator(*(folded[name] for name in kinds), *how)
-        own_weights = any(dims[name] is not None for name, kind in kinds.items() if kind == "weight")
-        own_masks = any(dims[name] is not None for name in MASKS)
-        if not own_weights:
+        if not any(kinds[name] == "weight" for name in mapped):
             found = _by_rows(run, given, kinds, results, how[0], count)
         else:
             # Sets that run backwards in time are every second one: of one set, or of two, for each problem.
-            most = 1 if own_masks else _sets_at_once(given, how, count, backward)
+            most = 1 if mapped & set(MASKS) else _sets_at_once(given, how, count, backward)
             found = _by_sets(run, given, kinds, results, most, count)
         return tuple(found), (0,) * len(found)
 
@@ -158,12 +162,9 @@ def _kernel_rule(operator: Callable, kinds: dict, results: tuple, backward: bool
 
 
 def _aten_rule(info, in_dims, *arguments):
-    count, tensors, how = info.batch_size, dict(zip(ATEN, arguments)), arguments[len(ATEN) :]  # noqa: B905
-    dims = dict(zip(ATEN, in_dims))  # noqa: B905
-    _refuse_packed(tensors["offsets"], dims)
-    given = {name: _members(t, dims[name], count) for name, t in tensors.items()}
+    count, given, mapped, how = _split(info, in_dims, arguments, ATEN)
     run = lambda **folded: aten.aten_layer(*(folded[name] for name in ATEN), *how)
-    if any(dims[name] is not None for name, kind in ATEN.items() if kind == "weight"):
+    if any(ATEN[name] == "weight" for name in mapped):
         found = _one_by_one(run, given, count)
     else:
         found = _by_rows(run, given, ATEN, ("rows", "state", "state"), how[0], count)
@@ -173,10 +174,7 @@ def _aten_rule(info, in_dims, *arguments):
 def _aten_backward_rule(info, in_dims, *arguments):
     """One problem after another: the gradient of shared weights is wanted of each problem alone."""
     kinds = GRADIENTS | ATEN
-    count, tensors, how = info.batch_size, dict(zip(kinds, arguments)), arguments[len(kinds) :]  # noqa: B905
-    dims = dict(zip(kinds, in_dims))  # noqa: B905
-    _refuse_packed(tensors["offsets"], dims)
-    given = {name: _members(t, dims[name], count) for name, t in tensors.items()}
+    count, given, _, how = _split(info, in_dims, arguments, kinds)
     found = _one_by_one(lambda **one: aten.aten_layer_backward(*(one[name] for name in kinds), *how), given, count)
     return found, [0] * len(found)
 

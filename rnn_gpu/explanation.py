@@ -36,23 +36,27 @@ def explain(
     batch_size: int,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    ragged: bool = False,
 ) -> str:
     """Say which backend and which plan would run `module` in training, and why.
 
     module: an LSTM, GRU or RNN of this library or of torch.nn. batch_size: rows of the batch. device: a CUDA device,
     or a name such as "h200", "a100", "rtx4090", "b200" to plan for a GPU that is not here; default: the current GPU,
     or an H200 where there is none. dtype: default that of the module's parameters; give autocast's where it is used.
+    ragged: plan for sequences that are packed, end early (lengths) or start anew (resets).
 
     The times are estimates of a model, not measurements: see docs/design.md.
     """
     if not isinstance(module, torch.nn.RNNBase):
         raise TypeError(f"explain expects an LSTM, GRU or RNN layer, got: {type(module).__name__}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size should be a positive number, got: {batch_size}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "h200"
     gpu, dtype = backends.device_of(device), _dtype_of(module, dtype)
     if device not in DEVICES and torch.device(device).type != "cuda":
         raise ValueError(f"explain plans for a CUDA device or a GPU it knows by name, got: {device}")
-    choice = backends.kernels_for(module, batch_size, dtype, gpu, training=True)
+    choice = backends.kernels_for(module, batch_size, dtype, gpu, training=True, ragged=ragged)
     wanted = backends.current_backend()
     directions = "both directions" if module.bidirectional else "one direction"
     lines = [
@@ -70,6 +74,8 @@ def explain(
     else:
         lines.append(f"backend 'auto' takes torch: {choice.reason}")
         lines.append("backend 'triton' would raise a RuntimeError with that reason")
+    if backends.triton_missing():
+        lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
     if wanted != "auto":
         lines.append(f"The backend in force now is {wanted!r}.")
     return "\n".join(lines)

@@ -18,10 +18,20 @@ from .functional import recurrent_stack
 from .rows import Rows, packed_rows
 
 
+INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+
+
 def _autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor; some devices, meta for one, know none."""
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype a tensor is computed in: autocast's where that is on, but for float64 and what is not floating."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not _autocasts(tensor):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
 
 
 def _sequences(packed: PackedSequence, hx) -> int:
@@ -34,6 +44,25 @@ def _sequences(packed: PackedSequence, hx) -> int:
     if torch.compiler.is_compiling() and state is not None:
         return state.size(1)
     return int(packed.batch_sizes[0])
+
+
+def _check_types(lengths, resets) -> None:
+    """TypeError where lengths are no tensor of integers, or resets none of bools."""
+    for name, mask in (("lengths", lengths), ("resets", resets)):
+        if not (mask is None or isinstance(mask, Tensor)):
+            raise TypeError(f"{name} should be a tensor, got: {type(mask).__name__}")
+    if lengths is not None and lengths.dtype not in INTEGERS:
+        raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
+    if resets is not None and resets.dtype != torch.bool:
+        raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
+
+
+def _pair(hx) -> tuple[Tensor, Tensor]:
+    """The two states of an LSTM, and what torch.nn raises where they are not two."""
+    pair = hx[0], hx[1]
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    return pair
 
 
 def _cast(value, dtype: torch.dtype):
@@ -61,7 +90,7 @@ class _Layer(RNNBase):
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
         input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence. hx: initial states [L*D, B,
-        H]. lengths: integer tensor [B], best on the device of the input: steps of each row, in any order, zero
+        H]. lengths: integer tensor [B] (unbatched: [] or [1]), best on the device of the input: steps of each row, in any order, zero
         allowed, taken as within 0..T. Outputs past a row's end are zero, its final state is that at its end, the
         reverse direction starts there. resets: bool tensor laid out as input without its last dimension, true where a
         row's state is zeroed before the step (in the order in which each direction runs).
@@ -72,17 +101,17 @@ class _Layer(RNNBase):
         if lengths is None and resets is None and backends.plainly_torch(input):
             return self.torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
-        dtype = self._compute_dtype(data)
-        if dtype == data.dtype and self._wants_another(dtype):
+        if not isinstance(input, Tensor | PackedSequence) or self._wants_another(input):
             return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
+        data = input.data if packed else input
+        dtype = _computed_in(data)
         batch_size = data.size(0 if self.batch_first else 1) if data.dim() == 3 else 1
         if packed:
             batch_size = _sequences(input, hx)
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        route = backends.route(self, data, batch_size, dtype, masked)
+        route = backends.route(self, data, batch_size, dtype, packed, masked)
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
@@ -94,9 +123,11 @@ class _Layer(RNNBase):
     def _forward_torch(self, input, hx):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
         data = input.data if isinstance(input, PackedSequence) else input
-        if not _autocasts(data):
+        dtype = _computed_in(data)
+        states = (hx,) if hx is None or isinstance(hx, Tensor) else hx
+        others = any(_computed_in(state) != dtype for state in states if state is not None)
+        if others or not _autocasts(data):  # torch.nn refuses the others
             return self.torch_class.forward(self, input, hx)
-        dtype = torch.get_autocast_dtype(data.device.type)
         if data.device.type == "cuda":  # autocast flattens the weights for cuDNN, and always in float16
             return _cast(self.torch_class.forward(self, input, hx), dtype)
         self._update_flat_weights()
@@ -111,15 +142,13 @@ class _Layer(RNNBase):
         other.__dict__ = self.__dict__ | {"_flat_weights": weights, "_update_flat_weights": keep}
         return other
 
-    def _compute_dtype(self, input: Tensor) -> torch.dtype:
-        return torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
-
-    def _wants_another(self, dtype: torch.dtype) -> bool:
-        """Whether the weights are of another dtype than the input, without autocast."""
-        if self._flat_weights[0].dtype == dtype or _autocasts(self._flat_weights[0]):
+    def _wants_another(self, input: Tensor | PackedSequence) -> bool:
+        """Whether the weights are computed in another dtype than the input."""
+        dtype = _computed_in(input.data if isinstance(input, PackedSequence) else input)
+        if _computed_in(self._flat_weights[0]) == dtype:
             return False
         self._update_flat_weights(flatten=False)  # what differs may be a weight of the call before
-        return self._flat_weights[0].dtype != dtype
+        return _computed_in(self._flat_weights[0]) != dtype
 
     def _update_flat_weights(self, flatten: bool = True) -> None:
         """Read every weight once into `_flat_weights`: torch.nn's own reads a parametrized one up to four times a
@@ -150,6 +179,7 @@ class _Layer(RNNBase):
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
         """Dense input, on any route but torch.nn's own forward."""
         self._update_flat_weights(flatten=False)
+        _check_types(lengths, resets)
         name = self.torch_class.__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if name == "RNN" else ""
@@ -157,7 +187,7 @@ class _Layer(RNNBase):
         batched = input.dim() == 3
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
-            resets = resets if resets is None else resets.unsqueeze(0 if self.batch_first else 1)
+            lengths, resets = self._unbatched_masks(input, lengths, resets)
         states = self._initial_states(input, hx, batched)
         self.check_forward_args(input, states if len(states) == 2 else states[0], None)
         input = input.transpose(0, 1) if self.batch_first else input
@@ -185,7 +215,7 @@ class _Layer(RNNBase):
             states = self._zero_states(data, batch)
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-            states = tuple(hx) if lstm else (hx,)
+            states = _pair(hx) if lstm else (hx,)
             # the sizes of states would be compared with a value, which no graph holds
             if torch.compiler.is_compiling():
                 self.check_input(data, batch_sizes)
@@ -217,21 +247,21 @@ class _Layer(RNNBase):
         )
         return output, (h_n,) if c_n is None else (h_n, c_n)
 
+    def _unbatched_masks(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None):
+        """The masks of unbatched input, lengths [] or [1] and resets [T], as those of a batch of one row."""
+        if resets is not None and resets.dim() != 1:
+            raise RuntimeError(f"Expected resets size {[input.size(self.batch_first)]}, got {list(resets.shape)}")
+        lengths = lengths if lengths is None or lengths.dim() > 0 else lengths.unsqueeze(0)
+        return lengths, resets if resets is None else resets.unsqueeze(0 if self.batch_first else 1)
+
     def _masked_rows(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None) -> Rows:
         """The rows of dense input [T, B, I] with the user's masks, checked."""
         time, batch = input.shape[:2]
-        for name, mask in (("lengths", lengths), ("resets", resets)):
-            if not (mask is None or isinstance(mask, Tensor)):
-                raise TypeError(f"{name} should be a tensor, got: {type(mask).__name__}")
         if lengths is not None:
-            if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-                raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
             if lengths.shape != (batch,):
                 raise RuntimeError(f"Expected lengths size {[batch]}, got {list(lengths.shape)}")
             lengths = lengths.to(input.device).clamp(0, time).int()
         if resets is not None:
-            if resets.dtype != torch.bool:
-                raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
             got = list(resets.shape)
             resets = resets.transpose(0, 1) if self.batch_first and resets.dim() == 2 else resets
             if resets.shape != (time, batch):
@@ -251,7 +281,7 @@ class _Layer(RNNBase):
         if hx is None:
             return self._zero_states(input, input.size(0 if self.batch_first else 1))
         lstm = self.mode == "LSTM"
-        states = tuple(hx) if lstm else (hx,)
+        states = _pair(hx) if lstm else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
         if any(state.dim() != rank for state in states):
             if lstm:
@@ -261,15 +291,15 @@ class _Layer(RNNBase):
         return states if batched else tuple(state.unsqueeze(1) for state in states)
 
     def _check_devices(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
-        """RuntimeError where a tensor is on another device than the input or, without autocast, of another dtype."""
-        same_dtype = not _autocasts(input)
+        """RuntimeError where a tensor is on another device than the input, or is computed in another dtype."""
+        dtype = _computed_in(input)
         for what, tensor in [("hidden", state) for state in states] + [("parameter", w) for w in self._flat_weights]:
             if tensor.device != input.device:
                 raise RuntimeError(
                     f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {what} tensor at {tensor.device}"
                 )
-            if same_dtype and tensor.dtype != input.dtype:
+            if _computed_in(tensor) != dtype:
                 raise RuntimeError(
                     f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
                     f"and {what} tensor with {tensor.dtype}"

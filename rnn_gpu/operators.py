@@ -285,21 +285,27 @@ def gates_again(
             sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight_hh[n, :split].t())
         else:
             sums[:, n] = torch.addmm(sums[:, n], state, weight_hh[n].t())
-    return _activated(cell, sums, aux), aux
+    ACTIVATE[cell](sums.chunk(CELLS[cell].gates, -1), aux)
+    return sums, aux
 
 
-def _activated(cell: str, sums: Tensor, aux: Tensor) -> Tensor:
-    """The gates, over the memory of their sums [R, N, G*H]: LSTM i, f, g, o; GRU r, z, n, with q in aux."""
-    parts = sums.chunk(CELLS[cell].gates, -1)
-    if cell == "lstm":
-        for gate, part in zip("ifgo", parts, strict=True):
-            part.tanh_() if gate == "g" else part.sigmoid_()
-    else:
-        q = aux[..., : parts[2].shape[-1]]
-        parts[0].sigmoid_()
-        parts[1].sigmoid_()
-        parts[2].copy_(torch.tanh(torch.addcmul(parts[2].float(), parts[0].float(), q.float())))
-    return sums
+def _activate_lstm(sums: tuple[Tensor, ...], aux: Tensor) -> None:
+    i, f, g, o = sums
+    for gate in (i, f, o):
+        gate.sigmoid_()
+    g.tanh_()
+
+
+def _activate_gru(sums: tuple[Tensor, ...], aux: Tensor) -> None:
+    r, z, n = sums
+    r.sigmoid_()
+    z.sigmoid_()
+    q = aux[..., : n.shape[-1]]
+    n.copy_(torch.tanh(torch.addcmul(n.float(), r.float(), q.float())))
+
+
+# (gate sums, G of [R, N, H]; aux) -> nothing: the gates take the place of their sums. For cells that save gates.
+ACTIVATE = {"lstm": _activate_lstm, "gru": _activate_gru}
 
 
 def layer_gradients(

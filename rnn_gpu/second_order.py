@@ -38,7 +38,7 @@ def reference_layer(
             x_part = x_part.index_add(0, index, start[n])
         if place is not None:
             x_part = x_part.new_zeros(time * batch, x_part.shape[1]).index_copy(0, place, x_part)
-        x_part = x_part.view(time, batch, -1)
+        x_part = x_part.view(time, batch, x_part.shape[-1])
         states = h0[n], None if c0 is None else c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
         y, h_n, c_n = reference.recurrence(cell, x_part, weight_hh[n], bias_hn, *states, reverse=backwards, **masks)
