@@ -75,5 +75,7 @@ def integer_from_environment(
         return default
     if not text.strip().isdigit() or int(text) < smallest or (largest is not None and int(text) > largest):
         most = "" if largest is None else f", at most {largest}"
-        raise ValueError(f"the environment variable {name} should be an integer, at least {smallest}{most}, got: {text!r}")
+        raise ValueError(
+            f"the environment variable {name} should be an integer, at least {smallest}{most}, got: {text!r}"
+        )
     return int(text)

@@ -53,7 +53,8 @@ def layer(
     states = (h0,) if c0 is None else (h0, c0)
     with _quietly(input):
         if lengths is None and resets is None and reversed_sets != 1:
-            y, *final = _call(cell, input.view(time, batch, input.shape[-1]), None, states, weights, bias_ih is not None)
+            steps = input.view(time, batch, input.shape[-1])
+            y, *final = _call(cell, steps, None, states, weights, bias_ih is not None)
             y = y.view(time * batch, sets, h0.shape[-1])
         elif offsets is not None and resets is None and reversed_sets != 1:
             sizes = (offsets[1:] - offsets[:-1]).cpu()

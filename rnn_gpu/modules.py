@@ -17,7 +17,6 @@ from . import backends, distributed, onnx
 from .functional import recurrent_stack
 from .rows import Rows, packed_rows
 
-
 INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
@@ -90,10 +89,10 @@ class _Layer(RNNBase):
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
         input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence. hx: initial states [L*D, B,
-        H]. lengths: integer tensor [B] (unbatched: [] or [1]), best on the device of the input: steps of each row, in any order, zero
-        allowed, taken as within 0..T. Outputs past a row's end are zero, its final state is that at its end, the
-        reverse direction starts there. resets: bool tensor laid out as input without its last dimension, true where a
-        row's state is zeroed before the step (in the order in which each direction runs).
+        H]. lengths: integer tensor [B] (unbatched: [] or [1]), best on the device of the input: steps of each row, in
+        any order, zero allowed, taken as within 0..T. Outputs past a row's end are zero, its final state is that at its
+        end, the reverse direction starts there. resets: bool tensor laid out as input without its last dimension, true
+        where a row's state is zeroed before the step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
         if distributed.is_dtensor(input):
@@ -249,8 +248,9 @@ class _Layer(RNNBase):
 
     def _unbatched_masks(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None):
         """The masks of unbatched input, lengths [] or [1] and resets [T], as those of a batch of one row."""
-        if resets is not None and resets.dim() != 1:
-            raise RuntimeError(f"Expected resets size {[input.size(self.batch_first)]}, got {list(resets.shape)}")
+        time = input.size(1 if self.batch_first else 0)
+        if resets is not None and resets.shape != (time,):
+            raise RuntimeError(f"Expected resets size {[time]}, got {list(resets.shape)}")
         lengths = lengths if lengths is None or lengths.dim() > 0 else lengths.unsqueeze(0)
         return lengths, resets if resets is None else resets.unsqueeze(0 if self.batch_first else 1)
 

@@ -46,7 +46,14 @@ def layer(
     bias = None
     if bias_ih is not None:
         bias = torch.cat([_reordered(bias_ih, cell), _reordered(bias_hh, cell)], 1)
-    inputs = [input.view(time, batch, input.shape[-1]), _reordered(weight_ih, cell), _reordered(weight_hh, cell), bias, lengths, h0]
+    inputs = [
+        input.view(time, batch, input.shape[-1]),
+        _reordered(weight_ih, cell),
+        _reordered(weight_hh, cell),
+        bias,
+        lengths,
+        h0,
+    ]
     attributes = {"hidden_size": hidden_size, "direction": "bidirectional" if directions == 2 else "forward"}
     if cell == "gru":
         attributes["linear_before_reset"] = 1

@@ -2,16 +2,20 @@
 explain.
 """
 
+import contextlib
 import copy
 import inspect
+import os
 import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn_gpu
+from rnn_gpu import backends
 from tests.layers import STATES, draw, outcome, pair, same
 
 NAMES = tuple(STATES)
@@ -161,6 +165,9 @@ def test_explain_names_the_reason_for_torch():
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "cpu")
     with pytest.raises(ValueError, match="Unknown device 'gtx 970'"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "gtx 970")
+    for batch_size in (0, -4):
+        with pytest.raises(ValueError, match="batch_size should be a positive number"):
+            rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
     with pytest.raises(TypeError, match="Linear"):
         rnn_gpu.explain(torch.nn.Linear(3, 4), 4)
 
@@ -195,6 +202,74 @@ runpy.run_module("rnn_gpu", run_name="__main__")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Triton is not installed" in done.stdout
+    assert "one program holds all hidden units" in done.stdout  # explain plans all the same
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+def test_a_gpu_that_is_not_there():
+    """Catches: an AssertionError from the depths of PyTorch."""
+    for call in (rnn_gpu.check, lambda device: rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, device)):
+        with pytest.raises(RuntimeError, match="'cuda' is not available"):
+            call("cuda")
+
+
+@pytest.mark.parametrize("value", ["yes", "2", ""])
+def test_environment_variables_are_checked(value):
+    """Catches: RNN_GPU_ALONE set to nonsense and taken for true."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import rnn_gpu"],
+        env=os.environ | {"RNN_GPU_ALONE": value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "ValueError: the environment variable RNN_GPU_ALONE should be an integer" in done.stderr
+
+
+@pytest.mark.parametrize("hx", ["one state", "three states", "a tensor", "a tensor of one layer"])
+def test_states_that_are_not_two(hx):
+    """Catches: an LSTM given another number of states that fails with other words than torch.nn's."""
+    state = torch.zeros(2, 3, 4)
+    given = {"one state": (state,), "three states": (state,) * 3, "a tensor": state, "a tensor of one layer": state[:1]}
+    ours, theirs = (module.LSTM(3, 4, num_layers=2) for module in (rnn_gpu, torch.nn))
+    input = torch.randn(5, 3, 3)
+    with pytest.raises((RuntimeError, IndexError)) as expected:
+        theirs(input, given[hx])
+    for run in (
+        lambda: ours(input, given[hx]),
+        lambda: ours(input, given[hx], lengths=torch.tensor([5, 4, 2])),
+        lambda: torch.func.vmap(lambda x: ours(x, given[hx])[0])(input.unsqueeze(0)),
+    ):
+        with pytest.raises(expected.type) as found:
+            run()
+        assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("input", [None, [1.0], "text"], ids=str)
+def test_input_that_is_no_tensor(name, input):
+    """Catches: another error than torch.nn's; the masks that torch.nn does not know do not change it."""
+    with pytest.raises(AttributeError) as expected:
+        getattr(torch.nn, name)(3, 4)(input)
+    for masks in ({}, {"lengths": torch.tensor([1])}):
+        with pytest.raises(AttributeError) as found:
+            getattr(rnn_gpu, name)(3, 4)(input, **masks)
+        assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_masks_where_there_are_shapes_alone(name, fake):
+    """Catches: shape inference that looks at the values of a mask."""
+    mode = FakeTensorMode() if fake else contextlib.nullcontext()
+    with mode, torch.device("cpu" if fake else "meta"):
+        layer = getattr(rnn_gpu, name)(3, 4, bidirectional=True)
+        input, lengths, resets = torch.randn(5, 2, 3), torch.tensor([5, 3]), torch.zeros(5, 2, dtype=torch.bool)
+        for masks in (dict(lengths=lengths), dict(resets=resets), dict(lengths=lengths, resets=resets)):
+            output, _ = layer(input, **masks)
+            assert output.shape == (5, 2, 8)
+            output.sum().backward()
+            assert all(p.grad.shape == p.shape for p in layer.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -216,3 +291,52 @@ def test_autocast_gives_results_in_its_dtype(name, dtype):
         with torch.no_grad():
             exact, _ = layer(input)
         torch.testing.assert_close(output.float(), exact.data if input is packed else exact, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_leaves_float64_alone(name):
+    """Catches: a float64 layer that loses half its digits under autocast, or takes what torch.nn refuses there."""
+    layer, peer = getattr(rnn_gpu, name)(4, 8).double(), getattr(torch.nn, name)(4, 8).double()
+    peer.load_state_dict(layer.state_dict())
+    input = torch.randn(3, 2, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for masks in ({}, {"lengths": torch.tensor([3, 3])}):
+            torch.testing.assert_close(layer(input, **masks), peer(input))
+            with pytest.raises(RuntimeError):
+                layer(input.float(), **masks)
+            with pytest.raises(RuntimeError):
+                layer.float()(input, **masks)
+            with pytest.raises(RuntimeError):
+                layer.float()(input.long(), **masks)
+            layer.double()
+
+
+def test_auto_plans_for_rows_that_end_early(monkeypatch):
+    """Catches: "auto" that takes the kernels for ragged rows because dense ones would fit, and then fails."""
+    dense = backends.kernels_for(rnn_gpu.LSTM(8, 8), 4, torch.float32, backends.device_of("h200"), True)
+    refuse = lambda *problem: "no room for masks" if problem[-1] else dense.plans[0]
+    monkeypatch.setattr(backends, "plan_for", refuse)
+    assert rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200").count("no room") == 0
+    assert "'auto' takes torch: no room for masks" in rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", ragged=True)
+
+
+@pytest.mark.parametrize("serves, level", [(True, "INFO"), (False, "WARNING")])
+def test_auto_says_once_that_it_falls_back(serves, level, monkeypatch, caplog):
+    """Catches: a message for every call, or none; a choice of speed told as loudly as a failure."""
+    monkeypatch.setattr(backends, "_logged", set())
+    choice = backends.kernels_for(rnn_gpu.LSTM(8, 8), 4, torch.float32, backends.device_of("h200"), True)
+    choice = choice._replace(name="torch", plans=choice.plans if serves else ())
+    with caplog.at_level("INFO", logger="rnn_gpu"):
+        for _ in range(3):
+            backends._log_once(rnn_gpu.LSTM(8, 8), choice)
+    assert [record.levelname for record in caplog.records] == [level]
+
+
+def test_the_choice_under_compile_compares_for_one_row(monkeypatch):
+    """Catches: "auto" under torch.compile that never asks which backend is faster; "triton" that does."""
+    problem = "lstm", 256, 1, "float32", "cpu", -1, False
+    monkeypatch.setattr(backends, "triton_missing", lambda: None)
+    assert backends._why_not_compiled(*problem, "auto") == ""
+    monkeypatch.setattr(backends.planning, "cudnn_microseconds", lambda plan, device: 0.0)
+    assert "cuDNN 0.0" in backends._why_not_compiled(*problem, "auto")
+    assert backends._why_not_compiled(*problem, "triton") == ""

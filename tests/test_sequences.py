@@ -307,6 +307,11 @@ def test_bad_masks_are_refused():
     cases = [
         (input, {"lengths": torch.tensor([1, 2, 3])}, RuntimeError, r"Expected lengths size \[2\], got \[3\]"),
         (input, {"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths should be an integer tensor"),
+        (input, {"lengths": torch.tensor([1, 2], dtype=torch.uint64)}, TypeError, "lengths should be an integer"),
+        (input, {"lengths": torch.tensor([1j, 2j])}, TypeError, "lengths should be an integer tensor"),
+        (input, {"lengths": [1, 2]}, TypeError, "lengths should be a tensor, got: list"),
+        (input[:, 0], {"resets": torch.zeros(4, dtype=torch.bool)}, RuntimeError, r"resets size \[5\], got \[4\]"),
+        (input[:, 0], {"lengths": torch.tensor([1, 2])}, RuntimeError, r"Expected lengths size \[1\], got \[2\]"),
         (input, {"resets": torch.zeros(2, 5, dtype=torch.bool)}, RuntimeError, r"Expected resets size \[5, 2\]"),
         (input, {"resets": torch.zeros(5, 2)}, TypeError, "resets should be a bool tensor"),
         (packed, {"lengths": torch.tensor([1, 2])}, ValueError, "got a PackedSequence"),
@@ -314,6 +319,20 @@ def test_bad_masks_are_refused():
     for given_input, masks, error, text in cases:
         with rnn_gpu.backend(BACKEND), pytest.raises(error, match=text):
             layer(given_input, **masks)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_masks_of_an_unbatched_sequence(batch_first):
+    """Catches: one sequence with lengths [] or [1] and resets [T] that is not treated as a batch of one."""
+    layer = rnn_gpu.GRU(3, 12, bidirectional=True, batch_first=batch_first)
+    input, resets = torch.randn(5, 3), torch.tensor([False, True, False, False, True])
+    rows = 0 if batch_first else 1
+    with rnn_gpu.backend(BACKEND):
+        expected, _ = layer(input.unsqueeze(rows), lengths=torch.tensor([4]), resets=resets.unsqueeze(rows))
+        for length in (torch.tensor(4), torch.tensor([4])):
+            output, h_n = layer(input, lengths=length, resets=resets)
+            torch.testing.assert_close(output, expected.squeeze(rows))
+            assert h_n.shape == (2, 12)
 
 
 def test_a_reset_shields_the_weights_from_a_nan_state():

@@ -91,6 +91,43 @@ def test_ensembles(name, kwargs, cap):
 
 
 @every_layer
+def test_ensembles_with_masks_of_their_own(name, kwargs):
+    """Catches: a member that gets the lengths or the resets of another."""
+    members = [getattr(rnn_gpu, name)(3, 20, **kwargs) for _ in range(3)]
+    parameters, _ = stack_module_state(members)
+    inputs, lengths = torch.randn(3, TIME, BATCH, 3), torch.tensor([[5, 1], [2, 4], [0, 3]])
+    resets = torch.rand(3, TIME, BATCH) < 0.4
+
+    def sum_of_squares(parameters, input, lengths, resets):
+        return functional_call(members[0], parameters, (input,), dict(lengths=lengths, resets=resets))[0].pow(2).sum()
+
+    found = vmap(grad(sum_of_squares))(parameters, inputs, lengths, resets)
+    sums = vmap(sum_of_squares)(parameters, inputs, lengths, resets)
+    stacked = torch.autograd.grad(sums.sum(), list(parameters.values()))
+    for v, member in enumerate(members):
+        expected = member(inputs[v], lengths=lengths[v], resets=resets[v])[0].pow(2).sum()
+        torch.testing.assert_close(sums[v], expected)
+        for a, b, e in zip(
+            found.values(), stacked, torch.autograd.grad(expected, list(member.parameters())), strict=True
+        ):
+            torch.testing.assert_close(a[v], e)
+            torch.testing.assert_close(b[v], e)
+
+
+@every_layer
+def test_an_empty_batch(name, kwargs):
+    """Catches: a size inferred from no elements, which PyTorch refuses."""
+    layer, input = getattr(rnn_gpu, name)(3, 5, **kwargs), torch.randn(TIME, 0, 3)
+    parameters = dict(layer.named_parameters())
+    assert all((gradient == 0).all() for gradient in grad(loss)(parameters, layer, input).values())
+    run = lambda x: layer(x)[0]
+    assert vmap(run)(torch.randn(COUNT, TIME, 0, 3)).shape == (COUNT, *run(input).shape)
+    assert jvp(run, (input,), (input,))[1].shape == run(input).shape
+    (first,) = torch.autograd.grad(run(x := input.requires_grad_()).sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.sum() + x.sum(), x)[0].shape == x.shape
+
+
+@every_layer
 def test_forward_mode_and_derivatives_of_derivatives(name, kwargs):
     """Catches: a derivative that stops at the operators, silently or with an error."""
     layer = getattr(rnn_gpu, name)(2, 3, **kwargs)
