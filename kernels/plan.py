@@ -98,8 +98,8 @@ class Plan:
 # (perf/resources.py, which repeats it): on sm_90 the LSTM with 1536 units and 8 rows forward would take 248 and
 # spills a few; backward there are more tensors to address, and the factors wait in registers.
 THREAD_WORDS = {False: 247, True: 222}
-# Fewer before sm_90, where fewer addresses stand in the registers that all threads of a warp share.
-OLDER_ADDRESS_WORDS = 16
+# Fewer but for sm_90 and sm_100: elsewhere fewer addresses stand in the registers that all threads of a warp share.
+ADDRESS_WORDS = 16
 # Fewer where sequences are packed, end early or start anew: more masks, and a source of the state for each row.
 RAGGED_WORDS = 24
 # Fewer backward, for each (row, unit) pair of a thread, where some of the last program's units do not exist: a mask
@@ -299,6 +299,8 @@ def _tilings(problem: Problem) -> Iterator[Tiling]:
         if (1 if problem.backward else per_tile) * units < TILE_ROWS:
             continue
         for rows, slices in ROWS_AND_SLICES:
+            if problem.precision == "ieee" and problem.backward and slices > 1 and warps == 4:
+                continue  # each thread has the operands of twice as many scalar products: on sm_100 the LSTM's spill
             if slices == 1 or chunks * slices * (problem.gates if problem.backward else 1) <= POLLED_TILES:
                 yield Tiling(units, rows, slices, warps, chunks, per_tile)
 
@@ -373,9 +375,9 @@ def _most_on_chip(problem: Problem, tiling: Tiling, order: int, slots: int) -> R
 def _room_words(problem: Problem, tiling: Tiling) -> int:
     """Words a thread has for weights, polled state and accumulators."""
     room = THREAD_WORDS[problem.backward] - PAIR_WORDS[problem.backward] * (tiling.pairs - 1)
-    older = OLDER_ADDRESS_WORDS if problem.device.arch < 90 else 0
+    addresses = 0 if 90 <= problem.device.arch < 120 else ADDRESS_WORDS
     masked = MASKED_UNITS_WORDS * tiling.pairs if problem.backward and problem.hidden_size % tiling.units != 0 else 0
-    return room - older - masked - (RAGGED_WORDS if problem.ragged else 0)
+    return room - addresses - masked - (RAGGED_WORDS if problem.ragged else 0)
 
 
 def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int, shared: int) -> int:

@@ -251,7 +251,7 @@ def input_part(input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, 
     gates = gates.view(-1, sets, rows)
     if start is not None:
         if functional:  # where start is mapped by vmap and the gates are not, they could not be written into
-            gates = gates + torch.zeros_like(start[0, 0])
+            gates = gates + torch.zeros_like(start[0]).sum(0)
         for n in range(sets):
             index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
             gates[index, n] += start[n]
