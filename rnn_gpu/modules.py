@@ -310,7 +310,9 @@ class LSTM(_Layer):
     """Long short-term memory: `torch.nn.LSTM`, same arguments, parameters, results and errors.
 
     LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    proj_size=0, device=None, dtype=None)
+    proj_size=0, device=None, dtype=None, memory=None)
+
+    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
 
     >>> layer = LSTM(10, 20, num_layers=2)
     >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
@@ -329,7 +331,9 @@ class GRU(_Layer):
     """Gated recurrent unit, reset after the product: `torch.nn.GRU`, same arguments, parameters, results and errors.
 
     GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    device=None, dtype=None)
+    device=None, dtype=None, memory=None)
+
+    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
 
     >>> layer = GRU(10, 20)
     >>> output, h_n = layer(torch.randn(5, 3, 10))
@@ -347,7 +351,9 @@ class RNN(_Layer):
     """Elman network, tanh or relu: `torch.nn.RNN`, same arguments, parameters, results and errors.
 
     RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, device=None, dtype=None)
+    bidirectional=False, device=None, dtype=None, memory=None)
+
+    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
 
     >>> layer = RNN(10, 20, nonlinearity="relu")
     >>> output, h_n = layer(torch.randn(5, 3, 10))

@@ -2,7 +2,9 @@
 
 Written to be read. Any floating dtype (the tests use float64), any device, torch alone. Nothing is written
 in place and no branch depends on data, so autograd differentiates the forward any number of times and
-torch.func transforms it; the library's double backward runs these loops.
+torch.func transforms it; the library's second derivatives and forward mode run the loop forward (`recurrence`).
+What is derived by hand (`STEPS_BACKWARD`, `recurrence_backward`, `weight_gradients`) and what is there to compare with
+(`previous_states`, `layer`) serves documentation and tests alone: the kernels' backward has the same equations.
 
 Glossary, for every shape in this file:
 
