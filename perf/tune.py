@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--directions", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add("--check", action="store_true", help="a sample of shapes instead of one")
-    add("--most", type=float, default=0.25, help="--check fails where the choice loses more (default: %(default)s)")
+    add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
     add(
         "--budget",

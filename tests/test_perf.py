@@ -15,7 +15,7 @@ import types
 import pytest
 import torch
 
-from perf import benchmark, cases, ledger, providers, report, tune
+from perf import benchmark, cases, ledger, overhead, providers, report, tune
 from perf.cases import Case
 from perf.providers import Candidate, Unavailable
 from rnn_gpu.kernels.plan import DEVICES, plan
@@ -605,3 +605,20 @@ def test_quantiles_are_those_of_the_samples():
     assert benchmark.quantile(values, 0.1) == 3.0 and benchmark.quantile(values, 0.9) == 19.0
     assert benchmark.quantile(values[::-1], 0.5) == statistics.median(values)
     assert benchmark.quantile([5.0], 0.1) == 5.0
+
+
+# ---- Overhead -------------------------------------------------------------------------------------------------------
+
+
+def test_overhead_compares_in_turns(capsys):
+    """Catches a cell or a way of calling that is left out, or a sample of one that no sample of another stands beside."""
+    assert overhead.main(["--device", "cpu", "--hidden-size", "8", "--rounds", "3"]) == 0
+    text = capsys.readouterr().out
+    for cell in overhead.CELLS:
+        for name in ("torch.nn", "rnn_gpu", "the same as an operator", "rnn_gpu, training"):
+            assert f"{cell:6}{name} " in text
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = overhead.samples(calls, 2, lambda: None)
+    assert [len(samples) for samples in found.values()] == [2, 2]
+    assert order[:: overhead.CALLS] == ["a", "b", "b", "a"]

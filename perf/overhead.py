@@ -1,0 +1,96 @@
+"""`python -m perf.overhead`: what a call costs beside its arithmetic, in microseconds, next to torch.nn's.
+
+One step of a stream in eval mode, where Python and the dispatcher take most of the time: torch.nn, this library, and on
+a CPU the opaque operator that stands for a layer under torch.compile (its body is the same kernel, so the difference is
+the operator's own cost). On a GPU calls are queued and not waited for, so that the host's time is what counts, and one
+more line is a step of training, forward and backward. Everybody is called in turns, another one first in every round.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import rnn_gpu
+from rnn_gpu import aten, backends
+
+CELLS = ("LSTM", "GRU", "RNN")
+CALLS = 50  # of one sample
+
+
+def samples(calls: dict[str, Callable], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds a call, `rounds` samples of each, in turns."""
+    found = {name: [] for name in calls}
+    names = list(calls)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            call = calls[name]
+            wait()
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            found[name].append((time.perf_counter() - begin) / CALLS)
+    wait()
+    return found
+
+
+def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -> dict[str, Callable]:
+    """One step in eval mode, state to state."""
+    theirs = getattr(torch.nn, cell)(hidden_size, hidden_size, device=device).eval()
+    ours = getattr(rnn_gpu, cell)(hidden_size, hidden_size, device=device).eval()
+    ours.load_state_dict(theirs.state_dict())
+    input = torch.randn(1, batch_size, hidden_size, device=device)
+    state = torch.zeros(1, batch_size, hidden_size, device=device)
+    state = (state, state) if cell == "LSTM" else state
+    calls = {"torch.nn": lambda: theirs(input, state), "rnn_gpu": lambda: ours(input, state)}
+    if device.type == "cpu":
+        states = state if cell == "LSTM" else (state, None)
+        weights = [weight.detach().unsqueeze(0) for weight in ours._flat_weights]
+        tensors = input[0], *weights, None, *states, None, None, None
+        how = 1, backends.CELL_OF_MODE[ours.mode], 0
+        calls["ATen, called directly"] = lambda: aten.layer(*tensors, *how)
+        calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, *how)
+    return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+def training(cell: str, hidden_size: int, batch_size: int, device: torch.device) -> dict[str, Callable]:
+    """One step, forward and backward."""
+    calls = {}
+    for name, module in (("torch.nn, training", torch.nn), ("rnn_gpu, training", rnn_gpu)):
+        layer = getattr(module, cell)(hidden_size, hidden_size, device=device)
+        input = torch.randn(1, batch_size, hidden_size, device=device)
+        calls[name] = lambda layer=layer, input=input: layer(input)[0].sum().backward()
+    return calls
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; prints a table."""
+    parser = argparse.ArgumentParser(prog="python -m perf.overhead", description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=60, help="samples of each (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+    print(f"one step, H {options.hidden_size}, B {options.batch_size}, float32, torch {torch.__version__}, {where}")
+    print(f"{'cell':6}{'call':26}{'median us':>10}{'least us':>10}{'to torch.nn':>13}")
+    for cell in CELLS:
+        for make in (stream, training):
+            calls = make(cell, options.hidden_size, options.batch_size, device)
+            samples(calls, 2, wait)
+            found = samples(calls, options.rounds, wait)
+            first = next(iter(found.values()))
+            for name, seconds in found.items():
+                ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
+                middle, least = statistics.median(seconds) * 1e6, min(seconds) * 1e6
+                print(f"{cell:6}{name:26}{middle:10.2f}{least:10.2f}{ratio:13.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
