@@ -611,7 +611,7 @@ def test_quantiles_are_those_of_the_samples():
 
 
 def test_overhead_compares_in_turns(capsys):
-    """Catches a cell or a way of calling that is left out, or a sample of one that no sample of another stands beside."""
+    """Catches a cell or a way of calling that is left out, or samples that are not taken in turns."""
     assert overhead.main(["--device", "cpu", "--hidden-size", "8", "--rounds", "3"]) == 0
     text = capsys.readouterr().out
     for cell in overhead.CELLS:
