@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rnn_gpu import backends, reference
 from rnn_gpu.kernels import plan as planning
-from rnn_gpu.kernels.plan import DEVICES, Device, Plan
+from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
 
@@ -56,7 +56,9 @@ SAMPLE = [  # cell, type, hidden units, batch: what --check looks at, forward an
 def candidates(
     cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool, precision=None
 ) -> list[Plan]:
-    """All plans of a problem: what the plan chooses from, what it never compares, and other orders of the waits."""
+    """All plans of a problem: what the plan chooses from, and what it never compares: other orders of the waits, and
+    weights in shared memory that would fit in registers.
+    """
     precision = (precision or "tf32") if dtype == "float32" else None
     problem = planning.Problem(cell, hidden_size, batch_size, sets, dtype, device, backward, precision)
     found = list(planning.alone_plans(problem))
@@ -64,6 +66,11 @@ def candidates(
         orders = (1, 2, 3) if backward and CELLS[cell].gates > 1 else (p.order,)
         same = planning.with_batch(p, device, device.multiprocessors)
         found += [dataclasses.replace(same, order=order) for order in orders]
+        chunk_bytes = p.warps * -(-CELLS[cell].gates // p.gates_per_tile) * p.gates_per_tile * p.units * CHUNK_ROW_BYTES
+        shared_bytes = p.shared_bytes + p.registers * chunk_bytes
+        if p.registers and shared_bytes <= device.shared_memory:
+            moved = dataclasses.replace(p, registers=0, shared=p.registers + p.shared, shared_bytes=shared_bytes)
+            found.append(planning.with_batch(moved, device, device.multiprocessors))
     return found
 
 

@@ -5,6 +5,7 @@ those of the same run, and nothing measured on a CPU is told as a speed.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import statistics
@@ -15,7 +16,7 @@ import types
 import pytest
 import torch
 
-from perf import benchmark, cases, ledger, overhead, providers, report, tune
+from perf import benchmark, cases, ledger, measure, overhead, providers, report, tune
 from perf.cases import Case
 from perf.providers import Candidate, Unavailable
 from rnn_gpu.kernels.plan import DEVICES, plan
@@ -622,3 +623,49 @@ def test_overhead_compares_in_turns(capsys):
     found = overhead.samples(calls, 2, lambda: None)
     assert [len(samples) for samples in found.values()] == [2, 2]
     assert order[:: overhead.CALLS] == ["a", "b", "b", "a"]
+
+
+# ---- Everything in one command --------------------------------------------------------------------------------------
+
+
+def test_measure_needs_a_gpu(capsys):
+    """Catches a folder made, or a test session started, where there is nothing to measure."""
+    assert measure.main([]) == 2 and "No CUDA device" in capsys.readouterr().err
+    assert measure.main(["--list"]) == 0
+    assert "pytest" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        measure.main(["--only", "nothing"])
+
+
+def test_steps_of_measure_are_commands_that_exist(tmp_path):
+    """Catches an option that a script does not have (any more), and a budget that is spent twice."""
+    every = measure.steps(tmp_path, 1000)
+    assert sum(step.share for step in every) <= 1.01
+    for step in every:
+        if step.name != "tests":
+            arguments = list(step.command[3:])
+            main = importlib.import_module(step.command[2]).main
+            with pytest.raises(SystemExit) as ended:
+                main([*arguments, "--help"])
+            assert ended.value.code == 0
+            with pytest.raises(SystemExit) as ended:
+                main([*arguments, "--no-such-option"])
+            assert ended.value.code == 2
+
+
+def test_measure_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    """Catches a step that keeps the others from running, and an exit status that hides it."""
+    say = lambda text, status: (sys.executable, "-c", f"print({text!r}); raise SystemExit({status})")
+    made = [
+        measure.Step("first", say("one", 3), 0.5),
+        measure.Step("endless", (sys.executable, "-c", "while True: pass"), 0.02),
+        measure.Step("last", say("two", 0), 0.5),
+    ]
+    monkeypatch.setattr(measure, "steps", lambda out, budget: made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert measure.main(["--out", str(tmp_path / "new"), "--budget", "60"]) == 1
+    printed = capsys.readouterr().out
+    assert "first              FAILED with 3" in printed and "endless            was stopped" in printed
+    assert "last               ended well" in printed
+    assert (tmp_path / "new" / "last.txt").read_text().endswith("two\n")
+    assert measure.main(["--out", str(tmp_path / "new"), "--budget", "60", "--only", "last"]) == 0
