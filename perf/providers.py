@@ -79,8 +79,8 @@ class TorchNN:
 class RnnGpu:
     """This library, on one of its backends; on a CPU on "torch", PyTorch's own kernels."""
 
-    def __init__(self, name: str = "rnn_gpu", backend: str = "triton"):
-        self.name, self.backend = name, backend
+    def __init__(self, name: str = "rnn_gpu", backend: str = "triton", memory: str = "full"):
+        self.name, self.backend, self.memory = name, backend, memory
 
     def version(self) -> str:
         """Of the package."""
@@ -103,7 +103,7 @@ class RnnGpu:
                 detail = f"auto: {choice.name}"
 
         def call(x: Tensor) -> Tensor:
-            with rnn_gpu.backend(backend):
+            with rnn_gpu.backend(backend), rnn_gpu.memory(self.memory):
                 return layer(x)[0]
 
         return Candidate(call, dict(layer.named_parameters()), detail)
@@ -272,7 +272,15 @@ class TorchRL:
 
 PROVIDERS = {
     provider.name: provider
-    for provider in (RnnGpu(), RnnGpu("auto", "auto"), TorchNN(), CompiledCells(), FlashRNN(), TorchRL())
+    for provider in (
+        RnnGpu(),
+        RnnGpu("auto", "auto"),
+        RnnGpu("lean", memory="lean"),
+        TorchNN(),
+        CompiledCells(),
+        FlashRNN(),
+        TorchRL(),
+    )
 }
 DEFAULT_PROVIDERS = {
     "cuda": ("rnn_gpu", "torch.nn", "compiled cells", "flashrnn", "torchrl"),

@@ -25,7 +25,15 @@ NOT_MEASURED = (
 )
 OURS, REFERENCE = "rnn_gpu", "torch.nn"
 SHOWN = ("inference", "forward+backward")  # of the modes, in the table
-COLORS = {"rnn_gpu": "C0", "auto": "C4", "torch.nn": "C1", "compiled cells": "C7", "flashrnn": "C2", "torchrl": "C3"}
+COLORS = {
+    "rnn_gpu": "C0",
+    "auto": "C4",
+    "lean": "C5",
+    "torch.nn": "C1",
+    "compiled cells": "C7",
+    "flashrnn": "C2",
+    "torchrl": "C3",
+}
 
 
 def counted(rows: list[Row]) -> list[Row]:
