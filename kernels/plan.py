@@ -299,8 +299,6 @@ def _tilings(problem: Problem) -> Iterator[Tiling]:
         if (1 if problem.backward else per_tile) * units < TILE_ROWS:
             continue
         for rows, slices in ROWS_AND_SLICES:
-            if problem.precision == "ieee" and problem.backward and slices > 1 and warps == 4:
-                continue  # each thread has the operands of twice as many scalar products: on sm_100 the LSTM's spill
             if slices == 1 or chunks * slices * (problem.gates if problem.backward else 1) <= POLLED_TILES:
                 yield Tiling(units, rows, slices, warps, chunks, per_tile)
 
@@ -342,7 +340,9 @@ def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
     Where two keep as many, all in registers, but for order 3, which is taken for more weights on the chip alone; then
     the better order.
     """
-    if tiling.pairs > PAIRS:
+    # With 4 warps a thread has the operands of twice as many scalar products: on sm_86 and sm_100 the LSTM's spill.
+    scalar = problem.precision == "ieee" and problem.backward and tiling.warps == 4
+    if tiling.pairs > (1 if scalar else PAIRS):
         return None
     found = [_most_on_chip(problem, tiling, order, slots) for order, slots in _orders(problem)]
     return max(
