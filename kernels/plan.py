@@ -112,7 +112,7 @@ PAIR_WORDS = {False: 24, True: 16}
 # to have room for.
 PASSING_WORDS = {False: 32, True: 48}
 # And more where some are read again in every step, and so pass in a loop of their own.
-STREAMED_WORDS = {False: 0, True: 32}
+STREAMED_WORDS = {False: 16, True: 32}
 # Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
 ROUNDING_WORDS = 24
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
