@@ -99,7 +99,7 @@ class Plan:
 # spills a few; backward there are more tensors to address, and the factors wait in registers.
 THREAD_WORDS = {False: 247, True: 222}
 # Fewer but for sm_90 and sm_100: elsewhere fewer addresses stand in the registers that all threads of a warp share.
-ADDRESS_WORDS = 16
+ADDRESS_WORDS = 19
 # Fewer where sequences are packed, end early or start anew: more masks, and a source of the state for each row.
 RAGGED_WORDS = 24
 # Fewer backward, for each (row, unit) pair of a thread, where some of the last program's units do not exist: a mask
@@ -107,7 +107,7 @@ RAGGED_WORDS = 24
 MASKED_UNITS_WORDS = 12
 # What each further (row, unit) pair of a thread takes of them: its input part of this step and the next, its carry, its
 # offsets.
-PAIR_WORDS = {False: 24, True: 16}
+PAIR_WORDS = {False: 23, True: 16}
 # Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
 # to have room for.
 PASSING_WORDS = {False: 32, True: 48}

@@ -574,7 +574,9 @@ def test_candidates_hold_the_choice_and_what_it_loses_is_told(shape, backward):
     device = DEVICES["h200"]
     found, own = tune.candidates(*shape, device, backward), plan(*shape, device, backward)
     assert len(found) > 3 and any(tune.same_plan(p, own) for p in found)
-    assert len({(p.alone, p.units, p.rows, p.slices, p.warps, p.order) for p in found}) == len(found)
+    key = "alone", "units", "rows", "slices", "warps", "order", "registers"
+    assert len({tuple(getattr(p, name) for name in key) for p in found}) == len(found)
+    assert any(p.registers == 0 < p.shared for p in found), "weights in shared memory, where they could be in registers"
     times = [(p, 3.0 if tune.same_plan(p, own) else 2.0 + i) for i, p in enumerate(found)]
     assert tune.loss(times, own) == pytest.approx(3.0 / min(us for _, us in times) - 1)
     assert tune.loss([(p, us) for p, us in times if not tune.same_plan(p, own)], own) is None
