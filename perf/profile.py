@@ -81,9 +81,9 @@ def static_split(p: Plan, arch: int) -> str:
             continue  # takes time and no instruction
         before = whole.count()
         if stage in variants.COMPARED and not p.alone:  # one program waits for nobody: both are the same
-            with variants.without(variants.COMPARED[stage], p):
+            with variants.variant(variants.COMPARED[stage], p):
                 before = resources.compile_plan(p, arch).count()
-        with variants.without(stage, p):
+        with variants.variant(stage, p):
             after = resources.compile_plan(p, arch).count()
         lines.append(f"    {stage:12}{before - after:6}   ({variants.VARIANTS[stage]})")
     return "\n".join(lines)
@@ -170,11 +170,12 @@ def split_of_a_step(case: Case, p: Plan, device: torch.device) -> str:
     from .tune import Recurrence
 
     data = Recurrence.draw(p, case.time, device)
-    stages = [None, *variants.of(p), *[base for stage, base in variants.COMPARED.items() if stage in variants.of(p)]]
+    compared = [base for stage, base in variants.COMPARED.items() if stage in variants.of(p)]
+    stages = [None, *variants.of(p), *compared, *variants.alternatives(p)]
     times = {stage: [] for stage in stages}
     for number in range(ITERATIONS + 2):  # the first two compile and warm up
         for stage in stages:
-            with variants.without(stage, p):
+            with variants.variant(stage, p):
                 took = device_seconds(lambda stage=stage: data.run(p, save=stage != "stores"), 3)
                 torch.cuda.synchronize(device)
             launch.status_word(device).zero_()  # what left the wait out has reported that it gave up
@@ -189,6 +190,9 @@ def split_of_a_step(case: Case, p: Plan, device: torch.device) -> str:
     for stage in variants.of(p):
         fewer = medians[variants.COMPARED.get(stage)] - medians[stage]
         lines.append(f"    {stage:12}{fewer:8.3f}  {fewer / medians[None]:6.1%}   ({variants.VARIANTS[stage]})")
+    for way in variants.alternatives(p):
+        fewer = medians[None] - medians[way]
+        lines.append(f"  In another way: {fewer:8.3f}  {fewer / medians[None]:6.1%}   ({variants.ALTERNATIVES[way]})")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""The kernels with a stage left out, so that a profile can say what the stage takes.
+"""The kernels with a stage left out, so that a profile can say what the stage takes, or done in another way.
 
-Each variant is the kernel itself, from the same source, with one of the functions it calls replaced. Its results are
-wrong, of course: variants are timed and counted, never used. Stages overlap, so what they take need not add up to the
-whole step.
+Each variant is the kernel itself, from the same source, with one of the functions it calls replaced. The results of one
+without a stage are wrong, of course: variants are timed and counted, never used. Stages overlap, so what they take need
+not add up to the whole step.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from rnn_gpu.kernels import backward as backward_kernel
-from rnn_gpu.kernels import exchange, launch
+from rnn_gpu.kernels import exchange, launch, program
 from rnn_gpu.kernels import forward as forward_kernel
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
@@ -26,11 +26,14 @@ VARIANTS = {
     "stores": "nothing is saved for the backward",
 }
 
+# Other ways to do the same, with the same results.
+ALTERNATIVES = {"write-through": "states are published by `.wt` stores, and not by `.cg`"}
+
 # What a variant is compared with, where that is not the kernel as it is: the wait has another loop there.
 COMPARED = {"product": "nothing, tested"}
 
 # Loaded by name, because the kernels read names of their own module: these become globals of a kernel's copy.
-poll, until_written = exchange.poll, exchange.until_written
+entry, poll, publishable, until_written = program.entry, exchange.poll, exchange.publishable, exchange.until_written
 
 
 @triton.jit
@@ -38,6 +41,14 @@ def until_tested(words, p, limit, SLOTS: tl.constexpr, ALL_KEPT: tl.constexpr, C
     """`until_written` for words that are only tested: nothing multiplies them."""
     words, limit = until_written(words, p, limit, SLOTS, False, C)
     return words, limit
+
+
+@triton.jit
+def publish_through(p, row, place, slot: tl.constexpr, x, mask, C: tl.constexpr):
+    """`exchange.publish` by stores that write through all caches."""
+    x = publishable(x, C.DTYPE, C.BITS).to(C.DTYPE, bitcast=True)
+    tl.store(entry(p, row, place, C.E * C.HS, C) + slot * C.HS, x, mask=mask, cache_modifier=".wt")
+    return x
 
 
 @triton.jit
@@ -147,9 +158,15 @@ def of(p: Plan) -> tuple[str, ...]:
     return left_out + (("stores",) if saves and not p.backward else ())
 
 
+def alternatives(p: Plan) -> tuple[str, ...]:
+    """The other ways that there are for a plan's kernel."""
+    return () if p.alone else tuple(ALTERNATIVES)
+
+
 @contextlib.contextmanager
-def without(stage: str | None, p: Plan):
-    """Within this context the launcher, and resources.py, take the kernel of a plan without a stage; None: as it is.
+def variant(stage: str | None, p: Plan):
+    """Within this context the launcher, and resources.py, take the kernel of a plan without a stage, or in another way;
+    None: as it is.
 
     "stores": the caller passes saving="nothing" besides. No error is raised for a wait that did not end.
     """
@@ -164,8 +181,12 @@ def without(stage: str | None, p: Plan):
     try:
         if stage == "wait":
             change(launch, WAIT_LIMIT=0, raise_if_late=lambda device: None)
-        elif stage in ("product", COMPARED["product"]):
-            kernel = tested(p.backward, stage != "product")
+        elif stage in ("product", COMPARED["product"], "write-through"):
+            if stage == "write-through":
+                kernel = backward_kernel.backward if p.backward else forward_kernel.forward
+                kernel = with_globals(kernel, publish=publish_through)
+            else:
+                kernel = tested(p.backward, stage != "product")
             if p.backward:
                 change(launch, backward_kernel=types.SimpleNamespace(backward=kernel))
             else:

@@ -531,7 +531,7 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     before = launch.WAIT_LIMIT, launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
 
     def compiled(stage):
-        with variants.without(stage, p):
+        with variants.variant(stage, p):
             return resources.compile_plan(p, 90)
 
     whole = compiled(None)
@@ -543,7 +543,9 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     # not fewer in all: the RNN's equation is two multiplications, as many as other scheduling moves
     assert no_equations.count("MUFU") == 0 and no_equations.step != whole.step
     assert no_equations.count(*resources.TENSOR_CORE) == whole.count(*resources.TENSOR_CORE)
-    with variants.without("wait", p):
+    with pytest.raises(ValueError, match="no loop that publishes"):  # that is, by `.cg` stores
+        compiled("write-through")
+    with variants.variant("wait", p):
         assert launch.WAIT_LIMIT == 0
     now = launch.WAIT_LIMIT, launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
     assert all(a is b for a, b in zip(before, now, strict=True))
