@@ -56,12 +56,12 @@ def _check_types(lengths, resets) -> None:
         raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
 
 
-def _pair(hx) -> tuple[Tensor, Tensor]:
-    """The two states of an LSTM, and what torch.nn raises where they are not two."""
-    pair = hx[0], hx[1]
+def _check_pair(hx) -> None:
+    """The error of torch.nn for states of an LSTM that are no pair."""
+    if isinstance(hx, Tensor):
+        raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
-    return pair
 
 
 def _cast(value, dtype: torch.dtype):
@@ -122,14 +122,17 @@ class _Layer(RNNBase):
     def _forward_torch(self, input, hx):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
         data = input.data if isinstance(input, PackedSequence) else input
-        dtype = _computed_in(data)
-        states = (hx,) if hx is None or isinstance(hx, Tensor) else hx
-        others = any(_computed_in(state) != dtype for state in states if state is not None)
-        if others or not _autocasts(data):  # torch.nn refuses the others
+        if not _autocasts(data):
             return self.torch_class.forward(self, input, hx)
+        dtype = _computed_in(data)
+        self._update_flat_weights()
+        states = () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        good = hx is None or (len(states) == 2 if self.mode == "LSTM" else isinstance(hx, Tensor))
+        tensors = *states, *self._flat_weights
+        if not good or not all(isinstance(t, Tensor) and _computed_in(t) == dtype for t in tensors):
+            return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
         if data.device.type == "cuda":  # autocast flattens the weights for cuDNN, and always in float16
             return _cast(self.torch_class.forward(self, input, hx), dtype)
-        self._update_flat_weights()
         cast = self.with_weights([weight.to(dtype) for weight in self._flat_weights])
         with torch.autocast(data.device.type, enabled=False):
             return self.torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
@@ -214,12 +217,14 @@ class _Layer(RNNBase):
             states = self._zero_states(data, batch)
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-            states = _pair(hx) if lstm else (hx,)
+            states = (hx[0], hx[1]) if lstm else (hx,)
             # the sizes of states would be compared with a value, which no graph holds
             if torch.compiler.is_compiling():
                 self.check_input(data, batch_sizes)
             else:
                 self.check_forward_args(data, hx, batch_sizes)
+            if lstm:
+                _check_pair(hx)
         output, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
         final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
@@ -281,13 +286,15 @@ class _Layer(RNNBase):
         if hx is None:
             return self._zero_states(input, input.size(0 if self.batch_first else 1))
         lstm = self.mode == "LSTM"
-        states = _pair(hx) if lstm else (hx,)
+        states = (hx[0], hx[1]) if lstm else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
         if any(state.dim() != rank for state in states):
             if lstm:
                 got = ", ".join(f"{state.dim()}-D" for state in states)
                 raise RuntimeError(f"For {kind} input, hx and cx should also be {rank}-D but got ({got}) tensors")
             raise RuntimeError(f"For {kind} input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
+        if lstm and batched:  # unbatched, torch.nn makes a pair of whatever has two
+            _check_pair(hx)
         return states if batched else tuple(state.unsqueeze(1) for state in states)
 
     def _check_devices(self, input: Tensor, states: tuple[Tensor, ...]) -> None:

@@ -226,23 +226,44 @@ def test_environment_variables_are_checked(value):
     assert "ValueError: the environment variable RNN_GPU_ALONE should be an integer" in done.stderr
 
 
-@pytest.mark.parametrize("hx", ["one state", "three states", "a tensor", "a tensor of one layer"])
-def test_states_that_are_not_two(hx):
-    """Catches: an LSTM given another number of states that fails with other words than torch.nn's."""
-    state = torch.zeros(2, 3, 4)
-    given = {"one state": (state,), "three states": (state,) * 3, "a tensor": state, "a tensor of one layer": state[:1]}
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+def test_states_that_are_no_pair(batched, autocast):
+    """Catches: an LSTM given another number of states that fails with other words than torch.nn's, or does not fail."""
+    rows = (3,) if batched else ()
+    state, input = torch.zeros(2, *rows, 4), torch.randn(5, *rows, 3)
     ours, theirs = (module.LSTM(3, 4, num_layers=2) for module in (rnn_gpu, torch.nn))
-    input = torch.randn(5, 3, 3)
-    with pytest.raises((RuntimeError, IndexError)) as expected:
-        theirs(input, given[hx])
-    for run in (
-        lambda: ours(input, given[hx]),
-        lambda: ours(input, given[hx], lengths=torch.tensor([5, 4, 2])),
-        lambda: torch.func.vmap(lambda x: ours(x, given[hx])[0])(input.unsqueeze(0)),
-    ):
-        with pytest.raises(expected.type) as found:
-            run()
-        assert str(found.value) == str(expected.value)
+    lengths = torch.tensor([5, 4, 2] if batched else 5)
+    wrong = (), (state,), [state], (state,) * 3, state, state[:1], state[0], torch.stack([state] * 3), 5
+
+    def error(run) -> BaseException | None:
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                run()
+        except (RuntimeError, IndexError, TypeError) as error:
+            return error
+        return None
+
+    for given in (*wrong, torch.stack([state, state])):
+        expected = error(lambda: theirs(input, given))  # noqa: B023
+        assert not batched or expected is not None
+        plain = error(lambda: ours(input, given))  # noqa: B023
+        masked = error(lambda: ours(input, given, lengths=lengths))  # noqa: B023
+        mapped = error(lambda: torch.func.vmap(lambda x: ours(x, given)[0])(input.unsqueeze(0)))  # noqa: B023
+        assert type(plain) is type(masked) is type(mapped) is type(expected), given
+        assert str(plain) == str(expected)
+        if type(expected) is not TypeError:  # those list all signatures of ATen's function
+            assert str(masked) == str(mapped) == str(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_refuses_weights_of_two_types(name):
+    """Catches: a float64 weight among float32 ones that is cast down under autocast."""
+    layer, peer = getattr(rnn_gpu, name)(4, 8), getattr(torch.nn, name)(4, 8)
+    for module in (layer, peer):
+        module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.double())
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            module(torch.randn(3, 2, 4))
 
 
 @pytest.mark.parametrize("name", NAMES)
