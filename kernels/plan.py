@@ -340,10 +340,12 @@ def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
     Where two keep as many, all in registers, but for order 3, which is taken for more weights on the chip alone; then
     the better order.
     """
-    # With 4 warps a thread has the operands of twice as many scalar products: on sm_86 and sm_100 the LSTM's spill.
-    scalar = problem.precision == "ieee" and problem.backward and tiling.warps == 4
-    if tiling.pairs > (1 if scalar else PAIRS):
+    if tiling.pairs > PAIRS:
         return None
+    if problem.precision == "ieee" and problem.backward and problem.gates == 4 and tiling.warps == 4:
+        # A thread has the operands of twice as many scalar products as with 8 warps: on sm_86 and sm_100 some spill.
+        if tiling.rows * tiling.slices > TILE_BATCH:
+            return None
     found = [_most_on_chip(problem, tiling, order, slots) for order, slots in _orders(problem)]
     return max(
         (r for r in found if r is not None),
