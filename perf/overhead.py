@@ -53,7 +53,7 @@ def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -
         how = 1, backends.CELL_OF_MODE[ours.mode], 0
         calls["ATen, called directly"] = lambda: aten.layer(*tensors, *how)
         calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, *how)
-    return {name: torch.no_grad()(call) for name, call in calls.items()}
+    return calls
 
 
 def training(cell: str, hidden_size: int, batch_size: int, device: torch.device) -> dict[str, Callable]:
@@ -82,8 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     for cell in CELLS:
         for make in (stream, training):
             calls = make(cell, options.hidden_size, options.batch_size, device)
-            samples(calls, 2, wait)
-            found = samples(calls, options.rounds, wait)
+            with torch.set_grad_enabled(make is training):
+                samples(calls, 2, wait)
+                found = samples(calls, options.rounds, wait)
             first = next(iter(found.values()))
             for name, seconds in found.items():
                 ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))

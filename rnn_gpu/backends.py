@@ -261,6 +261,11 @@ class Choice(NamedTuple):
     plans: tuple[planning.Plan, ...] = ()
 
 
+def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> tuple[str, int, int, int, str]:
+    """Cell, hidden units, batch, sets and type of a call, as `plan_for` takes them: no graph can hold a module."""
+    return CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype)
+
+
 def kernels_for(
     module: torch.nn.RNNBase,
     batch_size: int,
@@ -273,24 +278,14 @@ def kernels_for(
 
     ragged: rows end early or start anew. It does not ask whether Triton is installed.
     """
-    problem = CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1
-    return _weighed(*problem, name_of(dtype), device, training, ragged)
+    return _weighed(_problem(module, batch_size, dtype), device, training, ragged)
 
 
-def _weighed(
-    cell: str,
-    hidden_size: int,
-    batch_size: int,
-    sets: int,
-    dtype: str,
-    device: planning.Device,
-    training: bool,
-    ragged: bool,
-) -> Choice:
-    """The same for a problem without a module, which no graph can hold as a constant."""
+def _weighed(problem: tuple, device: planning.Device, training: bool, ragged: bool) -> Choice:
+    """The same for a `_problem`."""
     plans = []
     for backward in (False, True) if training else (False,):
-        found = plan_for(cell, hidden_size, batch_size, sets, dtype, device, backward, ragged)
+        found = plan_for(*problem, device, backward, ragged)
         if isinstance(found, str):
             return Choice("torch", found)
         plans.append(found)
@@ -315,9 +310,7 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_compiled(
-    cell: str, hidden_size: int, sets: int, dtype: str, kind: str, index: int, ragged: bool, wanted: str
-) -> str:
+def _why_not_compiled(problem: tuple, kind: str, index: int, ragged: bool, wanted: str) -> str:
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
@@ -326,7 +319,7 @@ def _why_not_compiled(
     if triton_missing():
         return triton_missing()
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
-    choice = _weighed(cell, hidden_size, 1, sets, dtype, device, training=True, ragged=ragged)
+    choice = _weighed(problem, device, training=True, ragged=ragged)
     return "" if choice.name == "triton" or (choice.plans and wanted == "triton") else choice.reason
 
 
@@ -349,10 +342,7 @@ def choose(
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
-        reason = _why_not_compiled(
-            CELL_OF_MODE[module.mode], module.hidden_size, 2 if module.bidirectional else 1, name_of(dtype),
-            input.device.type, where, ragged, wanted,
-        )  # fmt: skip
+        reason = _why_not_compiled(_problem(module, 1, dtype), input.device.type, where, ragged, wanted)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")

@@ -355,7 +355,7 @@ def test_auto_says_once_that_it_falls_back(serves, level, monkeypatch, caplog):
 
 def test_the_choice_under_compile_compares_for_one_row(monkeypatch):
     """Catches: "auto" under torch.compile that never asks which backend is faster; "triton" that does."""
-    problem = "lstm", 256, 1, "float32", "cpu", -1, False
+    problem = ("lstm", 256, 1, 1, "float32"), "cpu", -1, False
     monkeypatch.setattr(backends, "triton_missing", lambda: None)
     assert backends._why_not_compiled(*problem, "auto") == ""
     monkeypatch.setattr(backends.planning, "cudnn_microseconds", lambda plan, device: 0.0)

@@ -662,7 +662,7 @@ def test_measure_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     say = lambda text, status: (sys.executable, "-c", f"print({text!r}); raise SystemExit({status})")
     made = [
         measure.Step("first", say("one", 3), 0.5),
-        measure.Step("endless", (sys.executable, "-c", "while True: pass"), 0.02),
+        measure.Step("endless", (sys.executable, "-c", "import time; time.sleep(60)"), 0.02),
         measure.Step("last", say("two", 0), 0.5),
     ]
     monkeypatch.setattr(measure, "steps", lambda out, budget: made)
