@@ -118,15 +118,6 @@ def through_gates(W, p, limit, one, C: tl.constexpr):
     return lost_as_nan(dh, limit, C), limit
 
 
-@triton.jit
-def through_gates_alone(W, slots, C: tl.constexpr):
-    """The same where one program holds all units: slots are tiles [UB, NB] in registers."""
-    dh = multiply_alone(W.held[0], slots[0], None, C)
-    for g in tl.static_range(1, C.G):
-        dh = multiply_alone(W.held[g], slots[g], dh, C)
-    return dh
-
-
 @triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
 def backward(
     d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, status, lengths, offsets,
@@ -157,7 +148,7 @@ def backward(
         dh_n = dh_n + (load_or_zero(d_h_n, me.first, tile, tile.exists, C.H, C),)
         dcarry = dcarry + (load_or_zero(d_carry_n, me.first, tile, tile.exists, C.HS, C),)
         nothing = ()
-        for _ in tl.static_range(C.E):
+        for _ in tl.static_range(C.G):
             nothing = nothing + (tl.zeros(C.SHAPE, C.DTYPE),)
         state = state + (nothing,)
         saved = saved + (load_step(left, dh_n[j], None, now, then, steps > 1, me, tile, lengths, C),)
@@ -175,7 +166,7 @@ def backward(
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
             factors = FACTORS(as_float(saved_gates), present, tl.where(reset, 0.0, previous))
             if C.ALONE:
-                dh = through_gates_alone(W, state[j], C)
+                dh = multiply_alone(W, state[j], C)[0]
             else:
                 p = source(d_gates, before, zeros, place, s, now.t - ahead, lengths, C)
                 dh, limit = through_gates(W, p, limit, me.one, C)
@@ -186,7 +177,8 @@ def backward(
             for e in tl.static_range(C.E):
                 slot = cleared(slots[e], active, place, C)
                 publish(out, now.row, place, e, slot, room, C)
-                published = published + (slot.to(C.DTYPE),)
+                if e < C.G:
+                    published = published + (slot.to(C.DTYPE),)
             dcarry_next = dcarry_next + (tl.where(active, tl.where(reset, 0.0, kept), dcarry[j]),)
             state_next = state_next + (published,)
         dcarry, state, saved = dcarry_next, state_next, saved_next

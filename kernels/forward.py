@@ -71,12 +71,6 @@ def hidden_part(W, p, limit, one, C: tl.constexpr):
 
 
 @triton.jit
-def hidden_part_alone(W, h, C: tl.constexpr):
-    """The same where one program holds all units and so the whole state h [UB, NB]: G tiles [UB, NB]."""
-    return [multiply_alone(w, h, None, C) for w in W.held]
-
-
-@triton.jit
 def load_bias(bias, n, place, C: tl.constexpr):
     """The hidden bias of a place's units, in float32."""
     return tl.load(bias + n * C.H + place.units, mask=place.exists, other=0.0).to(tl.float32)
@@ -129,7 +123,7 @@ def forward(
             x_next = x_next + (load_gates(x_part, 0, place, place.exists & within(then.t, place.length, lengths), C),)
             reset = starts_anew(resets, now.t, True, place, B)
             if C.ALONE:
-                r = hidden_part_alone(W, state[j], C)
+                r = multiply_alone(W, (state[j],), C)
             else:
                 p = source(y, before, h0, place, s, now.t - ahead, lengths, C)
                 r, limit = hidden_part(W, p, limit, me.one, C)

@@ -125,12 +125,11 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
 def options(plan: Plan) -> dict:
     """How a plan's kernel is compiled and launched.
 
-    num_stages=1: a pipeline would load the state across the wait. maxnreg: all the registers that a thread can have,
-    where programs exchange: a multiprocessor has one program of a launch then, but the assembler would spill a few
-    values to make room for a second.
+    num_stages=1: a pipeline would load the state across the wait. maxnreg: all the registers that a thread can have; a
+    multiprocessor may have one program of a launch then, but the assembler would spill a few values to make room for a
+    second.
     """
-    most = None if plan.alone else 255
-    return dict(num_warps=plan.warps, num_stages=1, maxnreg=most, launch_cooperative_grid=not plan.alone)
+    return dict(num_warps=plan.warps, num_stages=1, maxnreg=255, launch_cooperative_grid=not plan.alone)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Plan:
         where = f"{self.registers} chunks of weights in registers, {self.shared} in shared memory"
         weights = f"{where}, {self.streamed} read every step"
         if self.alone:
-            weights = "all weights in shared memory, no exchange"
+            weights = f"all weights in {'shared memory' if self.shared else 'registers'}, no exchange"
         return (
             f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x "
             f"{self.rows} rows x {self.sets} sets = {self.programs} programs of {self.warps} warps, {self.launches} "
@@ -129,13 +129,15 @@ ROWS_AND_SLICES = ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2))
 # Tiles polled in a step where a program works through several slices of rows: Triton's time to compile grows with their
 # cube.
 POLLED_TILES = 48
-# One program that holds all units: rows of the batch it may own.
-ALONE_ROWS = (8, 16, 32)
-# Accumulators a thread of such a program of so many warps: beside them stand the gates of as many (row, unit) pairs,
-# and with 4 warps more of the weights on their way.
-ALONE_ACCUMULATORS = {4: 16, 8: 32}
-# Full float32 products are made of scalar ones, each operand copied through shared memory and into registers for all of
-# K.
+# One program that holds all units has TILE_BATCH rows: twice the rows take nearly twice the instructions, and registers
+# that the LSTM does not have. Words of weights a thread: beside 128 there is room for all else, masks and lengths
+# included (compiled as above: 253 registers at the most).
+ALONE_WORDS = 128
+# Its warps at the most: with 16, a thread would have 128 registers.
+ALONE_WARPS = 8
+# Units of a warp: the rows of a matrix instruction. Full float32 products are made of scalar ones: the more warps, the
+# shorter. Their operands go through shared memory and into registers for all of K, and spill with more units.
+ALONE_WARP_UNITS, ALONE_WARP_UNITS_IEEE = TILE_ROWS, 8
 ALONE_IEEE_UNITS = 32
 
 # Time: a model that ranks plans.
@@ -244,30 +246,32 @@ def _plan_of(problem: Problem, **chosen) -> Plan:
 
 
 def alone_plans(problem: Problem) -> Iterator[Plan]:
-    """Plans in which one program holds all units, and batch slices share nothing: any number of programs will do."""
+    """The plan in which one program holds all units, if there is one: batch slices share nothing, and any number of
+    programs will do.
+    """
     device, gates, bytes_ = problem.device, problem.gates, itemsize(problem.dtype)
-    units = max(TILE_ROWS, 1 << (problem.hidden_size - 1).bit_length())
-    if problem.precision == "ieee" and units > ALONE_IEEE_UNITS:
+    ieee, rows = problem.precision == "ieee", TILE_BATCH
+    units = max(CHUNK_ROW_BYTES // bytes_, 1 << (problem.hidden_size - 1).bit_length())
+    if ieee and units > ALONE_IEEE_UNITS:
         return
-    warps = 8 if units >= 128 else 4
-    for rows in ALONE_ROWS:
-        weights = gates * units * units * bytes_
-        # Beside the weights: the sums on their way to the layout of the loads and, backward, the state of all gates on
-        # its way to the product.
-        scratch = units * rows * 4 + (gates if problem.backward else 1) * units * max(rows, TILE_ROWS) * bytes_
-        accumulators = gates * units * rows // (warps * 32)
-        if weights + scratch > device.shared_memory or accumulators > ALONE_ACCUMULATORS[warps]:
-            continue
-        programs = -(-problem.batch_size // rows)
-        waves = -(-programs * problem.sets // device.multiprocessors)
-        instructions = 200 + 60 * gates * units * rows / (warps * 32) / 4
-        cycles = weights / SHARED_BYTES_PER_CYCLE + instructions * warps * ISSUE_CYCLES
-        yield _plan_of(
-            problem, alone=True, units=units, rows=rows, slices=1, warps=warps, registers=0, shared=0, streamed=0,
-            order=0, gates_per_tile=1, unit_slices=1, batch_slices=programs, launches=1,
-            shared_bytes=weights + scratch, microseconds=waves * cycles / device.gigahertz / 1e3,
-            reason="one program holds all hidden units: nothing to exchange",
-        )  # fmt: skip
+    warps = min(units // (ALONE_WARP_UNITS_IEEE if ieee else ALONE_WARP_UNITS), ALONE_WARPS)
+    # Backward the slots of all gates are multiplied at once, a power of two of them.
+    stack = 1 << (gates - 1).bit_length() if problem.backward else 1
+    weights = max(gates, stack) * units * units * bytes_
+    shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
+    if weights // 4 // (warps * 32) > ALONE_WORDS or shared > device.shared_memory:
+        return
+    chunks = units * bytes_ // CHUNK_ROW_BYTES
+    programs = -(-problem.batch_size // rows)
+    instructions = 60 + (18 * gates + (gates * units if ieee else chunks)) * units * rows // (warps * 32)
+    # A multiprocessor has four schedulers, and takes several programs as well as one.
+    in_turn = max(4, warps * -(-programs * problem.sets // device.multiprocessors))
+    yield _plan_of(
+        problem, alone=True, units=units, rows=rows, slices=1, warps=warps, registers=0 if ieee else chunks,
+        shared=chunks if ieee else 0, streamed=0, order=0, gates_per_tile=1, unit_slices=1, batch_slices=programs,
+        launches=1, shared_bytes=shared, microseconds=instructions * in_turn * ISSUE_CYCLES / device.gigahertz / 1e3,
+        reason="one program holds all hidden units: nothing to exchange",
+    )  # fmt: skip
 
 
 def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:

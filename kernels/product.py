@@ -2,7 +2,8 @@
 
 A weight tile has the M = PER*UB rows of a program (PER gates of its UB units) and all of K. It is cut into chunks of K
 (tiles.py): the first C.REGISTERS of them stay in registers, the following ones, up to C.HELD, in shared memory, and the
-rest is read again in every step. `C` is program.Sizes.
+rest is read again in every step. A lone program multiplies its own state, and keeps all weights as one operand a gate
+(backward: one for all gates). `C` is program.Sizes.
 """
 
 from typing import Any, NamedTuple
@@ -11,13 +12,24 @@ import triton
 import triton.language as tl
 
 from .exchange import poll_again
-from .tiles import chunk_columns, chunk_rows, operand, permuted, state_operand, to_tf32
+from .tiles import (
+    chunk_columns,
+    chunk_rows,
+    lone_operand,
+    lone_result,
+    lone_state,
+    lone_weights,
+    operand,
+    permuted,
+    state_operand,
+    to_tf32,
+)
 
 
 class Weights(NamedTuple):
     """The recurrent weights of a program."""
 
-    held: Any  # operands that stay on the chip: C.HELD chunks of each weight tile, tile by tile; alone: one a gate
+    held: Any  # operands that stay on the chip: HELD chunks of each weight tile, tile by tile; alone: STACK gates
     streamed: Any  # of each tile, pointers to chunk 0, for reading the chunks that do not stay
 
 
@@ -87,14 +99,23 @@ def hold_tile(weight, tile: tl.constexpr, unit, C: tl.constexpr):
 
 
 @triton.jit
+def hold_alone(weight, first: tl.constexpr, C: tl.constexpr):
+    """The operand [STACK*S, UB/S, UB] of STACK gates of a lone program, from gate `first` on; zeros for what does not
+    exist.
+    """
+    g, u, k = lone_weights(C.S, C.UB, C.K, C.STACK)
+    exists = (first + g < C.G) & (u < (C.HS if C.BACKWARD else C.H)) & (k < C.HS)
+    w = tl.load(weight + weight_row(first + g, u, C) * C.HS + k, mask=exists, other=0.0)
+    return lone_operand(rounded(w, C), C.STACK, C.S, C.UB, C.K)
+
+
+@triton.jit
 def hold_weights(weight, unit, C: tl.constexpr):
     """The `Weights` of a program whose first unit is `unit`, from those of its set."""
     held, streamed = (), ()
     if C.ALONE:
-        u, k = tl.arange(0, C.UB)[:, None], tl.arange(0, C.UB)[None, :]
-        for g in tl.static_range(C.G):
-            w = tl.load(weight + weight_row(g, u, C) * C.HS + k, mask=(u < C.H) & (k < C.H), other=0.0)
-            held = held + (rounded(w, C),)
+        for first in tl.static_range(0, C.G, C.STACK):
+            held = held + (hold_alone(weight, first, C),)
     else:
         for tile in tl.static_range(tile_count(C.G, C.PER)):
             chunks, p = hold_tile(weight, tile, unit, C)
@@ -138,6 +159,13 @@ def multiply_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one,
 
 
 @triton.jit
-def multiply_alone(w, x, sum, C: tl.constexpr):
-    """sum + w times x, for a gate's weights [UB, UB] and a state [UB, NB]."""
-    return tl.dot(w, rounded(x, C), sum, input_precision=C.PRECISION)
+def multiply_alone(W, state, C: tl.constexpr):
+    """The products of a lone program's weights with a state: forward the tile h -> one of each gate, backward the slots
+    of all gates -> their sum.
+    """
+    x = rounded(lone_state(state, C.STACK, C.S, C.UB, C.NB, C.K), C)
+    out = ()
+    for i in tl.static_range(len(W.held)):
+        product = tl.dot(W.held[i], x, input_precision=C.PRECISION)
+        out = out + (lone_result(product, C.STACK, C.S, C.UB, C.NB),)
+    return out

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words
+from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, lone_rows, lone_shape, lone_units
 
 
 class Sizes(NamedTuple):
@@ -46,7 +46,8 @@ class Sizes(NamedTuple):
     BITS: Any  # the integer type of that width
     PRECISION: Any  # of products of float32: "tf32" or "ieee"; None for other types
     ALONE: Any  # one program holds all units: nothing is exchanged
-    SHAPE: Any  # of a sub-slice's tiles: rows x units, or, alone, units x rows, as its product needs them
+    SHAPE: Any  # of a sub-slice's tiles: rows x units, or, alone, a lone tile (tiles.py)
+    STACK: Any  # states that a lone program multiplies at once: h; backward the slots of all gates, a power of two
 
 
 @triton.constexpr_function
@@ -62,7 +63,8 @@ def sizes(
         G=G, E=E, H=H, HS=HS, N=N, REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K,
         CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32,
         REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, ORDER=ORDER, DTYPE=DTYPE,
-        BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=(UB, NB) if ALONE else (NB, UB),
+        BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB),
+        STACK=1 << (G - 1).bit_length() if ALONE and BACKWARD else 1,
     )  # fmt: skip
     return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
 
@@ -94,7 +96,7 @@ def this_program(begin, B, C: tl.constexpr):
 
 
 class Place(NamedTuple):
-    """The rows and units of one sub-slice, [NB, 1] and [1, UB] ([1, NB] and [UB, 1] alone), and the tile that it polls.
+    """The rows and units of one sub-slice, [NB, 1] and [1, UB] (alone: along a lone tile), and the tile that it polls.
 
     A spare row, past the last one of the batch, stands at the last one, so that no load needs a mask for it.
     """
@@ -112,9 +114,10 @@ class Place(NamedTuple):
 @triton.jit
 def place_of(me, j: tl.constexpr, T, lengths, C: tl.constexpr):
     """The `Place` of sub-slice j."""
-    rows, units = tl.arange(0, C.NB), me.unit + tl.arange(0, C.UB)
-    b = j * C.NB + (rows[None, :] if C.ALONE else rows[:, None])
-    units = units[:, None] if C.ALONE else units[None, :]
+    if C.ALONE:
+        b, units = j * C.NB + lone_rows(C.NB), lone_units(C.S, C.UB // C.S)
+    else:
+        b, units = j * C.NB + tl.arange(0, C.NB)[:, None], me.unit + tl.arange(0, C.UB)[None, :]
     inside = tl.minimum(b, me.last)
     polled = tl.minimum(j * C.NB + chunk_rows(C.NB), me.last)
     return Place(

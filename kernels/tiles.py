@@ -43,51 +43,64 @@ def chunk_values(dtype):
     return WORDS * 32 // dtype.primitive_bitwidth
 
 
-@triton.jit
-def axis(n: tl.constexpr, WHICH: tl.constexpr):
-    """Index along one axis of a chunk tile: 0 the 8 rows of a matrix instruction, 1 warp, 2 tile of 8 rows; K comes
-    last.
+@triton.constexpr_function
+def axes(RANK):
+    """The order of the axes of a tile that is loaded. Here they are named from registers over warps to the lowest
+    lanes; of equally strided axes the compiler gives those to the last, or to the first. Its own inverse.
     """
+    return tuple(range(RANK - 2, -1, -1)) + (RANK - 1,) if LAYOUT.value == 36 else tuple(range(RANK))
+
+
+@triton.jit
+def in_order(x, RANK: tl.constexpr):
+    """A tile as it is loaded -> its axes as they are named, or back."""
+    return x.permute(() + axes(RANK))
+
+
+@triton.jit
+def along(n: tl.constexpr, AXIS: tl.constexpr, RANK: tl.constexpr):
+    """0..n-1 along one axis of a tile that is loaded."""
     i = tl.arange(0, n)
-    if WHICH == 1:
-        return i[None, :, None, None]
-    elif (WHICH == 0) == (LAYOUT == 36):
-        return i[:, None, None, None]
-    else:
-        return i[None, None, :, None]
+    for axis in tl.static_range(RANK):
+        if axis != axes(RANK)[AXIS]:
+            i = tl.expand_dims(i, axis)
+    return i
+
+
+# A chunk tile has the axes tile of 8 rows, warp, the 8 rows of a matrix instruction, K.
 
 
 @triton.jit
 def chunk_rows(ROWS: tl.constexpr):
     """The row numbers 0..ROWS-1 along the two row axes of a chunk tile."""
-    return axis(ROWS // 8, 2) * 8 + axis(8, 0)
+    return along(ROWS // 8, 0, 4) * 8 + along(8, 2, 4)
 
 
 @triton.jit
 def chunk_columns(S: tl.constexpr, N: tl.constexpr):
     """The N columns (values of K, or words) of each warp's part of chunk 0; chunk i lies i*S*N further on."""
-    return axis(S, 1) * N + tl.arange(0, N)[None, None, None, :]
+    return along(S, 1, 4) * N + along(N, 3, 4)
 
 
 @triton.jit
-def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
-    """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction."""
+def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr = LAYOUT != 39):
+    """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction.
+
+    WIDE: 16-bit operands are 4 values wide, not 2: a `tl.join` among what they are made of does that.
+    """
     if K == 16:  # 32-bit values: lane, pair, half -> pair, half, lane
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 4, 2)
-    elif LAYOUT == 39:  # 16-bit values, operands 2 values wide
+    elif not WIDE:
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
-    else:  # 16-bit values, operands 4 values wide
+    else:
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5)
     return x.reshape(S, ROWS, K)
 
 
 @triton.jit
 def operand(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
-    """A chunk tile, its row axes as `axis` orders them -> operand [S, ROWS, K]. Moves nothing: only names change."""
-    if LAYOUT == 36:
-        x = x.reshape(8, S, ROWS // 8, K).permute(1, 2, 0, 3)
-    else:
-        x = x.reshape(ROWS // 8, S, 8, K).permute(1, 0, 2, 3)
+    """A chunk tile -> operand [S, ROWS, K]. Moves nothing: only names change."""
+    x = in_order(x.reshape(x.shape[0], x.shape[1], x.shape[2], K), 4).permute(1, 0, 2, 3)
     return permuted(x.reshape(S, ROWS, K), S, ROWS, K)
 
 
@@ -132,6 +145,84 @@ def side_by_side(parts, COUNT: tl.constexpr, S: tl.constexpr, PER: tl.constexpr,
         x = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], last))
         x = x.reshape(S, UB, NB, 4).permute(0, 3, 1, 2)
     return x
+
+
+# A lone program holds all units, UB of them. The leading axis of its products is the warp, too, but a warp multiplies
+# all of K with the weights of its own UW = UB/S units: nothing is summed over warps. The result leaves each thread UW/8
+# units of NB/4 rows, with all their gates, and loads, equations and stores are made in just that layout. A lone tile
+# has the axes row of a thread, warp, 8 lanes of units, 4 lanes of rows, unit of a thread; the units of a thread are
+# neighbours in memory, because unit lane*(UW/8) + i stands in row i*8 + lane of its warp's weights. (Where H is no
+# multiple of UW/8 the compiler wants another layout for some tensors, and converts: right, and slower.)
+
+
+@triton.constexpr_function
+def lone_shape(S, UB, NB):
+    """The shape of a lone tile."""
+    shape = NB // 4, S, 8, 4, UB // S // 8
+    return tuple(shape[axis] for axis in axes(5))
+
+
+@triton.jit
+def lone_rows(NB: tl.constexpr):
+    """The rows 0..NB-1 of a lone tile."""
+    return along(NB // 4, 0, 5) * 4 + along(4, 3, 5)
+
+
+@triton.jit
+def lone_units(S: tl.constexpr, UW: tl.constexpr):
+    """The units of a lone tile."""
+    return along(S, 1, 5) * UW + along(8, 2, 5) * (UW // 8) + along(UW // 8, 4, 5)
+
+
+@triton.jit
+def lone_stack(tiles, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
+    """Lone tiles, and zeros up to COUNT, along a new first axis, the other axes in order. Each thread keeps what it
+    has, tile behind tile. (`tl.join` would make neighbours of the tiles, and no two units could be stored together.)
+    """
+    which = tl.arange(0, COUNT)[:, None, None, None, None, None]
+    x = in_order(tiles[0], 5).reshape(1, NB // 4, S, 8, 4, UB // S // 8)
+    if COUNT > 1:
+        x = tl.where(which == 0, x, tl.zeros_like(x))
+        for i in tl.static_range(1, len(tiles)):
+            x = tl.where(which == i, in_order(tiles[i], 5).reshape(1, NB // 4, S, 8, 4, UB // S // 8), x)
+    return x
+
+
+@triton.jit
+def lone_state(tiles, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, K: tl.constexpr):
+    """Lone tiles, and zeros up to COUNT -> operand [COUNT*S, UB, NB], the same for every warp. All that a step takes
+    through shared memory; in one piece, so that two barriers are enough.
+    """
+    x = lone_stack(tiles, COUNT, S, UB, NB)
+    x = x.reshape(COUNT, NB // 8, 2, S, 8, 4, UB // S // 8).permute(0, 1, 5, 2, 3, 4, 6)
+    x = permuted(x.reshape(COUNT * NB, UB // K, K), COUNT * NB, UB // K, K, False)
+    return x.reshape(COUNT, 1, NB, UB).broadcast_to(COUNT, S, NB, UB).reshape(COUNT * S, NB, UB).permute(0, 2, 1)
+
+
+@triton.jit
+def lone_result(x, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
+    """A product [COUNT*S, UW, NB] -> lone tile, the sum of the COUNT parts, which are in one thread."""
+    x = tl.sum(x.reshape(COUNT, S, UB // S, NB), 0) if COUNT > 1 else x
+    x = x.reshape(S, UB // S // 8, 8, NB // 8, 4, 2).permute(3, 5, 0, 2, 4, 1)
+    return in_order(x.reshape(NB // 4, S, 8, 4, UB // S // 8), 5)
+
+
+@triton.jit
+def lone_weights(S: tl.constexpr, UB: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr):
+    """The numbers of weight, row and column in a tile of COUNT weights [UB, UB]: chunk tiles, but a warp has rows of
+    its own, and all chunks.
+    """
+    UW: tl.constexpr = UB // S
+    unit = along(S, 3, 6) * UW + along(8, 4, 6) * (UW // 8) + along(UW // 8, 2, 6)
+    return along(COUNT, 0, 6), unit, along(UB // K, 1, 6) * K + along(K, 5, 6)
+
+
+@triton.jit
+def lone_operand(w, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, K: tl.constexpr):
+    """That tile, loaded -> operand [COUNT*S, UW, UB]. Moves nothing: only names change."""
+    PARTS: tl.constexpr = COUNT * UB * (UB // K)
+    w = in_order(w, 6).permute(0, 3, 2, 4, 1, 5).reshape(1, PARTS, K)
+    return permuted(w, 1, PARTS, K, False).reshape(COUNT * S, UB // S, UB)
 
 
 @triton.jit

@@ -161,6 +161,29 @@ def test_the_step_of_the_main_case_stays_short(backward, most, barriers):
     assert r.count("HMMA") == 32
 
 
+@pytest.mark.parametrize(("cell", "hidden_size", "forward", "backward"), [
+    ("lstm", 64, 335, 299),
+    ("lstm", 128, 367, 339),
+    ("gru", 64, 249, 259),
+    ("gru", 128, 272, 302),
+    ("rnn_tanh", 64, 116, 86),
+    ("rnn_tanh", 128, 138, 109),
+])  # fmt: skip
+def test_the_step_of_a_lone_program_stays_short(cell, hidden_size, forward, backward):
+    """Catches weights that fall back to shared memory, and tiles that are converted between product and memory."""
+    for back, most in ((False, forward), (True, backward)):
+        p = planned(90, cell, "bfloat16", hidden_size, backward=back)
+        assert p.alone and (p.units, p.warps) == (hidden_size, hidden_size // 16)
+        r = compiled(p, 90)
+        assert_sound(p, r)
+        assert r.count() <= most + 15
+        assert r.count("BAR") == 2 and r.count("SHFL", "LDS", "STS") == 0
+        # The state alone is in shared memory, and read in pieces of four matrices of 8 x 8.
+        slots = 1 if not back or cell == "rnn_tanh" else 4
+        assert r.shared == slots * p.warps * p.units * p.rows * 2
+        assert r.count("LDSM") == slots * p.units // 32
+
+
 @PASSES
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
