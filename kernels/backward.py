@@ -47,7 +47,7 @@ from .program import (
     walk,
     within,
 )
-from .tiles import over_warps
+from .tiles import lone_result, over_warps
 
 
 class Left(NamedTuple):
@@ -118,6 +118,15 @@ def through_gates(W, p, limit, one, C: tl.constexpr):
     return lost_as_nan(dh, limit, C), limit
 
 
+@triton.jit
+def through_gates_alone(W, slots, C: tl.constexpr):
+    """The same where one program holds all units, and the slots are its own: a lone tile."""
+    sums = None
+    for i in tl.static_range(len(W.held)):
+        sums = multiply_alone(W.held[i], slots[i * C.STACK : (i + 1) * C.STACK], sums, C)
+    return lone_result(sums, C.STACK, C.S, C.UB, C.NB)
+
+
 @triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
 def backward(
     d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, status, lengths, offsets,
@@ -166,7 +175,7 @@ def backward(
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
             factors = FACTORS(as_float(saved_gates), present, tl.where(reset, 0.0, previous))
             if C.ALONE:
-                dh = multiply_alone(W, state[j], C)[0]
+                dh = through_gates_alone(W, state[j], C)
             else:
                 p = source(d_gates, before, zeros, place, s, now.t - ahead, lengths, C)
                 dh, limit = through_gates(W, p, limit, me.one, C)

@@ -51,7 +51,7 @@ from .program import (
     within,
     zero_where,
 )
-from .tiles import over_warps, side_by_side
+from .tiles import lone_result, over_warps, side_by_side
 
 
 @triton.jit
@@ -68,6 +68,12 @@ def hidden_part(W, p, limit, one, C: tl.constexpr):
         sums = sums + multiply_streamed(held[tile], W, tile, 1, p, one, C)
     r = over_warps(side_by_side(sums, len(sums), C.S, C.PER, C.UB, C.NB), C.S, 4 if C.G > 1 else 1, C.UB, C.NB)
     return [lost_as_nan(tile, limit, C) for tile in r], limit
+
+
+@triton.jit
+def hidden_part_alone(W, h, C: tl.constexpr):
+    """The same where one program holds all units, and h is its own: G lone tiles."""
+    return [lone_result(multiply_alone(w, (h,), None, C), C.STACK, C.S, C.UB, C.NB) for w in W.held]
 
 
 @triton.jit
@@ -123,7 +129,7 @@ def forward(
             x_next = x_next + (load_gates(x_part, 0, place, place.exists & within(then.t, place.length, lengths), C),)
             reset = starts_anew(resets, now.t, True, place, B)
             if C.ALONE:
-                r = multiply_alone(W, (state[j],), C)
+                r = hidden_part_alone(W, state[j], C)
             else:
                 p = source(y, before, h0, place, s, now.t - ahead, lengths, C)
                 r, limit = hidden_part(W, p, limit, me.one, C)

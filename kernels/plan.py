@@ -255,8 +255,8 @@ def alone_plans(problem: Problem) -> Iterator[Plan]:
     if ieee and units > ALONE_IEEE_UNITS:
         return
     warps = min(units // (ALONE_WARP_UNITS_IEEE if ieee else ALONE_WARP_UNITS), ALONE_WARPS)
-    # Backward the slots of all gates are multiplied at once, a power of two of them.
-    stack = 1 << (gates - 1).bit_length() if problem.backward else 1
+    # Backward the slots of all gates are multiplied at once, a power of two of them (program.stack).
+    stack = 1 << (gates - 1).bit_length() if problem.backward and not ieee else 1
     weights = max(gates, stack) * units * units * bytes_
     shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
     if weights // 4 // (warps * 32) > ALONE_WORDS or shared > device.shared_memory:

@@ -2,8 +2,8 @@
 
 A weight tile has the M = PER*UB rows of a program (PER gates of its UB units) and all of K. It is cut into chunks of K
 (tiles.py): the first C.REGISTERS of them stay in registers, the following ones, up to C.HELD, in shared memory, and the
-rest is read again in every step. A lone program multiplies its own state, and keeps all weights as one operand a gate
-(backward: one for all gates). `C` is program.Sizes.
+rest is read again in every step. A lone program multiplies its own state, and keeps all weights as one operand for each
+C.STACK gates. `C` is program.Sizes.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from .tiles import (
     chunk_columns,
     chunk_rows,
     lone_operand,
-    lone_result,
     lone_state,
     lone_weights,
     operand,
@@ -29,7 +28,7 @@ from .tiles import (
 class Weights(NamedTuple):
     """The recurrent weights of a program."""
 
-    held: Any  # operands that stay on the chip: HELD chunks of each weight tile, tile by tile; alone: STACK gates
+    held: Any  # operands that stay on the chip: HELD chunks of each weight tile, tile by tile; alone: one for STACK gates
     streamed: Any  # of each tile, pointers to chunk 0, for reading the chunks that do not stay
 
 
@@ -159,13 +158,7 @@ def multiply_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one,
 
 
 @triton.jit
-def multiply_alone(W, state, C: tl.constexpr):
-    """The products of a lone program's weights with a state: forward the tile h -> one of each gate, backward the slots
-    of all gates -> their sum.
-    """
-    x = rounded(lone_state(state, C.STACK, C.S, C.UB, C.NB, C.K), C)
-    out = ()
-    for i in tl.static_range(len(W.held)):
-        product = tl.dot(W.held[i], x, input_precision=C.PRECISION)
-        out = out + (lone_result(product, C.STACK, C.S, C.UB, C.NB),)
-    return out
+def multiply_alone(w, tiles, sum, C: tl.constexpr):
+    """sum + the weights w of STACK gates times as many tiles of a lone program's state; None for no sum."""
+    x = rounded(lone_state(tiles, C.STACK, C.S, C.UB, C.NB, C.K), C)
+    return tl.dot(w, x, sum, input_precision=C.PRECISION)

@@ -47,7 +47,15 @@ class Sizes(NamedTuple):
     PRECISION: Any  # of products of float32: "tf32" or "ieee"; None for other types
     ALONE: Any  # one program holds all units: nothing is exchanged
     SHAPE: Any  # of a sub-slice's tiles: rows x units, or, alone, a lone tile (tiles.py)
-    STACK: Any  # states that a lone program multiplies at once: h; backward the slots of all gates, a power of two
+    STACK: Any  # states that a lone program multiplies at once
+
+
+@triton.constexpr_function
+def stack(G, BACKWARD, PRECISION):
+    """States that a lone program multiplies at once. Backward the slots of all gates, and zeros up to a power of two, so
+    that they take one way through shared memory; but one by one where products are scalar, and zeros cost as much.
+    """
+    return 1 << (G - 1).bit_length() if BACKWARD and PRECISION != "ieee" else 1
 
 
 @triton.constexpr_function
@@ -64,7 +72,7 @@ def sizes(
         CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32,
         REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, ORDER=ORDER, DTYPE=DTYPE,
         BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB),
-        STACK=1 << (G - 1).bit_length() if ALONE and BACKWARD else 1,
+        STACK=stack(G, BACKWARD, PRECISION),
     )  # fmt: skip
     return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
 

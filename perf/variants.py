@@ -62,15 +62,12 @@ def no_hidden_part(W, p, limit, one, C: tl.constexpr):
 
 
 @triton.jit
-def nothing_alone(W, state, C: tl.constexpr):
-    """`product.multiply_alone` without the product: each result is the sum of the state's tiles."""
-    x = state[0].to(tl.float32)
-    for i in tl.static_range(1, len(state)):
-        x += state[i].to(tl.float32)
-    out = ()
-    for _ in tl.static_range(len(W.held)):
-        out = out + (x,)  # noqa: RUF005
-    return out
+def no_hidden_part_alone(W, h, C: tl.constexpr):
+    """`forward.hidden_part_alone` without the product: the state itself."""
+    r = ()
+    for _ in tl.static_range(C.G):
+        r = r + (h.to(tl.float32),)  # noqa: RUF005
+    return r
 
 
 @triton.jit
@@ -83,6 +80,15 @@ def nothing_held(sums, W, first: tl.constexpr, words, C: tl.constexpr):
 def nothing_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one, C: tl.constexpr):
     """`product.multiply_streamed` without the product: what it was given."""
     return sums
+
+
+@triton.jit
+def no_gates_alone(W, slots, C: tl.constexpr):
+    """`backward.through_gates_alone` without the product: the sum of the slots."""
+    dh = slots[0].to(tl.float32)
+    for g in tl.static_range(1, C.G):
+        dh += slots[g].to(tl.float32)
+    return dh
 
 
 @triton.jit
@@ -133,12 +139,14 @@ def tested(backward: bool, product: bool):
     """The kernel with the loop of a wait that suits states which nothing multiplies; with products or without."""
     if not backward:
         if not product:
-            return with_globals(forward_kernel.forward, hidden_part=no_hidden_part, multiply_alone=nothing_alone)
+            return with_globals(
+                forward_kernel.forward, hidden_part=no_hidden_part, hidden_part_alone=no_hidden_part_alone
+            )
         inner = with_globals(forward_kernel.hidden_part, until_written=until_tested)
         return with_globals(forward_kernel.forward, hidden_part=inner)
     left_out = {} if product else dict(multiply_held=nothing_held, multiply_streamed=nothing_streamed)
     inner = with_globals(backward_kernel.through_gates, until_written=until_tested, **left_out)
-    left_out = {} if product else dict(multiply_alone=nothing_alone)
+    left_out = {} if product else dict(through_gates_alone=no_gates_alone)
     return with_globals(backward_kernel.backward, through_gates=inner, **left_out)
 
 
