@@ -28,7 +28,7 @@ from .tiles import (
 class Weights(NamedTuple):
     """The recurrent weights of a program."""
 
-    held: Any  # operands that stay on the chip: HELD chunks of each weight tile, tile by tile; alone: one for STACK gates
+    held: Any  # operands that stay on the chip: HELD chunks of each weight tile, tile by tile; alone: one a STACK
     streamed: Any  # of each tile, pointers to chunk 0, for reading the chunks that do not stay
 
 

@@ -52,8 +52,8 @@ class Sizes(NamedTuple):
 
 @triton.constexpr_function
 def stack(G, BACKWARD, PRECISION):
-    """States that a lone program multiplies at once. Backward the slots of all gates, and zeros up to a power of two, so
-    that they take one way through shared memory; but one by one where products are scalar, and zeros cost as much.
+    """States that a lone program multiplies at once. Backward the slots of all gates, and zeros up to a power of two:
+    they take one way through shared memory. But one by one where products are scalar, because zeros cost as much there.
     """
     return 1 << (G - 1).bit_length() if BACKWARD and PRECISION != "ieee" else 1
 
