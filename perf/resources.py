@@ -289,7 +289,7 @@ DOCUMENTED = ("HMMA", "LDSM", "BAR", "SHFL", "MUFU")  # what the tables of docs/
 
 def documented(arch: int) -> dict[str, list[Plan]]:
     """The plans of each table of docs/performance.md, by its title. The first and the last table fix the tiles, whether
-    or not such a plan would be chosen; the second has the plans that would run.
+    or not such a plan would be chosen; the others have plans that would run.
     """
     device = DEVICES[ARCHITECTURES[arch]]
 
@@ -298,26 +298,31 @@ def documented(arch: int) -> dict[str, list[Plan]]:
         every = exchanging_plans(Problem(*problem), device.multiprocessors)
         return [p for p in every if (p.units, p.rows, p.slices) == (16, 8, slices)]
 
-    passes, sizes = (False, True), (64, 128, 256, 512, 650, 768, 1536, 2048)
+    passes, cells, sizes = (False, True), ("lstm", "gru", "rnn_tanh"), (64, 128, 256, 512, 650, 768, 1536, 2048)
     of_cells, of_slices = (
         [
             p
-            for backward, cell, hidden_size, dtype in itertools.product(passes, cells, hidden_sizes, dtypes)
+            for backward, cell, hidden_size, dtype in itertools.product(passes, these, hidden_sizes, dtypes)
             for precision in KINDS[dtype]
             for p in tiled(slices, cell, hidden_size, 8 * slices, 1, dtype, device, backward, precision)
         ]
-        for slices, cells, hidden_sizes, dtypes in (
-            (1, ("lstm", "gru", "rnn_tanh"), (1024,), ("float16", "bfloat16", "float32")),
+        for slices, these, hidden_sizes, dtypes in (
+            (1, cells, (1024,), ("float16", "bfloat16", "float32")),
             (4, ("lstm",), (256, 512, 1024), ("bfloat16",)),
         )
     )
     planned = [
-        plan("lstm", hidden_size, 16, 1, "bfloat16", device, backward)
-        for backward, hidden_size in itertools.product(passes, sizes)
+        plan(cell, hidden_size, 16, 1, "bfloat16", device, backward)
+        for cell, backward, hidden_size in itertools.product(cells, passes, sizes)
+    ]
+    small = [
+        plan(cell, hidden_size, 16, 1, "float32", device, backward, precision)
+        for (precision, hidden_size), backward, cell in itertools.product((("tf32", 64), ("ieee", 32)), passes, cells)
     ]
     return {
         "16 units and 8 rows a program": of_cells,
         f"16 rows, as planned for an {device.name}": planned,
+        "One program for all units, float32": small,
         "16 units and 4 x 8 rows a program": of_slices,
     }
 

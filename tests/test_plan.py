@@ -13,7 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnn_gpu.kernels.plan import DEVICES, Plan, cached_plan, cudnn_microseconds, plan
+from rnn_gpu.kernels.plan import (
+    DEVICES,
+    Plan,
+    Problem,
+    cached_plan,
+    cudnn_microseconds,
+    exchanging_plans,
+    plan,
+    with_batch,
+)
 from rnn_gpu.kernels.spec import CELLS, DTYPES, chunk_width, padded
 
 PROMISED = ("h200", "a100", "rtx3090", "rtx4090", "rtx5090", "b200")  # devices with a plan for every problem
@@ -104,6 +113,18 @@ def test_both_directions_of_a_layer_run_side_by_side_on_the_main_device(backward
         assert isinstance(p, Plan), p
         assert_fits(p, "h200")
         assert p.programs % 2 == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_of_plans_of_equal_time_the_one_with_fewest_slices_is_taken(cell, backward):
+    """Catches a choice that rests on waits hiding behind the work on other slices where there is room to do without."""
+    problem = Problem(cell, 256, 16, 1, "bfloat16", DEVICES["h200"], backward)
+    every = [with_batch(p, problem.device, 132) for p in exchanging_plans(problem, 132)]
+    chosen = plan(cell, 256, 16, 1, "bfloat16", DEVICES["h200"], backward)
+    equal = [p for p in every if p.microseconds == chosen.microseconds]
+    assert len({p.slices for p in equal}) > 1, "no two such plans any more: choose another problem"
+    assert chosen.slices == min(p.slices for p in equal)
 
 
 def test_a_cap_on_programs_is_obeyed_down_to_where_nothing_fits():
