@@ -119,12 +119,14 @@ def through_gates(W, p, limit, one, C: tl.constexpr):
 
 
 @triton.jit
-def through_gates_alone(W, slots, C: tl.constexpr):
-    """The same where one program holds all units, and the slots are its own: a lone tile."""
+def through_gates_alone(W, slots, place, C: tl.constexpr):
+    """The same where one program holds all units, and the slots are its own: a lone tile, zeros where there is no unit,
+    whatever the slots are; all else that such a unit has is zero.
+    """
     sums = None
     for i in tl.static_range(len(W.held)):
         sums = multiply_alone(W.held[i], slots[i * C.STACK : (i + 1) * C.STACK], sums, C)
-    return lone_result(sums, C.STACK, C.S, C.UB, C.NB)
+    return tl.where(place.exists, lone_result(sums, C.STACK, C.S, C.UB, C.NB), 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
@@ -175,7 +177,7 @@ def backward(
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
             factors = FACTORS(as_float(saved_gates), present, tl.where(reset, 0.0, previous))
             if C.ALONE:
-                dh = through_gates_alone(W, state[j], C)
+                dh = through_gates_alone(W, state[j], place, C)
             else:
                 p = source(d_gates, before, zeros, place, s, now.t - ahead, lengths, C)
                 dh, limit = through_gates(W, p, limit, me.one, C)

@@ -1,9 +1,9 @@
 """The equations of the cells: pure functions on tiles, one for each direction of flow.
 
-A tile is [NB, UB] float32: NB rows of the batch by UB hidden units of one program (or its transpose: the equations
-act on each element alone). Everything a cell needs arrives as arguments and leaves as results; loads, stores and the
-loop over time are in forward.py and backward.py, and serve every cell. The notation is that of the torch.nn
-documentation; docs/equations.md derives the backward.
+A tile is [NB, UB] float32: NB rows of the batch by UB hidden units of one program (or any other arrangement of them:
+the equations act on each element alone). Everything a cell needs arrives as arguments and leaves as results; loads,
+stores and the loop over time are in forward.py and backward.py, and serve every cell. The notation is that of the
+torch.nn documentation; docs/equations.md derives the backward.
 
 A product and a sum that belong together are written as one `fma`: the compiler would fuse them on a GPU, and so the
 interpreter rounds alike. Errors in units in the last place are those measured in the interpreter (every 512th float32,

@@ -6,8 +6,8 @@ unwritten or final, so no order between elements matters: there is no counter, n
 
 * Stores go past the first-level cache (`.cg`), polls are volatile. Stores are not ordered among each other, so every
   tile is tested in full and nothing follows from what was stored last.
-* A result that came out as all ones becomes another NaN just before it is published: diverged training ends in NaN,
-  not in a wait.
+* A result that came out as all ones becomes another NaN just before it is published (not alone: nobody waits for it):
+  diverged training ends in NaN, not in a wait.
 * Every wait is bounded. Past the bound the program waits no more for the rest of the launch; what it read stays NaN,
   a status word is set, and the host raises (launch.py).
 """

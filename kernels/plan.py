@@ -43,8 +43,8 @@ class Plan:
 
     units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a
     step.
-    warps: also the number of ways K is split. registers, shared, streamed: chunks of K whose weights stay in registers,
-    in shared memory, or are read again in every step. order: see kernels/backward.py. alone: one program holds all
+    warps: also the number of ways K is split, but for a lone program. registers, shared, streamed: chunks of K whose
+    weights stay in registers, in shared memory, or are read again in every step. order: see kernels/backward.py. alone: one program holds all
     units, no exchange.
     unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
@@ -130,9 +130,12 @@ ROWS_AND_SLICES = ((8, 1), (8, 2), (8, 4), (16, 1), (16, 2))
 # cube.
 POLLED_TILES = 48
 # One program that holds all units has TILE_BATCH rows: twice the rows take nearly twice the instructions, and registers
-# that the LSTM does not have. Words of weights a thread: beside 128 there is room for all else, masks and lengths
-# included (compiled as above: 253 registers at the most).
+# that the LSTM does not have. Words of weights a thread: beside 128 there is room for all else (compiled as above).
 ALONE_WORDS = 128
+# Fewer for the LSTM's backward where rows are ragged and H is odd: no two units share an address, and some words spill.
+UNALIGNED_WORDS = 16
+# Programs along the second axis of a CUDA grid.
+GRID_PROGRAMS = 65535
 # Its warps at the most: with 16, a thread would have 128 registers.
 ALONE_WARPS = 8
 # Units of a warp: the rows of a matrix instruction. Full float32 products are made of scalar ones: the more warps, the
@@ -230,9 +233,10 @@ def plan(
     resident = min(max_programs or device.multiprocessors, device.multiprocessors)
     precision = (precision or "tf32") if dtype == "float32" else None
     problem = Problem(cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision, ragged)
-    found = list(alone_plans(problem)) if allow_alone else []
-    if not found:
-        found = [with_batch(p, device, resident) for p in exchanging_plans(problem, resident)]
+    alone = alone_plan(problem) if allow_alone else None
+    if alone is not None:
+        return alone
+    found = [with_batch(p, device, resident) for p in exchanging_plans(problem, resident)]
     if not found:
         what = f"{hidden_size} hidden units in {sets} set(s)"
         return f"{what} need more than the {resident} programs that can run at the same time"
@@ -246,31 +250,35 @@ def _plan_of(problem: Problem, **chosen) -> Plan:
     return Plan(**{name: getattr(problem, name) for name in names}, **chosen)
 
 
-def alone_plans(problem: Problem) -> Iterator[Plan]:
-    """The plan in which one program holds all units, if there is one: batch slices share nothing, and any number of
-    programs will do.
+def alone_plan(problem: Problem) -> Plan | None:
+    """The plan in which one program holds all units, if there is one: batch slices share nothing, and need not run at
+    the same time. Its chunks of weights are those of one warp, which multiplies all of K.
     """
     device, gates, bytes_ = problem.device, problem.gates, itemsize(problem.dtype)
     ieee, rows = problem.precision == "ieee", TILE_BATCH
     units = max(CHUNK_ROW_BYTES // bytes_, 1 << (problem.hidden_size - 1).bit_length())
     if ieee and units > ALONE_IEEE_UNITS:
-        return
+        return None
     warps = min(units // (ALONE_WARP_UNITS_IEEE if ieee else ALONE_WARP_UNITS), ALONE_WARPS)
     # Backward the slots of all gates are multiplied at once, a power of two of them (program.stack).
     stack = 1 << (gates - 1).bit_length() if problem.backward and not ieee else 1
     weights = max(gates, stack) * units * units * bytes_
     shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
-    if weights // 4 // (warps * 32) > ALONE_WORDS or shared > device.shared_memory:
-        return
+    unaligned = problem.ragged and problem.backward and gates == 4 and problem.hidden_size % 2 == 1
+    words = ALONE_WORDS - (UNALIGNED_WORDS if unaligned else 0)
+    if weights // 4 // (warps * 32) > words or shared > device.shared_memory:
+        return None
     chunks = units * bytes_ // CHUNK_ROW_BYTES
     programs = -(-problem.batch_size // rows)
+    launches = -(-programs // GRID_PROGRAMS)
     instructions = 60 + (18 * gates + (gates * units if ieee else chunks)) * units * rows // (warps * 32)
     # A multiprocessor has four schedulers, and takes several programs as well as one.
     in_turn = max(4, warps * -(-programs * problem.sets // device.multiprocessors))
-    yield _plan_of(
+    return _plan_of(
         problem, alone=True, units=units, rows=rows, slices=1, warps=warps, registers=0 if ieee else chunks,
-        shared=chunks if ieee else 0, streamed=0, order=0, gates_per_tile=1, unit_slices=1, batch_slices=programs,
-        launches=1, shared_bytes=shared, microseconds=instructions * in_turn * ISSUE_CYCLES / device.gigahertz / 1e3,
+        shared=chunks if ieee else 0, streamed=0, order=0, gates_per_tile=1, unit_slices=1,
+        batch_slices=-(-programs // launches), launches=launches, shared_bytes=shared,
+        microseconds=instructions * in_turn * ISSUE_CYCLES / device.gigahertz / 1e3,
         reason="one program holds all hidden units: nothing to exchange",
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     UB: Any  # units of a program
     NB: Any  # rows of a sub-slice
     SLICES: Any  # sub-slices of a program
-    S: Any  # warps of a program; also the number of ways in which K, the units summed over, is split
+    S: Any  # warps of a program; also the number of ways in which K, the units summed over, is split (not alone)
     K: Any  # values of K in a warp's part of a chunk (tiles.py)
     CHUNKS: Any  # chunks of K
     STEP: Any  # 32-bit words from chunk to chunk of a state
@@ -220,8 +220,11 @@ def has_room(place, active, offsets):
 
 @triton.jit
 def cleared(x, active, place, C: tl.constexpr):
-    """x with zeros where a row is not `active`, and in the padding: the neighbours read that, too."""
-    return tl.where(active if C.H == C.HS else place.exists & active, x, 0.0)
+    """x with zeros where a row is not `active`, and in what is multiplied beside the H units: the padding of a row,
+    which the neighbours read, or all further units of a lone program (backward `through_gates_alone` has seen to them).
+    """
+    END: tl.constexpr = (C.H if C.BACKWARD else C.UB) if C.ALONE else C.HS
+    return tl.where(active if C.H == END else place.exists & active, x, 0.0)
 
 
 @triton.jit

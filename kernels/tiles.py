@@ -2,7 +2,8 @@
 
 A step of the recurrence multiplies a slice of the recurrent weight, which never changes, by the hidden
 state, which is new in every step. Both should reach the tensor core straight from the registers that a
-16-byte load filled: no shared memory, no conversion, no barrier. Four ideas make that possible.
+16-byte load filled: no shared memory, no conversion, no barrier. Four ideas make that possible
+(a lone program, which holds all units, splits units in place of K: see lone_shape and what follows it).
 
 1. K (the hidden units that are summed over) is split over the S warps of a program by the leading axis of a
    three-dimensional `tl.dot`; a warp multiplies its own K and nobody else's.
@@ -86,7 +87,8 @@ def chunk_columns(S: tl.constexpr, N: tl.constexpr):
 def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr = LAYOUT != 39):
     """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction.
 
-    WIDE: 16-bit operands are 4 values wide, not 2: a `tl.join` among what they are made of does that.
+    WIDE: 16-bit operands are 4 values wide, not 2. Weight and state must agree: lone tiles pass False, because the
+    compiler makes operands wide only where one of the two went through `tl.join`, as `values` does.
     """
     if K == 16:  # 32-bit values: lane, pair, half -> pair, half, lane
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 4, 2)
@@ -175,13 +177,13 @@ def lone_units(S: tl.constexpr, UW: tl.constexpr):
 
 
 @triton.jit
-def lone_stack(tiles, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
-    """Lone tiles, and zeros up to COUNT, along a new first axis, the other axes in order. Each thread keeps what it
+def lone_stack(tiles, STACK: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
+    """Lone tiles, and zeros up to STACK, along a new first axis, the other axes in order. Each thread keeps what it
     has, tile behind tile. (`tl.join` would make neighbours of the tiles, and no two units could be stored together.)
     """
-    which = tl.arange(0, COUNT)[:, None, None, None, None, None]
+    which = tl.arange(0, STACK)[:, None, None, None, None, None]
     x = in_order(tiles[0], 5).reshape(1, NB // 4, S, 8, 4, UB // S // 8)
-    if COUNT > 1:
+    if STACK > 1:
         x = tl.where(which == 0, x, tl.zeros_like(x))
         for i in tl.static_range(1, len(tiles)):
             x = tl.where(which == i, in_order(tiles[i], 5).reshape(1, NB // 4, S, 8, 4, UB // S // 8), x)
@@ -189,40 +191,40 @@ def lone_stack(tiles, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB
 
 
 @triton.jit
-def lone_state(tiles, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, K: tl.constexpr):
-    """Lone tiles, and zeros up to COUNT -> operand [COUNT*S, UB, NB], the same for every warp. All that a step takes
+def lone_state(tiles, STACK: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, K: tl.constexpr):
+    """Lone tiles, and zeros up to STACK -> operand [STACK*S, UB, NB], the same for every warp. All that a step takes
     through shared memory; in one piece, so that two barriers are enough.
     """
-    x = lone_stack(tiles, COUNT, S, UB, NB)
-    x = x.reshape(COUNT, NB // 8, 2, S, 8, 4, UB // S // 8).permute(0, 1, 5, 2, 3, 4, 6)
-    x = permuted(x.reshape(COUNT * NB, UB // K, K), COUNT * NB, UB // K, K, False)
-    return x.reshape(COUNT, 1, NB, UB).broadcast_to(COUNT, S, NB, UB).reshape(COUNT * S, NB, UB).permute(0, 2, 1)
+    x = lone_stack(tiles, STACK, S, UB, NB)
+    x = x.reshape(STACK, NB // 8, 2, S, 8, 4, UB // S // 8).permute(0, 1, 5, 2, 3, 4, 6)
+    x = permuted(x.reshape(STACK * NB, UB // K, K), STACK * NB, UB // K, K, False)
+    return x.reshape(STACK, 1, NB, UB).broadcast_to(STACK, S, NB, UB).reshape(STACK * S, NB, UB).permute(0, 2, 1)
 
 
 @triton.jit
-def lone_result(x, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
-    """A product [COUNT*S, UW, NB] -> lone tile, the sum of the COUNT parts, which are in one thread."""
-    x = tl.sum(x.reshape(COUNT, S, UB // S, NB), 0) if COUNT > 1 else x
+def lone_result(x, STACK: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
+    """A product [STACK*S, UW, NB] -> lone tile, the sum of the STACK parts, which are in one thread."""
+    x = tl.sum(x.reshape(STACK, S, UB // S, NB), 0) if STACK > 1 else x
     x = x.reshape(S, UB // S // 8, 8, NB // 8, 4, 2).permute(3, 5, 0, 2, 4, 1)
     return in_order(x.reshape(NB // 4, S, 8, 4, UB // S // 8), 5)
 
 
 @triton.jit
-def lone_weights(S: tl.constexpr, UB: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr):
-    """The numbers of weight, row and column in a tile of COUNT weights [UB, UB]: chunk tiles, but a warp has rows of
+def lone_weights(S: tl.constexpr, UB: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr):
+    """The numbers of weight, row and column in a tile of STACK weights [UB, UB]: chunk tiles, but a warp has rows of
     its own, and all chunks.
     """
     UW: tl.constexpr = UB // S
     unit = along(S, 3, 6) * UW + along(8, 4, 6) * (UW // 8) + along(UW // 8, 2, 6)
-    return along(COUNT, 0, 6), unit, along(UB // K, 1, 6) * K + along(K, 5, 6)
+    return along(STACK, 0, 6), unit, along(UB // K, 1, 6) * K + along(K, 5, 6)
 
 
 @triton.jit
-def lone_operand(w, COUNT: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, K: tl.constexpr):
-    """That tile, loaded -> operand [COUNT*S, UW, UB]. Moves nothing: only names change."""
-    PARTS: tl.constexpr = COUNT * UB * (UB // K)
+def lone_operand(w, STACK: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, K: tl.constexpr):
+    """That tile, loaded -> operand [STACK*S, UW, UB]. Moves nothing: only names change."""
+    PARTS: tl.constexpr = STACK * UB * (UB // K)
     w = in_order(w, 6).permute(0, 3, 2, 4, 1, 5).reshape(1, PARTS, K)
-    return permuted(w, 1, PARTS, K, False).reshape(COUNT * S, UB // S, UB)
+    return permuted(w, 1, PARTS, K, False).reshape(STACK * S, UB // S, UB)
 
 
 @triton.jit

@@ -83,7 +83,7 @@ def nothing_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one, 
 
 
 @triton.jit
-def no_gates_alone(W, slots, C: tl.constexpr):
+def no_gates_alone(W, slots, place, C: tl.constexpr):
     """`backward.through_gates_alone` without the product: the sum of the slots."""
     dh = slots[0].to(tl.float32)
     for g in tl.static_range(1, C.G):

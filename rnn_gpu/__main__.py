@@ -25,7 +25,8 @@ def main() -> int:
     print(f"device: {torch.cuda.get_device_name() if gpu else 'no CUDA device'}")
     print(f"backend setting: {backends.current_backend()}")
     if not gpu:
-        print("backend used: torch (PyTorch's own kernels), because there is no CUDA device. On an H200 it would be:")
+        print("backend used: torch (PyTorch's own kernels), because there is no CUDA device")
+    print(f"for example{'' if gpu else ', on an H200'}:")
     print(explain(modules.LSTM(512, 512, dtype=torch.bfloat16), batch_size=16))
     return selfcheck.main(list(selfcheck.LAYERS))
 

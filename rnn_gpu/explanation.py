@@ -70,12 +70,14 @@ def explain(
             lines += _pass_lines(plan, gpu)
         if module.proj_size > 0:
             lines.append(_projection_line(module, choice.plans))
-        lines.append("Times are estimates of the model in kernels/plan.py; none has been measured on this device.")
+        lines.append("Times are estimates of a model, not measured; docs/design.md explains it and the words above.")
     else:
         lines.append(f"backend 'auto' takes torch: {choice.reason}")
         lines.append("backend 'triton' would raise a RuntimeError with that reason")
     if backends.triton_missing():
         lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
+    elif not torch.cuda.is_available():
+        lines.append("Here nothing of this runs: there is no CUDA device.")
     if wanted != "auto":
         lines.append(f"The backend in force now is {wanted!r}.")
     return "\n".join(lines)

@@ -179,6 +179,15 @@ def test_precision_matters_for_float32_alone():
     assert plan("gru", 256, 16, 1, "float32", DEVICES["a100"]).precision == "tf32", "PyTorch's default for RNNs"
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_batch_of_more_programs_than_a_grid_has_takes_several_launches(backward):
+    """Catches a lone program's batch slices beyond the 65,535 that the second axis of a CUDA grid can have."""
+    for batch, launches in ((8 * 65535, 1), (8 * 65535 + 1, 2), (2_000_000, 4)):
+        p = plan("gru", 32, batch, 1, "bfloat16", DEVICES["h200"], backward)
+        assert p.alone and p.launches == launches
+        assert p.batch_slices <= 65535 and p.batch_slices * launches * p.rows >= batch
+
+
 def test_an_empty_batch_has_a_plan():
     """Catches a division by no rows."""
     for allow_alone in (False, True):
