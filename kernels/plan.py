@@ -44,8 +44,8 @@ class Plan:
     units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a
     step.
     warps: also the number of ways K is split, but for a lone program. registers, shared, streamed: chunks of K whose
-    weights stay in registers, in shared memory, or are read again in every step. order: see kernels/backward.py. alone: one program holds all
-    units, no exchange.
+    weights stay in registers, in shared memory, or are read again in every step. order: see
+    kernels/backward.py. alone: one program holds all units, no exchange.
     unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
     """
