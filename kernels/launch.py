@@ -125,9 +125,9 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
 def options(plan: Plan) -> dict:
     """How a plan's kernel is compiled and launched.
 
-    num_stages=1: a pipeline would load the state across the wait. maxnreg: as many registers as
-    a thread can have; fewer programs may fit on a multiprocessor then, but the assembler would spill a few values to
-    make room for another one.
+    num_stages=1: a pipeline would load the state across the wait. maxnreg: as many registers as a thread can have;
+    fewer programs may fit on a multiprocessor then, but the assembler would spill a few values to make room for another
+    one.
     """
     return dict(num_warps=plan.warps, num_stages=1, maxnreg=255, launch_cooperative_grid=not plan.alone)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from .spec import CELLS, DTYPES, chunk_width, itemsize, padded
+from .spec import CELLS, DTYPES, chunk_width, itemsize, padded, stacked
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Plan:
     units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a
     step.
     warps: also the number of ways K is split, but for a lone program. registers, shared, streamed: chunks of K whose
-    weights stay in registers, in shared memory, or are read again in every step. order: see
-    kernels/backward.py. alone: one program holds all units, no exchange.
+    weights stay in registers, in shared memory, or are read again in every step. order: see kernels/backward.py.
+    alone: one program holds all units, no exchange.
     unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
     """
@@ -134,7 +134,7 @@ POLLED_TILES = 48
 ALONE_WORDS = 128
 # Fewer for the LSTM's backward where rows are ragged and H is odd: no two units share an address, and some words spill.
 UNALIGNED_WORDS = 16
-# Programs along the second axis of a CUDA grid.
+# Programs along the second and the third axis of a CUDA grid: batch slices and sets.
 GRID_PROGRAMS = 65535
 # Its warps at the most: with 16, a thread would have 128 registers.
 ALONE_WARPS = 8
@@ -257,11 +257,10 @@ def alone_plan(problem: Problem) -> Plan | None:
     device, gates, bytes_ = problem.device, problem.gates, itemsize(problem.dtype)
     ieee, rows = problem.precision == "ieee", TILE_BATCH
     units = max(CHUNK_ROW_BYTES // bytes_, 1 << (problem.hidden_size - 1).bit_length())
-    if ieee and units > ALONE_IEEE_UNITS:
+    if (ieee and units > ALONE_IEEE_UNITS) or problem.sets > GRID_PROGRAMS:
         return None
     warps = min(units // (ALONE_WARP_UNITS_IEEE if ieee else ALONE_WARP_UNITS), ALONE_WARPS)
-    # Backward the slots of all gates are multiplied at once, a power of two of them (program.stack).
-    stack = 1 << (gates - 1).bit_length() if problem.backward and not ieee else 1
+    stack = stacked(gates, problem.backward, problem.precision)
     weights = max(gates, stack) * units * units * bytes_
     shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
     unaligned = problem.ragged and problem.backward and gates == 4 and problem.hidden_size % 2 == 1

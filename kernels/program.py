@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .spec import stacked
 from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, lone_rows, lone_shape, lone_units
 
 
@@ -50,12 +51,7 @@ class Sizes(NamedTuple):
     STACK: Any  # states that a lone program multiplies at once
 
 
-@triton.constexpr_function
-def stack(G, BACKWARD, PRECISION):
-    """States that a lone program multiplies at once. Backward the slots of all gates, and zeros up to a power of two:
-    they take one way through shared memory. But one by one where products are scalar, because zeros cost as much there.
-    """
-    return 1 << (G - 1).bit_length() if BACKWARD and PRECISION != "ieee" else 1
+stack = triton.constexpr_function(stacked)
 
 
 @triton.constexpr_function

@@ -61,6 +61,13 @@ def chunk_width(warps: int, dtype: str) -> int:
     return warps * 64 // itemsize(dtype)
 
 
+def stacked(gates: int, backward: bool, precision: str | None) -> int:
+    """States that a lone program multiplies at once. Backward the slots of all gates, and zeros up to a power of two:
+    they take one way through shared memory. But one by one where products are scalar, because zeros cost as much there.
+    """
+    return 1 << (gates - 1).bit_length() if backward and precision != "ieee" else 1
+
+
 def runs_backwards(reversed_sets: int, n: int) -> bool:
     """Whether weight set n runs backwards in time. reversed_sets: 0 none, 1 all, 2 every second one."""
     return reversed_sets == 1 or (reversed_sets == 2 and n % 2 == 1)

@@ -302,11 +302,11 @@ def documented(arch: int) -> dict[str, list[Plan]]:
     of_cells, of_slices = (
         [
             p
-            for backward, cell, hidden_size, dtype in itertools.product(passes, these, hidden_sizes, dtypes)
+            for backward, cell, hidden_size, dtype in itertools.product(passes, some, hidden_sizes, dtypes)
             for precision in KINDS[dtype]
             for p in tiled(slices, cell, hidden_size, 8 * slices, 1, dtype, device, backward, precision)
         ]
-        for slices, these, hidden_sizes, dtypes in (
+        for slices, some, hidden_sizes, dtypes in (
             (1, cells, (1024,), ("float16", "bfloat16", "float32")),
             (4, ("lstm",), (256, 512, 1024), ("bfloat16",)),
         )

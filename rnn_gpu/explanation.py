@@ -76,7 +76,7 @@ def explain(
         lines.append("backend 'triton' would raise a RuntimeError with that reason")
     if backends.triton_missing():
         lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
-    elif not torch.cuda.is_available():
+    elif choice.plans and not torch.cuda.is_available() and not backends.interpreting():
         lines.append("Here nothing of this runs: there is no CUDA device.")
     if wanted != "auto":
         lines.append(f"The backend in force now is {wanted!r}.")

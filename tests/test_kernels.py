@@ -154,6 +154,16 @@ def test_every_way_to_cut_a_problem_is_right(problem, cut):
 
 
 @every_cell
+def test_a_lone_program_in_several_launches_is_right(cell):
+    """Catches rows of a later launch that are left out, or done as those of the first one."""
+    problem = Problem(cell, 33, 29, 2, torch.bfloat16, sets=2, reversed_sets=2)
+    forward, backward = plans(problem, alone=True, batch_slices=2)
+    assert forward.alone and backward.alone and forward.launches == backward.launches == 2
+    with concurrent_programs(5):
+        assert_right(problem, run(problem, (forward, backward)))
+
+
+@every_cell
 @pytest.mark.parametrize("alone", [False, True])
 def test_no_bias_is_right(cell, alone):
     """Catches a hidden bias that is read where there is none."""

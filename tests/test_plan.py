@@ -188,6 +188,12 @@ def test_a_batch_of_more_programs_than_a_grid_has_takes_several_launches(backwar
         assert p.batch_slices <= 65535 and p.batch_slices * launches * p.rows >= batch
 
 
+def test_more_sets_than_a_grid_has_are_refused():
+    """Catches an ensemble beyond the 65,535 programs that the third axis of a CUDA grid can have."""
+    assert plan("gru", 32, 8, 65535, "bfloat16", DEVICES["h200"]).alone
+    assert "65536 set(s)" in plan("gru", 32, 8, 65536, "bfloat16", DEVICES["h200"])
+
+
 def test_an_empty_batch_has_a_plan():
     """Catches a division by no rows."""
     for allow_alone in (False, True):

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from perf import resources
 from perf.resources import Resources, compile_plan, is_poll, is_publish, signature
 from rnn_gpu.kernels import launch
-from rnn_gpu.kernels.plan import DEVICES, Plan, plan
+from rnn_gpu.kernels.plan import DEVICES, SPARE_BYTES, Plan, plan
 from rnn_gpu.kernels.spec import CELLS, padded
 
 pytestmark = pytest.mark.compiled
@@ -180,13 +180,13 @@ def test_the_step_of_a_lone_program_stays_short(cell, hidden_size, forward, back
         assert r.count("BAR") == 2 and r.count("SHFL", "LDS", "STS") == 0
         # The state alone is in shared memory, and read in pieces of four matrices of 8 x 8.
         slots = 1 if not back or cell == "rnn_tanh" else 4
-        assert r.shared == slots * p.warps * p.units * p.rows * 2
+        assert r.shared == slots * p.warps * p.units * p.rows * 2 == p.shared_bytes - SPARE_BYTES
         assert r.count("LDSM") == slots * p.units // 32
 
 
 @pytest.mark.parametrize(("dtype", "hidden_size"), [("bfloat16", 128), ("bfloat16", 121), ("float32", 61)])
-def test_a_lone_program_of_ragged_rows_does_not_spill(dtype, hidden_size):
-    """Catches masks and addresses of ragged rows that a lone LSTM's backward, the tightest kernel, has no room for."""
+def test_the_tightest_lone_kernel_has_room_for_ragged_rows_or_is_not_taken(dtype, hidden_size):
+    """Catches masks and addresses of ragged rows that make the LSTM's backward spill: odd H has no room for them."""
     device = DEVICES["a100"]
     for sets in (1, 2):
         p = plan("lstm", hidden_size, 16, sets, dtype, device, backward=True, ragged=True)
