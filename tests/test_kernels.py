@@ -369,6 +369,21 @@ def test_infinities_give_what_the_oracle_gives(cell, name, alone):
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["exchanged", "alone"])
+def test_an_infinite_gradient_stays_infinite(alone):
+    """Catches units past H whose gradient, infinity times the zero of padding, goes into the next product: with no
+    negative number nothing else makes a NaN of an infinity.
+    """
+    problem = Problem("rnn_tanh", 12, 3, 4, torch.float32, "ieee")
+    given = spoiled(problem, "d_y", (3, 2, 0, 3), torch.inf)  # some steps before the last one of the backward
+    positive = {name: getattr(given, name).abs() for name in ("x_part", "weight_hh", "h0")}
+    given = dataclasses.replace(given, **positive)
+    expected = oracle(problem, given)
+    assert expected["d_h0"].isinf().any() and not expected["d_h0"].isnan().any()
+    with concurrent_programs(12):
+        assert_same_exceptions(run(problem, plans(problem, alone=alone), given), expected, "with positive weights")
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["exchanged", "alone"])
 @every_kind
 def test_nan_in_a_weight_is_not_lost(dtype, precision, alone):
     """Catches a rounding of weights that makes a number of a NaN, as adding to the bits of CUDA's own NaN does."""
