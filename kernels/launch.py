@@ -224,6 +224,17 @@ def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
     return _aligned(torch.nn.functional.pad(rows, (0, padded_size - hidden_size)))
 
 
+def in_pieces(order: tuple) -> list[tuple[slice, slice]]:
+    """An order of gates as slices (of the slots, of the gates), as few as will do. An index made of a Python list would
+    be copied to the device in every call.
+    """
+    begins = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1] + [len(order)]
+    return [
+        (slice(begin, end), slice(order[begin], order[begin] + end - begin))
+        for begin, end in itertools.pairwise(begins)
+    ]
+
+
 def forward(
     plan: Plan,
     x_part: Tensor,
@@ -312,8 +323,9 @@ def backward(
         d_gates.view(HOLDER[dtype]).fill_(UNWRITTEN)
         d_gates[:batch].zero_()  # what the first step of the backward reads
     weight = weight_hh.new_zeros((sets, size, cell.gates, size))
-    by_unit = weight_hh.view(sets, cell.gates, hidden_size, hidden_size)[:, list(cell.slot_order)].permute(0, 3, 1, 2)
-    weight[:, :hidden_size, :, :hidden_size].copy_(by_unit)
+    by_gate = weight_hh.view(sets, cell.gates, hidden_size, hidden_size)
+    for slots, gates_of in in_pieces(cell.slot_order):
+        weight[:, :hidden_size, slots, :hidden_size].copy_(by_gate[:, gates_of].permute(0, 3, 1, 2))
     if cell.aux == "y":
         aux, history, history_0 = _padded_rows(y, size), None, None
     elif cell.carry == "c":

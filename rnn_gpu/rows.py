@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Rows(NamedTuple):
@@ -26,10 +27,37 @@ class Rows(NamedTuple):
     resets: Tensor | None = None
 
 
+# Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
+# the version of the batch sizes that they were made from, and for each device.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
-    """The rows of a PackedSequence of `batch` sequences, from its batch_sizes [T] on the CPU."""
+    """The rows of a PackedSequence of `batch` sequences, from its batch_sizes [T] on the CPU.
+
+    The one thing that a call copies to the device, without waiting for it; and not again for the same batch sizes, so
+    that a CUDA graph can hold every call but the first.
+    """
+    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
+        return _packed_rows(batch_sizes, batch, device)
+    version, known = _known.get(batch_sizes, (None, {}))
+    if version != batch_sizes._version:
+        known = {}
+    if (batch, device) not in known:
+        rows = _packed_rows(batch_sizes, batch, device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return rows  # which hold nothing before the graph runs
+        known[batch, device] = rows
+        _known[batch_sizes] = batch_sizes._version, known
+    return known[batch, device]
+
+
+def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
+    """`packed_rows`, made."""
     offsets = functional.pad(batch_sizes.cumsum(0), (1, 0))
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0, dtype=torch.int32)
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0, dtype=torch.int32)
+    if device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+        offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits
     return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
 

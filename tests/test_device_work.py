@@ -1,0 +1,123 @@
+"""What a call asks of the device: nothing that copies to or from the host or waits, and few kernels.
+
+Without a GPU: `tests/device_work.py` says how.
+"""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+pytest.importorskip("triton")
+
+import rnn_gpu
+from rnn_gpu.rows import packed_rows
+from tests.device_work import DEVICE, autocast, pretending
+
+pytestmark = [pytest.mark.compiled]
+
+T, B, I, H = 6, 5, 12, 40
+
+LAYERS = {
+    "LSTM": dict(),
+    "GRU": dict(),
+    "RNN": dict(),
+    "LSTM, both directions, 2 layers": dict(bidirectional=True, num_layers=2, dropout=0.5),
+    "GRU, both directions, 2 layers": dict(bidirectional=True, num_layers=2),
+    "LSTM, projected": dict(proj_size=8),
+    "LSTM, no biases": dict(bias=False),
+    "LSTM, odd size": dict(hidden_size=37),
+    "LSTM, alone": dict(hidden_size=16),
+}
+
+
+def made(name: str, **options) -> torch.nn.Module:
+    options = dict(input_size=I, hidden_size=H, device=DEVICE, dtype=torch.bfloat16) | LAYERS[name] | options
+    return getattr(rnn_gpu, name.split(",")[0])(**options)
+
+
+BATCH_SIZES = torch.tensor([5, 4, 3, 2, 1, 1])
+
+
+def call(layer, kind: str, states: bool):
+    """A call of a layer with every kind of input -> outputs and final states, flat."""
+    dtype = layer.weight_ih_l0.dtype
+    shape = (int(BATCH_SIZES.sum()),) if kind == "packed" else (T, B)
+    input = torch.empty(*shape, layer.input_size, device=DEVICE, dtype=dtype, requires_grad=True)
+    masks = {}
+    if kind == "packed":
+        input = PackedSequence(input, BATCH_SIZES)
+    if kind == "lengths":
+        masks = dict(lengths=torch.empty(B, device=DEVICE, dtype=torch.int64))
+    if kind == "resets":
+        masks = dict(resets=torch.empty(T, B, device=DEVICE, dtype=torch.bool))
+    hx = None
+    if states:
+        sets = layer.num_layers * (2 if layer.bidirectional else 1)
+        hx = [
+            torch.empty(sets, B, size, device=DEVICE, dtype=dtype, requires_grad=True)
+            for size in (layer.proj_size or layer.hidden_size, layer.hidden_size)
+        ]
+        hx = tuple(hx) if layer.mode == "LSTM" else hx[0]
+    output, final = layer(input, hx, **masks)
+    output = output.data if kind == "packed" else output
+    return output, *(final if isinstance(final, tuple) else (final,))
+
+
+def backward(outputs) -> None:
+    torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", ["dense", "lengths", "resets", "packed"])
+@pytest.mark.parametrize("states", [False, True], ids=["", "states"])
+@pytest.mark.parametrize("memory", ["full", "lean"])
+def test_nothing_is_copied_or_waited_for(name, kind, states, memory, monkeypatch):
+    """Catches: an index made of a Python list (a copy in each call, and no CUDA graph), a scalar read back, a host
+    tensor where one of the device should be.
+    """
+    layer = made(name)
+    rows = packed_rows(BATCH_SIZES, B, DEVICE)  # made once, and kept
+    known = *layer.parameters(), rows.lengths, rows.offsets
+    with pretending(monkeypatch, known), rnn_gpu.memory(memory):
+        backward(call(layer, kind, states))
+        with torch.no_grad():
+            call(layer, kind, states)
+
+
+def test_rows_of_packed_input_are_made_anew_where_the_batch_sizes_change():
+    """Catches: rows that are kept for other batch sizes, or for another batch."""
+    sizes = torch.tensor([3, 2, 1])
+    first = packed_rows(sizes, 3, torch.device("cpu"))
+    assert packed_rows(sizes, 3, torch.device("cpu")) is first
+    assert packed_rows(sizes, 4, torch.device("cpu")).lengths.tolist() == [3, 2, 1, 0]
+    sizes[2] = 2
+    assert packed_rows(sizes, 3, torch.device("cpu")).lengths.tolist() == [3, 3, 1]
+    assert packed_rows(sizes, 3, torch.device("cpu")).offsets.tolist() == [0, 3, 5, 7]
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU, both directions, 2 layers", "LSTM, projected"])
+def test_nothing_is_copied_or_waited_for_under_autocast(name, monkeypatch):
+    """Catches: the same where weights and input are cast first."""
+    layer = made(name, dtype=torch.float32)
+    autocast(monkeypatch, torch.bfloat16)
+    with pretending(monkeypatch, layer.parameters()):
+        backward(call(layer, "dense", True))
+
+
+@pytest.mark.parametrize("masks", ["dense", "lengths"])
+@pytest.mark.parametrize("ensemble", [False, True], ids=["rows", "sets"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_nothing_is_copied_or_waited_for_under_vmap(name, ensemble, masks, monkeypatch):
+    """Catches: the same in the rules that fold problems into one launch."""
+    layer = made(name)
+    weights = {key: value.detach() for key, value in layer.named_parameters()}
+    if ensemble:
+        weights = {key: torch.stack([value] * 3) for key, value in weights.items()}
+    input = torch.empty(3, T, B, I, device=DEVICE, dtype=torch.bfloat16)
+    lengths = torch.empty(B, device=DEVICE, dtype=torch.int64) if masks == "lengths" else None
+
+    def loss(weights, input):
+        return torch.func.functional_call(layer, weights, (input,), dict(lengths=lengths))[0].float().sum()
+
+    with pretending(monkeypatch, [*weights.values(), input, *([] if lengths is None else [lengths])]):
+        torch.func.vmap(torch.func.grad(loss), in_dims=(0 if ensemble else None, 0))(weights, input)
