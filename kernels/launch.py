@@ -16,7 +16,7 @@ from . import backward as backward_kernel
 from . import cells, interpreter
 from . import forward as forward_kernel
 from .plan import Plan
-from .spec import CELLS, integer_from_environment, padded, runs_backwards
+from .spec import CELLS, WAIT_LIMIT, padded, runs_backwards
 
 FORWARD = {
     "lstm": cells.lstm_forward,
@@ -36,11 +36,6 @@ HOLDER = {
     torch.bfloat16: torch.int16,
 }  # same width, holds all ones
 UNWRITTEN = -1  # all ones
-
-# Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far
-# more than a neighbour can be late while the whole grid is resident, and short enough for a person to see an error
-# instead of a hang.
-WAIT_LIMIT = integer_from_environment("RNN_GPU_WAIT_LIMIT", 20_000_000, largest=(1 << 31) - 1)
 
 _numbers = itertools.count(1)
 # The latest launches by number, for the message of a wait that did not end: plan, rows, the first row of the batch.

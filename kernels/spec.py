@@ -80,9 +80,29 @@ def integer_from_environment(
     text = os.environ.get(name)
     if text is None:
         return default
-    if not text.strip().isdigit() or int(text) < smallest or (largest is not None and int(text) > largest):
+    digits = text.strip()
+    good = digits.isascii() and digits.isdigit()
+    if not good or int(digits) < smallest or (largest is not None and int(digits) > largest):
         most = "" if largest is None else f", at most {largest}"
+        hint = "" if good else " (digits alone: no comma, point, sign or exponent)"
         raise ValueError(
-            f"the environment variable {name} should be an integer, at least {smallest}{most}, got: {text!r}"
+            f"the environment variable {name} should be an integer, at least {smallest}{most}, got: {text!r}{hint}"
         )
-    return int(text)
+    return int(digits)
+
+
+def choice_from_environment(name: str, choices: tuple[str, ...]) -> str:
+    """The value of an environment variable, one of `choices`; the first where it is not set. ValueError that names it
+    for anything else.
+    """
+    text = os.environ.get(name, choices[0])
+    if text not in choices:
+        known = ", ".join(choices)
+        raise ValueError(f"the environment variable {name} should be one of {known}, got: {text!r}")
+    return text
+
+
+# Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far
+# more than a neighbour can be late while the whole grid is resident, and short enough for a person to see an error
+# instead of a hang. Read here, so that importing the package checks it.
+WAIT_LIMIT = integer_from_environment("RNN_GPU_WAIT_LIMIT", 20_000_000, largest=(1 << 31) - 1)

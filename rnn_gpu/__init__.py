@@ -5,8 +5,10 @@
 >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
 """
 
+import torch
+
 from . import batching as batching  # registers the rules of torch.func.vmap
-from .backends import backend, current_backend, max_programs, memory
+from .backends import backend, current_backend, current_memory, max_programs, memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns
 from .explanation import explain
@@ -23,6 +25,7 @@ __all__ = [
     "backend",
     "check",
     "current_backend",
+    "current_memory",
     "explain",
     "max_programs",
     "memory",
@@ -30,8 +33,12 @@ __all__ = [
     "restore_rnns",
 ]
 
+# torch.load(weights_only=True), the default, then takes whole layers: like those of torch.nn they hold weights and
+# numbers, and loading one runs no code but their own.
+torch.serialization.add_safe_globals([LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell])
 
-def check(device=None) -> None:
+
+def check(device: torch.device | str | int | None = None) -> None:
     """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not
     end.
 

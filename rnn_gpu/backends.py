@@ -6,80 +6,165 @@ CUDA tensors wherever they can serve the call and are predicted to be faster, to
 Environment variables, read when rnn_gpu is imported:
 
     RNN_GPU_BACKEND       auto, triton or torch
+    RNN_GPU_MEMORY        full or lean: what training keeps for the backward
     RNN_GPU_MAX_PROGRAMS  most programs that may have to run at the same time (default: one for each multiprocessor)
     RNN_GPU_ALONE         0: exchange between programs even where one could hold all units (for tests)
-    RNN_GPU_WAIT_LIMIT    polls before a wait becomes an error (kernels/launch.py)
+    RNN_GPU_WAIT_LIMIT    polls before a wait becomes an error (kernels/spec.py)
 """
 
 import contextlib
 import functools
 import importlib.util
 import logging
+import operator
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from .kernels import plan as planning
-from .kernels.spec import CELLS, integer_from_environment
+from .kernels.spec import CELLS, choice_from_environment, integer_from_environment
 
-BACKENDS = ("auto", "triton", "torch")
-MEMORY = ("full", "lean")
+Backend = Literal["auto", "triton", "torch"]
+Memory = Literal["full", "lean"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+BACKENDS, MEMORY = get_args(Backend), get_args(Memory)
 CELL_OF_MODE = {cell.mode: cell.name for cell in CELLS.values()}
 
 logger = logging.getLogger("rnn_gpu")
 
 
-def _checked(name: str) -> str:
+def checked_backend(name: Backend) -> Backend:
+    """The name; ValueError for one that is no backend's."""
     if name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}. Select from {', '.join(map(repr, BACKENDS))}.")
     return name
 
 
+def checked_memory(setting: Memory) -> Memory:
+    """The setting; ValueError for one that is none."""
+    if setting not in MEMORY:
+        raise ValueError(f"Unknown memory setting {setting!r}. Select from {', '.join(map(repr, MEMORY))}.")
+    return setting
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """The value as an int. TypeError where it is no integer, ValueError where it is less than 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} should be an integer, got: {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} should be a positive number, got: {number}")
+    return number
+
+
 # Plain globals, not context variables: torch.compile can trace these.
-_backend = _checked(os.environ.get("RNN_GPU_BACKEND", "auto"))
+_backend: Backend = choice_from_environment("RNN_GPU_BACKEND", BACKENDS)
+_memory: Memory = choice_from_environment("RNN_GPU_MEMORY", MEMORY)
 _max_programs = integer_from_environment("RNN_GPU_MAX_PROGRAMS", None)
-_memory = "full"
 _allow_alone = integer_from_environment("RNN_GPU_ALONE", 1, largest=1, smallest=0) == 1
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Within this context, layers use the backend `name`: "auto", "triton" or "torch". ValueError for another name.
-
-    "triton" raises a RuntimeError that says why where the kernels cannot serve a call; "auto" falls back and logs it
-    once.
+class _Setting:
+    """A setting of the whole process, used as torch.set_grad_enabled is: in force from the call on; a context that
+    ends sets it back; as a decorator it holds within the calls of the function alone.
     """
-    global _backend
-    before, _backend = _backend, _checked(name)
-    try:
-        yield
-    finally:
-        _backend = before
+
+    def __init__(self, value: Any):
+        self._value, self._before = value, self._exchanged(value)
+
+    @staticmethod
+    def _exchanged(value: Any) -> Any:
+        """Make `value` the setting -> what it was before."""
+        raise NotImplementedError
+
+    def __enter__(self) -> None:
+        self._exchanged(self._value)
+
+    def __exit__(self, *error: object) -> None:
+        self._exchanged(self._before)
+
+    def __call__(self, function: Function) -> Function:
+        """Decorate a function."""
+        self._exchanged(self._before)
+
+        @functools.wraps(function)
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with type(self)(self._value):
+                return function(*args, **kwargs)
+
+        return cast(Function, within)
 
 
-def current_backend() -> str:
+class backend(_Setting):
+    """Let layers use the backend `name`: "auto", "triton" or "torch". ValueError for another name.
+
+    `rnn_gpu.backend("torch")` holds from then on, in all threads; `with rnn_gpu.backend("torch"):` until the block
+    ends; `@rnn_gpu.backend("torch")` within calls of the function. "triton" raises a RuntimeError that says why where
+    the kernels cannot serve a call; "auto" falls back and logs it once.
+
+    >>> with backend("torch"):
+    ...     current_backend()
+    'torch'
+    """
+
+    def __init__(self, name: Backend):
+        super().__init__(checked_backend(name))
+
+    @staticmethod
+    def _exchanged(value: Backend) -> Backend:
+        global _backend
+        before, _backend = _backend, value
+        return before
+
+
+class max_programs(_Setting):
+    """Let at most `count` programs of a launch have to run at the same time; None: one for each multiprocessor.
+
+    A setter, context or decorator, as `backend` is. Leave room where collectives hold multiprocessors: a launch that
+    needs them all waits until they are free. TypeError for what is no integer, ValueError for less than 1.
+    """
+
+    def __init__(self, count: int | None):
+        super().__init__(count if count is None else positive_integer("max_programs", count))
+
+    @staticmethod
+    def _exchanged(value: int | None) -> int | None:
+        global _max_programs
+        before, _max_programs = _max_programs, value
+        return before
+
+
+class memory(_Setting):
+    """Let layers keep for the backward what `setting` says, "full" or "lean". ValueError for another setting.
+
+    A setter, context or decorator, as `backend` is. "full" (the default): outputs, gates and cell states. "lean":
+    outputs and the LSTM's cell states alone; the backward makes the gates again by one product with the input and the
+    hidden states. A layer made with memory= keeps its own setting. Only the kernels know the difference.
+    """
+
+    def __init__(self, setting: Memory):
+        super().__init__(checked_memory(setting))
+
+    @staticmethod
+    def _exchanged(value: Memory) -> Memory:
+        global _memory
+        before, _memory = _memory, value
+        return before
+
+
+def current_backend() -> Backend:
     """The backend in force: "auto", "triton" or "torch"."""
     return _backend
 
 
-@contextlib.contextmanager
-def max_programs(count: int | None) -> Iterator[None]:
-    """Within this context, at most `count` programs have to run at the same time (None: one for each multiprocessor).
-
-    Leave room where collectives hold multiprocessors: a launch that needs them all waits until they are free.
-    """
-    global _max_programs
-    if count is not None and count < 1:
-        raise ValueError(f"max_programs should be a positive number or None, got: {count}")
-    before, _max_programs = _max_programs, count
-    try:
-        yield
-    finally:
-        _max_programs = before
+def current_memory() -> Memory:
+    """What layers keep for the backward now: "full" or "lean"."""
+    return _memory
 
 
 @contextlib.contextmanager
@@ -93,34 +178,6 @@ def always_exchange() -> Iterator[None]:
         yield
     finally:
         _allow_alone = before
-
-
-@contextlib.contextmanager
-def memory(setting: str) -> Iterator[None]:
-    """Within this context, layers keep for the backward what `setting` says. ValueError for another setting.
-
-    "full" (the default): outputs, gates and cell states. "lean": outputs and the LSTM's cell states alone; the backward
-    makes the gates again by one product with the input and the hidden states. A layer made with memory= keeps its own
-    setting. Only the kernels know the difference.
-    """
-    global _memory
-    before, _memory = _memory, checked_memory(setting)
-    try:
-        yield
-    finally:
-        _memory = before
-
-
-def checked_memory(setting: str) -> str:
-    """The setting; ValueError for one that is none."""
-    if setting not in MEMORY:
-        raise ValueError(f"Unknown memory setting {setting!r}. Select from {', '.join(map(repr, MEMORY))}.")
-    return setting
-
-
-def current_memory() -> str:
-    """What layers keep for the backward now: "full" or "lean"."""
-    return _memory
 
 
 def transforming() -> bool:

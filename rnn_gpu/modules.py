@@ -6,7 +6,10 @@ forward serves the "torch" backend.
 """
 
 import operator
+import warnings
 import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from . import backends, distributed, onnx
 from .functional import recurrent_stack
 from .rows import Rows, packed_rows
 
+State = TypeVar("State", Tensor, tuple[Tensor, Tensor])  # h, or h and c
 INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
@@ -45,13 +49,38 @@ def _sequences(packed: PackedSequence, hx) -> int:
     return int(packed.batch_sizes[0])
 
 
-def _check_types(lengths, resets) -> None:
-    """TypeError where lengths are no tensor of integers, or resets none of bools."""
-    for name, mask in (("lengths", lengths), ("resets", resets)):
-        if not (mask is None or isinstance(mask, Tensor)):
-            raise TypeError(f"{name} should be a tensor, got: {type(mask).__name__}")
-    if lengths is not None and lengths.dtype not in INTEGERS:
-        raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
+def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+    """Lengths as a tensor; a list becomes one on the CPU. TypeError for anything else than integers."""
+    if isinstance(lengths, Tensor):
+        if lengths.dtype not in INTEGERS:
+            raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
+        return lengths
+    if lengths is None:
+        return None
+    try:
+        integers = [operator.index(length) for length in lengths]
+    except TypeError:
+        raise TypeError(f"lengths should be a tensor or a list of integers, got: {lengths!r}") from None
+    return torch.tensor(integers, dtype=torch.int64, device="cpu")
+
+
+def _check_range(lengths: Tensor, time: int) -> None:
+    """RuntimeError for lengths that are not within 0..T, but only where it costs nothing to look: on a GPU the host
+    would have to wait, and a graph or a transform holds no values.
+    """
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if backends.transforming() or torch._C._len_torch_dispatch_stack() > 0 or lengths.numel() == 0:
+        return
+    least, most = min(values := lengths.tolist()), max(values)
+    if least < 0 or most > time:
+        raise RuntimeError(f"Expected lengths between 0 and {time}, got {least if least < 0 else most}")
+
+
+def _check_resets(resets: Tensor | None) -> None:
+    """TypeError where resets are no tensor of bools."""
+    if not (resets is None or isinstance(resets, Tensor)):
+        raise TypeError(f"resets should be a tensor, got: {type(resets).__name__}")
     if resets is not None and resets.dtype != torch.bool:
         raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
 
@@ -64,6 +93,12 @@ def _check_pair(hx) -> None:
         raise RuntimeError("lstm expects two hidden states")
 
 
+def _check_no_projection(proj_size: None) -> None:
+    """The error of torch.nn for proj_size where there is none; GRU and RNN take it for nothing else."""
+    if proj_size is not None:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
 def _cast(value, dtype: torch.dtype):
     """Tensors, tuples of them and packed sequences in dtype; None stays."""
     if value is None or isinstance(value, Tensor | PackedSequence):
@@ -71,13 +106,16 @@ def _cast(value, dtype: torch.dtype):
     return tuple(_cast(one, dtype) for one in value)
 
 
-class _Layer(RNNBase):
-    """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words."""
+class _Layer(RNNBase, Generic[State]):
+    """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words.
 
-    memory: str | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
+    State: what initial and final states are, a tensor or a pair of them.
+    """
 
-    def __init__(self, mode: str, *args, memory: str | None = None, **kwargs):
-        super().__init__(mode, *args, **kwargs)
+    memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
+
+    def _set_memory(self, memory: backends.Memory | None) -> None:
+        """Keep the setting of `memory=`; ValueError for one that is none."""
         if memory is not None:
             self.memory = backends.checked_memory(memory)
 
@@ -85,22 +123,40 @@ class _Layer(RNNBase):
         """As torch.nn's, with `memory` where it was given."""
         return super().extra_repr() + ("" if self.memory is None else f", memory={self.memory}")
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
+
     def forward(self, input, hx=None, *, lengths=None, resets=None):
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
-        input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence. hx: initial states [L*D, B,
-        H]. lengths: integer tensor [B] (unbatched: [] or [1]), best on the device of the input: steps of each row, in
-        any order, zero allowed, taken as within 0..T. Outputs past a row's end are zero, its final state is that at its
-        end, the reverse direction starts there. resets: bool tensor laid out as input without its last dimension, true
-        where a row's state is zeroed before the step (in the order in which each direction runs).
+        input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence.
+        hx: initial states [L*D, B, H], zeros by default; for the LSTM a pair (h_0, c_0).
+        lengths: steps of each row, an integer tensor [B] (unbatched: [] or [1]), best on the device of the input, or a
+        list; in any order, zero allowed. Outputs past a row's end are zero, its final state is that at its end, the
+        reverse direction starts there. Outside of 0..T: RuntimeError for a list or a tensor on the CPU; elsewhere
+        (on a GPU, in a graph) taken as the nearer of the two, because nobody looks.
+        resets: bool tensor laid out as input without its last dimension, true where a row's state is zeroed before the
+        step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
+        if not isinstance(input, (Tensor, PackedSequence)):
+            self._refuse_input(input, hx)
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
         if lengths is None and resets is None and backends.plainly_torch(input):
             return self.torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
-        if not isinstance(input, Tensor | PackedSequence) or self._wants_another(input):
+        if self._wants_another(input):
             return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
         data = input.data if packed else input
         dtype = _computed_in(data)
@@ -118,6 +174,49 @@ class _Layer(RNNBase):
         if packed:
             return self._forward_packed(input, hx, batch_size, dtype, route)
         return self._forward_rows(input, hx, dtype, lengths, resets, route)
+
+    if TYPE_CHECKING:  # torch.nn.Module says that a call gives Any
+        __call__ = forward
+
+    def _refuse_input(self, input: object, hx: object) -> NoReturn:
+        """The error for input that is neither a tensor nor a PackedSequence: torch.nn's own, but for torch.fx."""
+        if isinstance(input, torch.fx.Proxy):
+            raise torch.fx.proxy.TraceError(
+                f"torch.fx cannot trace rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before, and "
+                "rnn_gpu.replace_rnns on the traced module; or trace with a Tracer whose is_leaf_module says True for "
+                "torch.nn.RNNBase (docs/limits.md)"
+            )
+        self.torch_class.forward(self, input, hx)
+        raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for before it compiles: RuntimeError that says what to do instead."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before "
+            "(docs/limits.md)"
+        )
+
+    @property
+    def qconfig(self):
+        """What torch.ao.quantization sets on every module before it looks for those that it can quantize: a warning
+        that it passes this one by.
+        """
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value) -> None:
+        warnings.warn(
+            f"torch.ao.quantization leaves rnn_gpu.{type(self).__name__} as it is: to quantize it, call "
+            "rnn_gpu.restore_rnns(model) before (docs/limits.md)",
+            stacklevel=2,
+        )
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
 
     def _forward_torch(self, input, hx):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
@@ -181,7 +280,8 @@ class _Layer(RNNBase):
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
         """Dense input, on any route but torch.nn's own forward."""
         self._update_flat_weights(flatten=False)
-        _check_types(lengths, resets)
+        lengths = _lengths(lengths)
+        _check_resets(resets)
         name = self.torch_class.__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if name == "RNN" else ""
@@ -265,6 +365,7 @@ class _Layer(RNNBase):
         if lengths is not None:
             if lengths.shape != (batch,):
                 raise RuntimeError(f"Expected lengths size {[batch]}, got {list(lengths.shape)}")
+            _check_range(lengths, time)
             lengths = lengths.to(input.device).clamp(0, time).int()
         if resets is not None:
             got = list(resets.shape)
@@ -313,16 +414,30 @@ class _Layer(RNNBase):
                 )
 
 
-class LSTM(_Layer):
-    """Long short-term memory: `torch.nn.LSTM`, same arguments, parameters, results and errors.
+class LSTM(_Layer[tuple[Tensor, Tensor]]):
+    """Long short-term memory: torch.nn.LSTM by another name, with the time loop in one persistent GPU kernel.
 
-    LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    proj_size=0, device=None, dtype=None, memory=None)
+    Same arguments, parameters, state dict, results and errors. T steps, B rows, I = input_size, H = hidden_size,
+    L = num_layers, D = 2 if bidirectional else 1; with proj_size, h has that many values in place of H.
 
-    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
+        i, f, o = sigmoid(W_ii x + b_ii + W_hi h + b_hi), ...; g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        c = f * c + i * g;  h = o * tanh(c), with proj_size W_hr h
+
+    layer(input, (h_0, c_0)=zeros, *, lengths=None, resets=None) -> output, (h_n, c_n)
+        input [T, B, I] ([B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence); output [T, B, D*H];
+        states [L*D, B, H]; lengths: integers [B], steps of each row; resets: bools [T, B], true where a row starts anew
+
+    num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
+    memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
+    `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+
+    More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
+    torch.nn: isinstance(layer, torch.nn.LSTM) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
 
     >>> layer = LSTM(10, 20, num_layers=2)
-    >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+    >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10), lengths=[5, 2, 4])
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
     torch_class = torch.nn.LSTM
@@ -330,51 +445,131 @@ class LSTM(_Layer):
     check_forward_args = torch.nn.LSTM.check_forward_args
     permute_hidden = torch.nn.LSTM.permute_hidden
 
-    def __init__(self, *args, **kwargs):
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory: backends.Memory | None = None,
+    ) -> None:
+        """Arguments and initialisation as torch.nn.LSTM; memory: see the class."""
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self._set_memory(memory)
 
 
-class GRU(_Layer):
-    """Gated recurrent unit, reset after the product: `torch.nn.GRU`, same arguments, parameters, results and errors.
+class GRU(_Layer[Tensor]):
+    """Gated recurrent unit: torch.nn.GRU by another name, with the time loop in one persistent GPU kernel.
 
-    GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
-    device=None, dtype=None, memory=None)
+    Same arguments, parameters, state dict, results and errors. T steps, B rows, I = input_size, H = hidden_size,
+    L = num_layers, D = 2 if bidirectional else 1.
 
-    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
+        r, z = sigmoid(W_ir x + b_ir + W_hr h + b_hr), ...; n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+        h = (1 - z) * n + z * h
+
+    layer(input, h_0=zeros, *, lengths=None, resets=None) -> output, h_n
+        input [T, B, I] ([B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence); output [T, B, D*H];
+        states [L*D, B, H]; lengths: integers [B], steps of each row; resets: bools [T, B], true where a row starts anew
+
+    num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
+    memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
+    `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+
+    More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
+    torch.nn: isinstance(layer, torch.nn.GRU) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
 
     >>> layer = GRU(10, 20)
-    >>> output, h_n = layer(torch.randn(5, 3, 10))
+    >>> output, h_n = layer(torch.randn(5, 3, 10), lengths=[5, 2, 4])
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
     torch_class = torch.nn.GRU
 
-    def __init__(self, *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory: backends.Memory | None = None,
+        proj_size: None = None,
+    ) -> None:
+        """Arguments and initialisation as torch.nn.GRU; memory: see the class. proj_size: the LSTM's alone."""
+        _check_no_projection(proj_size)
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self._set_memory(memory)
 
 
-class RNN(_Layer):
-    """Elman network, tanh or relu: `torch.nn.RNN`, same arguments, parameters, results and errors.
+class RNN(_Layer[Tensor]):
+    """Elman network: torch.nn.RNN by another name, with the time loop in one persistent GPU kernel.
 
-    RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, device=None, dtype=None, memory=None)
+    Same arguments, parameters, state dict, results and errors. T steps, B rows, I = input_size, H = hidden_size,
+    L = num_layers, D = 2 if bidirectional else 1.
 
-    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
+        h = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu with nonlinearity="relu"
+
+    layer(input, h_0=zeros, *, lengths=None, resets=None) -> output, h_n
+        input [T, B, I] ([B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence); output [T, B, D*H];
+        states [L*D, B, H]; lengths: integers [B], steps of each row; resets: bools [T, B], true where a row starts anew
+
+    num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
+    memory: without effect here, since the outputs are all that the backward needs. Types: float32, float16, bfloat16
+    on the kernels, others on PyTorch's.
+
+    More than torch.nn: lengths, resets, derivatives of any order, torch.compile(fullgraph=True). Not as in torch.nn:
+    isinstance(layer, torch.nn.RNN) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
 
     >>> layer = RNN(10, 20, nonlinearity="relu")
-    >>> output, h_n = layer(torch.randn(5, 3, 10))
+    >>> output, h_n = layer(torch.randn(5, 3, 10), lengths=[5, 2, 4])
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
     torch_class = torch.nn.RNN
 
-    def __init__(self, *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity, args = args[3], (*args[:3], *args[4:])
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory: backends.Memory | None = None,
+        proj_size: None = None,
+    ) -> None:
+        """Arguments and initialisation as torch.nn.RNN; memory: see the class. proj_size: the LSTM's alone."""
+        _check_no_projection(proj_size)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
+        self._set_memory(memory)

@@ -107,7 +107,10 @@ def test_bad_constructor_arguments_raise_as_in_torch_nn(name, args, kwargs):
     """Catches: another exception type or text than torch.nn's, or none."""
     theirs, ours = error_of(getattr(torch.nn, name), *args, **kwargs), error_of(getattr(rnn_gpu, name), *args, **kwargs)
     assert type(ours) is type(theirs)
-    assert str(ours) == str(theirs)
+    # an argument that is missing is missed by the layer itself, and not by its base
+    assert str(ours).replace(f"{name}.__init__", "RNNBase.__init__") == str(theirs).replace(
+        f"{name}.__init__", "RNNBase.__init__"
+    )
 
 
 @every_layer
@@ -362,15 +365,28 @@ def test_references_and_memory():
 
 
 def test_limit_isinstance():
-    """Catches: a change of what docs/limits.md says about isinstance checks."""
+    """Catches: a change of what docs/limits.md says about isinstance checks, or of the reason it gives: PyTorch's
+    compiler refuses whatever is an instance of torch.nn.LSTM. (Where that has gone, let it be one.)
+    """
+
+    class Both(rnn_gpu.LSTM, torch.nn.LSTM):
+        pass
+
     assert not isinstance(rnn_gpu.LSTM(3, 4), torch.nn.LSTM)
     assert isinstance(rnn_gpu.LSTM(3, 4), torch.nn.RNNBase)
+    input = torch.randn(2, 1, 3)
+    torch.compile(torch.nn.Sequential(rnn_gpu.LSTM(3, 4)), fullgraph=True, backend="eager")(input)
+    both = rnn_gpu.LSTM(3, 4)
+    both.__class__ = Both
+    assert isinstance(both, torch.nn.LSTM)
+    with pytest.raises(Exception, match="Attempted to wrap RNN, GRU, or LSTM"):
+        torch.compile(torch.nn.Sequential(both), fullgraph=True, backend="eager")(input)
 
 
 def test_limit_script_and_what_to_do_instead():
     """Catches: a change of what docs/limits.md says about torch.jit.script, or advice that does not work."""
     model = torch.nn.Sequential(rnn_gpu.LSTM(3, 4))
-    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
+    with pytest.raises(RuntimeError, match=r"cannot compile rnn_gpu.LSTM: call rnn_gpu.restore_rnns\(model\) before"):
         torch.jit.script(model)
     input = torch.randn(2, 1, 3)
     expected, _ = model(input)
@@ -380,7 +396,7 @@ def test_limit_script_and_what_to_do_instead():
 def test_limit_fx_and_what_to_do_instead():
     """Catches: a change of what docs/limits.md says about torch.fx, or advice that does not work."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), rnn_gpu.LSTM(3, 4))
-    with pytest.raises((RuntimeError, TypeError, torch.fx.proxy.TraceError)):
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"rnn_gpu.LSTM: call rnn_gpu.restore_rnns\(model\) before"):
         torch.fx.symbolic_trace(model)
     input = torch.randn(2, 1, 3)
     expected, _ = model(input)
@@ -389,12 +405,16 @@ def test_limit_fx_and_what_to_do_instead():
     assert type(traced.get_submodule("1")) is rnn_gpu.LSTM
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 def test_limit_quantize_dynamic_and_what_to_do_instead():
-    """Catches: a change of what docs/limits.md says about quantize_dynamic, or advice that does not work."""
+    """Catches: a layer that is passed by in silence, a change of what docs/limits.md says about quantize_dynamic, or
+    advice that does not work.
+    """
     quantize = torch.ao.quantization.quantize_dynamic
     model = torch.nn.Sequential(rnn_gpu.LSTM(3, 4))
-    assert type(quantize(model, {torch.nn.LSTM})[0]) is rnn_gpu.LSTM  # silently not quantized
+    with pytest.warns(UserWarning, match=r"leaves rnn_gpu.LSTM as it is: to quantize it, call rnn_gpu.restore_rnns"):
+        passed_by = quantize(model, {torch.nn.LSTM})
+    assert type(passed_by[0]) is rnn_gpu.LSTM and not hasattr(passed_by[0], "qconfig")
     quantized = quantize(rnn_gpu.restore_rnns(model), {torch.nn.LSTM})
     assert "quantized" in type(quantized[0]).__module__
 

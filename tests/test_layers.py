@@ -5,8 +5,11 @@ explain.
 import contextlib
 import copy
 import inspect
+import io
+import json
 import os
 import pickle
+import pydoc
 import subprocess
 import sys
 
@@ -124,6 +127,17 @@ def test_copies_and_pickles(name):
         assert torch.equal(other(input)[0], layer(input)[0])
 
 
+@pytest.mark.parametrize("name", (*NAMES, "LSTMCell", "GRUCell", "RNNCell"))
+def test_whole_layers_are_loaded_as_weights_only(name):
+    """Catches: torch.load, as it is called by default, that refuses the library's own classes."""
+    layer, file = getattr(rnn_gpu, name)(3, 4), io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert type(loaded) is type(layer)
+    torch.testing.assert_close(loaded(torch.ones(2, 3)), layer(torch.ones(2, 3)), rtol=0, atol=0)
+
+
 def test_arguments_of_forward_are_named_as_in_torch_nn():
     """Catches: calls by keyword, `layer(input=..., hx=...)`, that stop working."""
     assert list(inspect.signature(rnn_gpu.LSTM.forward).parameters) == ["self", "input", "hx", "lengths", "resets"]
@@ -140,6 +154,88 @@ def test_backend_context():
     assert rnn_gpu.current_backend() == before
     with pytest.raises(ValueError, match="Unknown backend 'cuda'"), rnn_gpu.backend("cuda"):
         pass
+
+
+SETTINGS = {
+    rnn_gpu.backend: ("torch", backends.current_backend),
+    rnn_gpu.memory: ("lean", backends.current_memory),
+    rnn_gpu.max_programs: (3, lambda: backends._max_programs),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
+def test_settings_are_setters_contexts_and_decorators(setting):
+    """Catches: `rnn_gpu.backend("torch")` in a notebook that does nothing, a decorator that holds beyond its function,
+    a context inside torch.compile that breaks the graph.
+    """
+    value, now = SETTINGS[setting]
+    before = now()
+
+    @setting(value)
+    def decorated():
+        return now()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x):
+        with setting(value):
+            return x + (1 if now() == value else 0)
+
+    assert now() == before and decorated() == value and now() == before
+    assert compiled(torch.zeros(1)).item() == 1 and now() == before
+    try:
+        setting(value)
+        assert now() == value
+        with setting(before):
+            assert now() == before
+        assert now() == value
+    finally:
+        setting(before)
+    assert now() == before
+
+
+def test_wrong_settings_are_refused():
+    """Catches: a setting that is cut to an integer, or that says only at the next call what is wrong with it."""
+    for wrong, error in ((2.5, TypeError), ("3", TypeError), (0, ValueError), (-1, ValueError)):
+        with pytest.raises(error, match="max_programs should be"):
+            rnn_gpu.max_programs(wrong)
+    with pytest.raises(ValueError, match="Unknown memory setting 'leen'"):
+        rnn_gpu.memory("leen")
+    assert backends._max_programs is None and backends.current_memory() == "full"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_of_the_layer_itself(name):
+    """Catches: help(rnn_gpu.LSTM) that hides the arguments, or says nn.Module's."""
+    layer = getattr(rnn_gpu, name)
+    ours, theirs = inspect.signature(layer).parameters, documented_arguments(getattr(torch.nn, name))
+    assert list(ours)[: len(theirs)] == theirs and "memory" in ours
+    first_screen = pydoc.render_doc(layer, renderer=pydoc.plaintext)[:2600]
+    for word in (*theirs[:-2], "lengths", "resets", "memory", "[T, B, I]", "[L*D, B, H]", "tanh", ">>>", "limits.md"):
+        assert word in first_screen or word.removesuffix("s") in first_screen, word
+    whole = pydoc.render_doc(layer, renderer=pydoc.plaintext)
+    assert "Initialize internal Module state" not in whole
+
+
+def documented_arguments(layer) -> list[str]:
+    """The names of the arguments of one of torch.nn's layers, whose constructor shows none."""
+    options = ["bias", "batch_first", "dropout", "bidirectional"]
+    first = ["input_size", "hidden_size", "num_layers"]
+    own = {"LSTM": (options, ["proj_size"]), "GRU": (options, []), "RNN": (["nonlinearity", *options], [])}
+    before, after = own[layer.__name__]
+    return [*first, *before, *after, "device", "dtype"]
+
+
+def test_positional_arguments_are_torch_nns():
+    """Catches: an argument by position that means another one than in torch.nn."""
+    for name, arguments in (
+        ("LSTM", (3, 4, 2, False, True, 0.25, True, 2)),
+        ("GRU", (3, 4, 2, False, True, 0.25, True)),
+        ("RNN", (3, 4, 2, "relu", False, True, 0.25, True)),
+    ):
+        ours, theirs = (getattr(library, name)(*arguments) for library in (rnn_gpu, torch.nn))
+        assert repr(ours) == repr(theirs) and ours.mode == theirs.mode
+        more = getattr(rnn_gpu, name)(*arguments, "meta", torch.float64)
+        assert more.weight_hh_l0.is_meta and more.weight_hh_l0.dtype == torch.float64
 
 
 @pytest.mark.compiled  # with TRITON_INTERPRET=1 the kernels take CPU tensors
@@ -213,17 +309,42 @@ def test_a_gpu_that_is_not_there():
             call("cuda")
 
 
-@pytest.mark.parametrize("value", ["yes", "2", ""])
-def test_environment_variables_are_checked(value):
-    """Catches: RNN_GPU_ALONE set to nonsense and taken for true."""
+def test_environment_variables_are_checked_at_import():
+    """Catches: a setting of nonsense that is taken for something, or found only when the first kernel runs."""
+    wrong = {
+        "RNN_GPU_ALONE": (["yes", "2", ""], "should be an integer, at least 0, at most 1"),
+        "RNN_GPU_MAX_PROGRAMS": (["0", "2.5"], "should be an integer, at least 1"),
+        "RNN_GPU_WAIT_LIMIT": (["1e6", "20,000,000", "-1"], "no comma, point, sign or exponent"),
+        "RNN_GPU_BACKEND": (["cuda", ""], "should be one of auto, triton, torch"),
+        "RNN_GPU_MEMORY": (["leen"], "should be one of full, lean"),
+    }
+    program = """
+import importlib, json, os, sys
+import rnn_gpu.backends, rnn_gpu.kernels.spec as spec
+for name, (values, words) in json.load(sys.stdin).items():
+    for value in values:
+        os.environ[name] = value
+        try:
+            importlib.reload(spec)
+            importlib.reload(rnn_gpu.backends)
+        except ValueError as error:
+            assert str(error).startswith(f"the environment variable {name}") and words in str(error), str(error)
+            assert repr(value) in str(error), str(error)
+        else:
+            raise SystemExit(f"{name}={value!r} was taken")
+        del os.environ[name]
+os.environ |= {"RNN_GPU_BACKEND": "torch", "RNN_GPU_MEMORY": "lean", "RNN_GPU_WAIT_LIMIT": "30000000"}
+importlib.reload(spec)
+importlib.reload(rnn_gpu.backends)
+assert rnn_gpu.backends.current_backend() == "torch" and rnn_gpu.backends.current_memory() == "lean"
+assert spec.WAIT_LIMIT == 30_000_000
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in wrong}
+    command = [sys.executable, "-c", program]
     done = subprocess.run(
-        [sys.executable, "-c", "import rnn_gpu"],
-        env=os.environ | {"RNN_GPU_ALONE": value},
-        capture_output=True,
-        text=True,
-        timeout=120,
+        command, input=json.dumps(wrong), env=environment, capture_output=True, text=True, timeout=120
     )
-    assert "ValueError: the environment variable RNN_GPU_ALONE should be an integer" in done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import backends, modules
 from tests.interpreter import concurrent_programs
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, pair, same
 from tests.sequences import as_hx, as_tuple, one_at_a_time, outcome, states_of
@@ -145,8 +145,11 @@ def test_padding_may_hold_nan():
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-def test_lengths_beyond_the_steps_are_clamped():
-    """Catches: a final state never written because no step is the row's last."""
+def test_lengths_beyond_the_steps_are_clamped(monkeypatch):
+    """Catches: where nobody looks at lengths, as on a GPU, a final state never written because no step is the row's
+    last.
+    """
+    monkeypatch.setattr(modules, "_check_range", lambda lengths, time: None)
     layer, _ = pair("GRU", 4, 12)
     input = draw(layer, 3)
     with rnn_gpu.backend(BACKEND):
@@ -154,6 +157,28 @@ def test_lengths_beyond_the_steps_are_clamped():
         whole, last = layer(input)
     torch.testing.assert_close((output[:, :2], h_n[:, :2]), (whole[:, :2], last[:, :2]))
     assert not output[:, 2].any() and not h_n[:, 2].any()
+
+
+def test_lengths_beyond_the_steps_are_refused_where_it_costs_nothing():
+    """Catches: a length that cannot be meant, on the CPU or in a list, taken for another one in silence."""
+    layer, input = rnn_gpu.GRU(3, 4), torch.randn(5, 2, 3)
+    with rnn_gpu.backend(BACKEND):
+        for lengths, found in (([5, 6], 6), ([-1, 2], -1)):
+            for given in (lengths, torch.tensor(lengths), torch.tensor(lengths, dtype=torch.int8)):
+                with pytest.raises(RuntimeError, match=f"Expected lengths between 0 and 5, got {found}"):
+                    layer(input, lengths=given)
+
+
+def test_lengths_as_a_list():
+    """Catches: lengths that pack_padded_sequence takes and a layer does not, and a list that is cut to integers."""
+    layer, input = rnn_gpu.GRU(3, 4), torch.randn(5, 2, 3)
+    with rnn_gpu.backend(BACKEND):
+        expected = layer(input, lengths=torch.tensor([5, 2]))
+        for lengths in ([5, 2], (5, 2), torch.tensor([5, 2]).numpy(), [torch.tensor(5), 2]):
+            torch.testing.assert_close(layer(input, lengths=lengths), expected, rtol=0, atol=0)
+        for lengths in ([5.0, 2], "52", 5, [[5], [2]]):
+            with pytest.raises(TypeError, match="lengths should be a tensor or a list of integers, got: "):
+                layer(input, lengths=lengths)
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "alone"])
@@ -309,7 +334,8 @@ def test_bad_masks_are_refused():
         (input, {"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths should be an integer tensor"),
         (input, {"lengths": torch.tensor([1, 2], dtype=torch.uint64)}, TypeError, "lengths should be an integer"),
         (input, {"lengths": torch.tensor([1j, 2j])}, TypeError, "lengths should be an integer tensor"),
-        (input, {"lengths": [1, 2]}, TypeError, "lengths should be a tensor, got: list"),
+        (input, {"lengths": [1, 2, 3]}, RuntimeError, r"Expected lengths size \[2\], got \[3\]"),
+        (input, {"resets": [[True]]}, TypeError, "resets should be a tensor, got: list"),
         (input[:, 0], {"resets": torch.zeros(4, dtype=torch.bool)}, RuntimeError, r"resets size \[5\], got \[4\]"),
         (input[:, 0], {"lengths": torch.tensor([1, 2])}, RuntimeError, r"Expected lengths size \[1\], got \[2\]"),
         (input, {"resets": torch.zeros(2, 5, dtype=torch.bool)}, RuntimeError, r"Expected resets size \[5, 2\]"),
