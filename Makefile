@@ -38,8 +38,8 @@ test-slow: $(READY)  ## the long sweeps
 	$(TEST) -m "slow and not interpreted"
 	TRITON_INTERPRET=1 $(TEST) -m "slow and interpreted"
 
-test-gpu: $(READY)  ## only what needs a GPU, one test at a time
-	$(BIN)/python -m pytest -n 0 $(PYTEST) -m gpu
+test-gpu: $(READY)  ## only what needs a GPU
+	$(TEST) -m gpu
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check $(wildcard $(SOURCES))

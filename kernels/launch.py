@@ -90,6 +90,14 @@ def check(device: torch.device | str | None = None) -> None:
         raise_if_late(one)
 
 
+def forget() -> None:
+    """Wait for every device used so far, and forget a wait that did not end: after launches that were meant not to."""
+    for device, word in _status.items():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        word.zero_()
+
+
 def constants(plan: Plan, reversed_sets: int) -> dict:
     """The compile-time arguments of a plan's kernel."""
     cell, dtype = CELLS[plan.cell], getattr(tl, plan.dtype)

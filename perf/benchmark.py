@@ -33,7 +33,7 @@ from rnn_gpu import backends
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
 
 from . import cases as grids
-from . import ledger
+from . import compiling, ledger
 from .cases import MODES, Case
 from .providers import DEFAULT_PROVIDERS, PROVIDERS, Candidate, Unavailable, float32_precision, interpreted, torch_layer
 
@@ -451,6 +451,12 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--budget", type=float, metavar="SECONDS", help="stop cleanly after so long (default: 3600; --quick 170)")
     add("--rounds", type=int, default=30, help="samples of each provider, at most (default: %(default)s)")
     add("--seconds-per-case", type=float, default=5.0, help="for the samples of a case and mode (default: %(default)s)")
+    add(
+        "--jobs",
+        type=int,
+        default=compiling.JOBS,
+        help="on a GPU: processes that compile kernels before anything is timed (default here: %(default)s)",
+    )
     add("--flush-l2", action="store_true", help="empty the second-level cache before every call")
     add(
         "--float32-precision",
@@ -517,6 +523,14 @@ def run(options: argparse.Namespace, providers: dict | None = None) -> int:
     work = [(case, mode) for case in chosen for mode in options.modes if not is_there(have, session, case, mode)]
     print(introduce(session, len(work), out))
     writer = ledger.Writer(out) if out is not None else None
+    if session.gpu:
+        ours = [name for name in session.providers if name in (*ledger.OURS, "lean")]
+        tasks = [
+            (compiling.case, case, mode, session.precision, name, str(options.device))
+            for case, mode in work for name in ours
+        ]  # fmt: skip
+        took = compiling.in_parallel(tasks, options.jobs, min(compiling.SECONDS, session.clock.left / 2))
+        print(f"Compiled in {took:.0f} s, in {options.jobs} process(es).", flush=True)
     measured, done, before = [], 0, None
     steps, say = progress(work, len(work), "case")
     try:

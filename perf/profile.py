@@ -20,6 +20,7 @@ from rnn_gpu import backends
 from rnn_gpu.kernels.plan import DEVICES, Plan, cudnn_microseconds
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 
+from . import compiling
 from .benchmark import Problem, device_seconds, prepared
 from .cases import Case
 from .providers import PROVIDERS, float32_precision, interpreted
@@ -138,7 +139,8 @@ def profiled(call, calls: int = 5, trace: str | None = None) -> dict[str, float]
 
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    # acc_events: without it the profiler warns that it would forget the events of cycles, which nobody asks for here
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
@@ -162,23 +164,25 @@ def split_of_a_call(case: Case, problem: Problem, trace: str | None) -> str:
     return "\n".join(lines)
 
 
+def stages_of(p: Plan) -> list[str | None]:
+    """The kernels that tell what the stages of a plan's step take: as it is, with one left out, in another way."""
+    from . import variants
+
+    compared = [base for stage, base in variants.COMPARED.items() if stage in variants.of(p)]
+    return [None, *variants.of(p), *compared, *variants.alternatives(p)]
+
+
 def split_of_a_step(case: Case, p: Plan, device: torch.device) -> str:
     """What each stage of a time step takes: the kernel as it is, and with one stage left out, in turns."""
-    from rnn_gpu.kernels import launch
-
     from . import variants
     from .tune import Recurrence
 
-    data = Recurrence.draw(p, case.time, device)
-    compared = [base for stage, base in variants.COMPARED.items() if stage in variants.of(p)]
-    stages = [None, *variants.of(p), *compared, *variants.alternatives(p)]
+    data, stages = Recurrence.draw(p, case.time, device), stages_of(p)
     times = {stage: [] for stage in stages}
     for number in range(ITERATIONS + 2):  # the first two compile and warm up
         for stage in stages:
             with variants.variant(stage, p):
                 took = device_seconds(lambda stage=stage: data.run(p, save=stage != "stores"), 3)
-                torch.cuda.synchronize(device)
-            launch.status_word(device).zero_()  # what left the wait out has reported that it gave up
             if number >= 2:
                 times[stage].append(took * 1e6 / case.time)
     medians = {stage: statistics.median(values) for stage, values in times.items()}
@@ -207,11 +211,17 @@ def with_gpu(case: Case, options: argparse.Namespace, precision: str | None) -> 
                 call()
             rnn_gpu.check()
             return 0
+        plans = plans_of(case, backends.device_of(device), precision)
+        tasks = [(compiling.case, case, "forward+backward", options.float32_precision, "rnn_gpu", str(device))]
+        tasks += [
+            (compiling.plan, p, stage, options.float32_precision, str(device)) for p in plans for stage in stages_of(p)
+        ]
+        compiling.in_parallel(tasks, options.jobs)
         print(f"{case} on {torch.cuda.get_device_name()}\n")
         print(split_of_a_call(case, problem, options.trace))
         if options.trace:
             print(f"  trace: {options.trace}")
-        for p in plans_of(case, backends.device_of(device), precision):
+        for p in plans:
             print("\n" + split_of_a_step(case, p, device))
         rnn_gpu.check()
     print("\nMore, with NVIDIA's Nsight Compute:\n  " + ncu(case, options))
@@ -247,6 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add("--static", action="store_true", help="count the machine code, though there is a GPU")
     add("--trace", metavar="PATH", help="on a GPU: write the profiler's trace there")
+    add(
+        "--jobs",
+        type=int,
+        default=compiling.JOBS,
+        help="on a GPU: processes that compile kernels before anything is timed (default here: %(default)s)",
+    )
     add("--only-run", type=int, metavar="N", help="on a GPU: call the layer N times and nothing else, for ncu and nsys")
     options = parser.parse_args(arguments)
     if interpreted():

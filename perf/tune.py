@@ -26,7 +26,7 @@ from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
 
-from . import ledger
+from . import compiling, ledger
 from .benchmark import Clock, OutOfTime, device_seconds, one_line, progress
 from .providers import float32_precision, interpreted
 
@@ -335,6 +335,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="SECONDS",
         help="stop cleanly after so long (default: %(default)s)",
     )
+    add(
+        "--jobs",
+        type=int,
+        default=compiling.JOBS,
+        help="processes that compile kernels before anything is timed (default here: %(default)s)",
+    )
     add("--device", choices=DEVICES, default="h200", help="whose plans to print where there is no GPU")
     options = parser.parse_args(arguments)
     if interpreted():
@@ -358,7 +364,10 @@ def main(arguments: list[str] | None = None) -> int:
                     say(f"{one}: {own}")
                     continue
                 say(f"{one} {'backward' if backward else 'forward'} on {mine.name}")
-                measured = time_all(candidates(*one, mine, backward, precision), device, clock, say)
+                found = candidates(*one, mine, backward, precision)
+                tasks = [(compiling.plan, p, None, options.float32_precision, str(device)) for p in found]
+                compiling.in_parallel(tasks, options.jobs, min(compiling.SECONDS, clock.left / 2))
+                measured = time_all(found, device, clock, say)
                 everything += measured
                 done += 1
                 if measured:

@@ -168,7 +168,8 @@ def variant(stage: str | None, p: Plan):
     """Within this context the launcher, and resources.py, take the kernel of a plan without a stage, or in another way;
     None: as it is.
 
-    "stores": the caller passes saving="nothing" besides. No error is raised for a wait that did not end.
+    "stores": the caller passes saving="nothing" besides. Without the wait no error is raised for one that did not end,
+    neither here nor, the device having been waited for, at the next launch.
     """
     changes = []
 
@@ -201,5 +202,7 @@ def variant(stage: str | None, p: Plan):
             change(resources, signature=lambda *arguments: whole(*arguments) | {"gates": None, "aux": None})
         yield
     finally:
+        if stage == "wait":
+            launch.forget()
         for module, name, value in reversed(changes):
             setattr(module, name, value)

@@ -16,7 +16,7 @@ import types
 import pytest
 import torch
 
-from perf import benchmark, cases, ledger, measure, overhead, providers, report, tune
+from perf import benchmark, cases, compiling, ledger, measure, overhead, providers, report, tune
 from perf.cases import Case
 from perf.providers import Candidate, Unavailable
 from rnn_gpu.kernels.plan import DEVICES, plan
@@ -642,12 +642,13 @@ def test_measure_needs_a_gpu(capsys):
 
 
 def test_steps_of_measure_are_commands_that_exist(tmp_path):
-    """Catches an option that a script does not have (any more), and a budget that is spent twice."""
-    every = measure.steps(tmp_path, 1000)
-    assert sum(step.share for step in every) <= 1.01
+    """Catches an option that a script does not have (any more), and results in more files than one can carry."""
+    every = measure.steps(tmp_path)
+    assert [step.name for step in every[:2]] == ["tests", "benchmark"] and sum(step.share for step in every[:-1]) <= 1.2
+    assert len({step.file for step in every} | {"benchmark.csv", "fit.json", "measure.txt"}) <= 8
     for step in every:
         if step.name != "tests":
-            arguments = list(step.command[3:])
+            arguments = [part.replace("{seconds}", "7") for part in step.command[3:]]
             main = importlib.import_module(step.command[2]).main
             with pytest.raises(SystemExit) as ended:
                 main([*arguments, "--help"])
@@ -658,18 +659,41 @@ def test_steps_of_measure_are_commands_that_exist(tmp_path):
 
 
 def test_measure_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
-    """Catches a step that keeps the others from running, and an exit status that hides it."""
+    """Catches a step that keeps the others from running, an exit status that hides it, and a process of a step that was
+    stopped which runs on while the next one is timed.
+    """
+    alive = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(alive)!r}, 'w')"
+    endless = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     say = lambda text, status: (sys.executable, "-c", f"print({text!r}); raise SystemExit({status})")
     made = [
-        measure.Step("first", say("one", 3), 0.5),
-        measure.Step("endless", (sys.executable, "-c", "import time; time.sleep(60)"), 0.02),
-        measure.Step("last", say("two", 0), 0.5),
+        measure.Step("first", "a.txt", say("one", 3), 0.5),
+        measure.Step("endless", "a.txt", (sys.executable, "-c", endless), 0.02),
+        measure.Step("last", "b.txt", say("{seconds}", 0), 0.5),
     ]
-    monkeypatch.setattr(measure, "steps", lambda out, budget: made)
+    monkeypatch.setattr(measure, "steps", lambda out: made)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert measure.main(["--out", str(tmp_path / "new"), "--budget", "60"]) == 1
+    monkeypatch.setattr(ledger, "environment", lambda device: dict.fromkeys(ledger.COLUMNS, "invented"))
+    out = tmp_path / "new"
+    assert measure.main(["--out", str(out), "--budget", "60"]) == 1
     printed = capsys.readouterr().out
     assert "first              FAILED with 3" in printed and "endless            was stopped" in printed
-    assert "last               ended well" in printed
-    assert (tmp_path / "new" / "last.txt").read_text().endswith("two\n")
-    assert measure.main(["--out", str(tmp_path / "new"), "--budget", "60", "--only", "last"]) == 0
+    assert "last               ended well" in printed and (out / "measure.txt").read_text() == printed
+    assert (out / "b.txt").read_text().endswith("\n22\n")  # of 30 seconds
+    assert "one\n$" in (out / "a.txt").read_text() and len(list(out.iterdir())) == 3
+    assert measure.main(["--out", str(out), "--budget", "60", "--only", "last"]) == 0
+    time.sleep(1.5)
+    assert not alive.exists()
+
+
+def test_tasks_run_in_processes_of_their_own_and_end():
+    """Catches tasks that are not called as the benchmark calls, one that keeps the others from running, and a wait
+    beyond the time there is.
+    """
+    case = Case("gru", "float32", 8, 2, 512)
+    good = compiling.case, case, "forward+backward", "ieee", "rnn_gpu", "cpu"
+    assert good[0](*good[1:]) is None
+    begin = time.monotonic()
+    took = compiling.in_parallel([(time.sleep, 60), (compiling.case, None, "", "", "", "")], jobs=2, seconds=0.5)
+    assert 0.5 <= took <= time.monotonic() - begin < 30
+    assert compiling.in_parallel([good], jobs=1) < 1 and compiling.in_parallel([]) < 1
