@@ -1,9 +1,10 @@
-"""`python -m perf.report`: the table of README.md and the plots of docs/, made from the ledger and from nothing else.
+"""`python -m perf.report`: the tables of README.md and docs/performance.md and the plots of docs/, from the ledger.
 
     python -m perf.report                  all of perf/results/*.csv into README.md and docs/
-    python -m perf.report --check          exit status 1 if README.md is not what the ledger says
+    python -m perf.report --check          exit status 1 if one of the two is not what the ledger says
     python -m perf.report --results DIR --readme FILE --docs DIR
 
+They hold what was measured and nothing else, but for what `auto` would take, which the plan of the code as it is says.
 Only rows measured on a GPU on this library's kernels count; with none the table says "not measured yet". Two providers
 are compared only where one run timed them in turns. Ratios and means are quoted on the core grid (cases.py) alone, and
 the table says how much of it has been measured.
@@ -15,16 +16,43 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
+import rnn_gpu
+from rnn_gpu import backends
+from rnn_gpu.kernels.plan import DEVICES
+
 from . import cases as grids
 from . import ledger
 from .ledger import Row, slug
+from .providers import float32_precision, torch_layer
 
 BEGIN, END = "<!-- performance table -->", "<!-- end -->"
 NOT_MEASURED = (
     "Speed on a GPU: **not measured yet** (`python -m perf.benchmark` on a GPU, then `python -m perf.report`)."
 )
 OURS, REFERENCE = "rnn_gpu", "torch.nn"
-SHOWN = ("inference", "forward+backward")  # of the modes, in the table
+SHOWN = {"forward+backward": "training", "inference": "inference"}  # of the modes, in the tables
+# The rows of README.md's table: each case of the core grid is in one of them.
+REGIONS = {
+    "LSTM, bfloat16, up to 1024 units": lambda c: c.cell == "lstm" and c.dtype == "bfloat16" and c.hidden_size <= 1024,
+    "GRU and RNN, bfloat16": lambda c: c.cell != "lstm" and c.dtype == "bfloat16",
+    "LSTM and GRU, float32 (tf32), 256 units and more": lambda c: c.dtype == "float32" and c.hidden_size >= 256,
+    "LSTM, float16, several layers": lambda c: c.dtype == "float16" and c.layers > 1,
+    "LSTM, float16, batch 64, 256 units and more": (
+        lambda c: c.dtype == "float16" and c.layers == 1 and c.batch_size >= 64 and c.hidden_size >= 256
+    ),
+    "LSTM, bfloat16, 1536 and 2048 units, batch 16": (
+        lambda c: c.dtype == "bfloat16" and c.hidden_size > 1024 and c.batch_size < 64
+    ),
+    "LSTM, bfloat16, 1536 and 2048 units, batch 64": (
+        lambda c: c.dtype == "bfloat16" and c.hidden_size > 1024 and c.batch_size >= 64
+    ),
+    "LSTM, float32 (tf32), 128 units": lambda c: c.dtype == "float32" and c.hidden_size < 256,
+    "LSTM, float16, one layer, batch 16 or 128 units": (
+        lambda c: c.dtype == "float16" and c.layers == 1 and (c.batch_size < 64 or c.hidden_size < 256)
+    ),
+}
 COLORS = {
     "rnn_gpu": "C0",
     "auto": "C4",
@@ -80,44 +108,153 @@ def described(rows: list[Row]) -> str:
 
     days = sorted({row.measured[:10] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    cudnn = ", ".join(sorted({cudnn_version(row.cudnn) for row in rows}))
     return (
-        f"commit {every('commit') or 'unknown'}, torch {every('torch')}, CUDA {every('cuda')}, cuDNN {every('cudnn')}, "
+        f"commit {every('commit') or 'unknown'}, torch {every('torch')}, CUDA {every('cuda')}, cuDNN {cudnn}, "
         f"Triton {every('triton')}; {when}"
     )
 
 
+def cudnn_version(number: str) -> str:
+    """As people write it: 91900 is 9.19.0."""
+    if not number.isdigit() or int(number) < 90000:
+        return number
+    return f"{int(number) // 10000}.{int(number) // 100 % 100}.{int(number) % 100}"
+
+
+def on_the_core_grid(groups: list[dict[str, Row]]) -> list[dict[str, Row]]:
+    """Those that means are quoted on: core cases with a warm cache and torch.nn beside."""
+    core = grids.core()
+    return [g for g in groups if g[OURS].cache == "warm" and case_of(g[OURS]) in core and REFERENCE in g]
+
+
+def ratios(groups: list[dict[str, Row]], mode: str) -> list[float]:
+    """How many times as fast as torch.nn ours was, in a mode."""
+    return [speed_up(g) for g in groups if g[OURS].mode == mode]
+
+
+def by_case(groups: list[dict[str, Row]]) -> dict[tuple, dict[str, dict[str, Row]]]:
+    """The groups of each case and precision, by mode, in the order of the grid."""
+    found = {}
+    for g in groups:
+        found.setdefault((case_of(g[OURS]), g[OURS].precision), {})[g[OURS].mode] = g
+    return found
+
+
+def short(case: grids.Case) -> str:
+    """A case within its cell and type."""
+    more = f" L {case.layers}" if case.layers > 1 else ""
+    more += " both ways" if case.directions == 2 else ""
+    return f"H {case.hidden_size} B {case.batch_size}{more}"
+
+
+def slower(groups: list[dict[str, Row]]) -> str:
+    """The cases in which torch.nn was faster in one of the modes, with the ratio in each."""
+    found = []
+    for (case, _), modes in by_case(groups).items():
+        values = [speed_up(modes[mode]) if mode in modes else None for mode in SHOWN]
+        if any(value is not None and value < 1 for value in values):
+            told = " / ".join("?" if value is None else f"{value:.2f}" for value in values)
+            found.append(f"{short(case)} ({told})")
+    return "; ".join(found)
+
+
 def table(rows: list[Row]) -> str:
-    """The table in Markdown."""
+    """The table of README.md: where it helps, and where `auto` leaves a call to torch."""
     groups = latest(counted(rows))
     if not groups:
         return NOT_MEASURED
-    core = grids.core()
-    parts = []
+    core, parts = grids.core(), []
     for device, every in devices(groups).items():
-        mine = [g for g in every if g[OURS].cache == "warm" and case_of(g[OURS]) in core and REFERENCE in g]
+        mine = on_the_core_grid(every)
         parts.append(f"**{device}**: {described([g[OURS] for g in every])}.")
         if not mine:
             parts.append("No case of the core grid has been measured.")
             continue
-        lines = ["| cell | type | " + " | ".join(f"{mode}, times as fast as torch.nn" for mode in SHOWN) + " | cases |"]
-        lines.append("|---|---|" + "---|" * (len(SHOWN) + 1))
-        for cell, dtype in dict.fromkeys((case.cell, case.dtype) for case in core):
-            alike = [g for g in mine if (g[OURS].cell, g[OURS].dtype) == (cell, dtype)]
-            wanted = sum((case.cell, case.dtype) == (cell, dtype) for case in core)
-            for precision in sorted({g[OURS].precision for g in alike}):
-                of_this = [g for g in alike if g[OURS].precision == precision]
-                values, counts = [], []
-                for mode in SHOWN:
-                    ratios = [speed_up(g) for g in of_this if g[OURS].mode == mode]
-                    values.append(mean_and_range(ratios))
-                    counts.append(len(ratios))
-                count = str(counts[0]) if len(set(counts)) == 1 else " and ".join(map(str, counts))
-                name = f"{dtype} ({precision})" if precision else dtype
-                lines.append(f"| {cell} | {name} | {' | '.join(values)} | {count} of {wanted} |")
+        lines = [f"| where | {' | '.join(SHOWN.values())} | cases | `auto` trains on the kernels in |"]
+        lines.append("|---|" + "---|" * (len(SHOWN) + 2))
+        for name, within in REGIONS.items():
+            of_this = [g for g in mine if within(case_of(g[OURS]))]
+            if of_this:
+                chosen = [auto_takes(case, precision, device, True) for case, precision in by_case(of_this)]
+                auto = "?" if "?" in chosen else f"{chosen.count('triton')} of {len(chosen)}"
+                lines.append(f"| {name} | {in_numbers(of_this, sum(map(within, core)))} | {auto} |")
+        lines.append(f"| **all** | {in_numbers(mine, len(core))} | |")
         parts.append("\n".join(lines))
     note = (
-        "Geometric mean over the core grid (smallest to largest), median times of calls in turns in one process, the "
-        "product with the input included. `docs/performance.md` says how to read and repeat it."
+        "Times as fast as torch.nn (cuDNN): geometric mean over the core grid (smallest to largest). Training is "
+        "forward and backward with all gradients; the product with the input is included. Median times of calls in "
+        "turns in one process. `docs/performance.md` has every case, and says how to read and repeat it."
+    )
+    return "\n\n".join([*parts, note])
+
+
+def in_numbers(groups: list[dict[str, Row]], wanted: int) -> str:
+    """The columns of a row: the means in each mode, and of how many cases."""
+    values = [mean_and_range(ratios(groups, mode)) for mode in SHOWN]
+    counts = [len(ratios(groups, mode)) for mode in SHOWN]
+    count = str(counts[0]) if len(set(counts)) == 1 else " and ".join(map(str, counts))
+    return f"{' | '.join(values)} | {count} of {wanted}"
+
+
+def cell_table(mine: list[dict[str, Row]]) -> str:
+    """The means by cell and type, and where torch.nn was faster."""
+    core = grids.core()
+    lines = [f"| cell | type | {' | '.join(SHOWN.values())} | cases | torch.nn was faster at (training / inference) |"]
+    lines.append("|---|---|" + "---|" * (len(SHOWN) + 2))
+    for cell, dtype in dict.fromkeys((case.cell, case.dtype) for case in core):
+        alike = [g for g in mine if (g[OURS].cell, g[OURS].dtype) == (cell, dtype)]
+        wanted = sum((case.cell, case.dtype) == (cell, dtype) for case in core)
+        for precision in sorted({g[OURS].precision for g in alike}):
+            of_this = [g for g in alike if g[OURS].precision == precision]
+            name = f"{dtype} ({precision})" if precision else dtype
+            lines.append(f"| {cell} | {name} | {in_numbers(of_this, wanted)} | {slower(of_this)} |")
+    return "\n".join(lines)
+
+
+def auto_takes(case: grids.Case, precision: str, device: str, training: bool) -> str:
+    """The backend that "auto" takes, by the model of the plan as it stands in the code; "?" for an unknown device."""
+    known = next((d for d in DEVICES.values() if d.name in device), None)
+    if known is None:
+        return "?"
+    dtype = getattr(torch, case.dtype)
+    with float32_precision(precision or "tf32"):
+        layer = torch_layer(case, "meta", dtype, rnn_gpu)
+        return backends.kernels_for(layer, case.batch_size, dtype, known, training).name
+
+
+def case_table(rows: list[Row]) -> str:
+    """The tables of docs/performance.md: by cell and type, and every case of the core grid."""
+    groups = latest(counted(rows))
+    if not groups:
+        return NOT_MEASURED
+    parts = []
+    for device, every in devices(groups).items():
+        parts.append(f"**{device}**: {described([g[OURS] for g in every])}.")
+        parts.append(cell_table(on_the_core_grid(every)))
+        head = " | ".join(f"{name}: rnn_gpu | torch.nn | times as fast | auto" for name in SHOWN.values())
+        lines = [f"| cell | type | H | B | T | L | D | {head} | MiB | torch.nn |", "|---|---|" + "---|" * 15]
+        for (case, precision), modes in by_case(on_the_core_grid(every)).items():
+            sizes = case.hidden_size, case.batch_size, case.time, case.layers, case.directions
+            name = f"{case.dtype} ({precision})" if precision else case.dtype
+            row = [case.cell, name, *map(str, sizes)]
+            for mode in SHOWN:
+                if mode not in modes:
+                    row += [""] * 4
+                    continue
+                ours, theirs = modes[mode][OURS], modes[mode][REFERENCE]
+                row += [f"{ours.step_us:.2f}", f"{theirs.step_us:.2f}", f"{speed_up(modes[mode]):.2f}"]
+                row.append(auto_takes(case, precision, device, mode != "inference"))
+            trained = modes.get("forward+backward", {})
+            peaks = [trained[who].peak_bytes if who in trained else None for who in (OURS, REFERENCE)]
+            row += ["" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
+            lines.append(f"| {' | '.join(row)} |")
+        parts.append("\n".join(lines))
+    note = (
+        "The means are geometric, as times as fast as torch.nn (smallest to largest). In the second table microseconds "
+        "a step, all layers and directions together. *auto*: what the backend `auto` takes today, by the model of the "
+        "plan in the code as it is, which may be newer than the times. MiB: the most memory that a training step takes "
+        "beyond weights and input."
     )
     return "\n\n".join([*parts, note])
 
@@ -167,6 +304,17 @@ def plain(groups: list[dict[str, Row]], **conditions) -> list[dict[str, Row]]:
     return [g for g in groups if all(getattr(g[OURS], name) == value for name, value in conditions.items())]
 
 
+def panels_of(plt, count: int, width: float, height: float, **options):
+    """A figure of so many panels, three in a row -> the figure and its axes; those left over are not drawn."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained", **options)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def heat_map(plt, device: str, groups: list[dict[str, Row]], docs: Path) -> Path | None:
     """Times as fast as torch.nn, over H and B, forward and backward, a panel for each cell and type."""
     groups = [g for g in plain(groups, mode="forward+backward") if REFERENCE in g]
@@ -179,9 +327,8 @@ def heat_map(plt, device: str, groups: list[dict[str, Row]], docs: Path) -> Path
 
     ratios = [speed_up(g) for g in groups]
     norm = TwoSlopeNorm(1.0, min(0.5, *ratios), max(2.0, *ratios))
-    size = (1.2 + 0.55 * len(widths), 1.0 + 0.4 * len(heights))
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(size[0] * len(panels), size[1]))
-    for axis, (cell, dtype) in zip(axes[0], panels, strict=True):
+    figure, axes = panels_of(plt, len(panels), 1.2 + 0.45 * len(widths), 0.8 + 0.3 * len(heights))
+    for axis, (cell, dtype) in zip(axes.flat, panels, strict=False):
         values = [[float("nan")] * len(widths) for _ in heights]
         longest = {}
         for g in groups:
@@ -197,8 +344,9 @@ def heat_map(plt, device: str, groups: list[dict[str, Row]], docs: Path) -> Path
         axis.set_xticks(range(len(widths)), widths)
         axis.set_yticks(range(len(heights)), heights)
         axis.set(title=f"{cell} {dtype}", xlabel="hidden units")
-    axes[0][0].set_ylabel("batch")
-    figure.suptitle(f"{device}: times as fast as torch.nn, forward and backward; empty: not measured", y=1.04)
+    for row in axes:
+        row[0].set_ylabel("batch")
+    figure.suptitle(f"{device}: times as fast as torch.nn, forward and backward; empty: not measured")
     return save(plt, figure, docs / f"speed-up-{slug(device)}.svg")
 
 
@@ -213,8 +361,8 @@ def lines_over_sizes(
     batch = max(sorted(set(batches)), key=batches.count)
     groups = [g for g in groups if g[OURS].batch_size == batch]
     panels = sorted({(g[OURS].cell, g[OURS].dtype) for g in groups})
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(3.4 * len(panels), 3), sharey=True)
-    for axis, (cell, dtype) in zip(axes[0], panels, strict=True):
+    figure, axes = panels_of(plt, len(panels), 3.4, 2.8, sharey=True)
+    for axis, (cell, dtype) in zip(axes.flat, panels, strict=False):
         of_this = sorted(
             (g for g in groups if (g[OURS].cell, g[OURS].dtype) == (cell, dtype)),
             key=lambda g: (g[OURS].hidden_size, g[OURS].time),
@@ -231,8 +379,9 @@ def lines_over_sizes(
                 axis.plot(*zip(*points, strict=True), "k--", lw=1, label="floor (an estimate)")
         axis.set(title=f"{cell} {dtype}", xlabel="hidden units", yscale="log")
         axis.legend(fontsize=7)
-    axes[0][0].set_ylabel(label)
-    figure.suptitle(f"{device}: {mode}, batch {batch}", y=1.02)
+    for row in axes:
+        row[0].set_ylabel(label)
+    figure.suptitle(f"{device}: {mode}, batch {batch}")
     return save(plt, figure, docs / f"{name}-{slug(device)}.svg")
 
 
@@ -275,18 +424,25 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         rows = ledger.read_all(chosen.results)
-        content = table(rows)
-        text = chosen.readme.read_text(encoding="utf-8")
-        changed = with_table(text, content)
+        tables = {chosen.readme: table(rows)}
+        if (page := chosen.docs / "performance.md").exists():
+            tables[page] = case_table(rows)
+        texts = {path: path.read_text(encoding="utf-8") for path in tables}
+        changed = {path: with_table(text, tables[path]) for path, text in texts.items()}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if chosen.check:
-        print("up to date" if changed == text else f"{chosen.readme} is not what the ledger says: run perf.report")
-        return int(changed != text)
-    chosen.readme.write_text(changed, encoding="utf-8")
+        stale = [path for path in texts if changed[path] != texts[path]]
+        for path in stale:
+            print(f"{path} is not what the ledger says: run perf.report")
+        if not stale:
+            print("up to date")
+        return int(bool(stale))
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
     count = len(counted(rows))
-    print(f"{len(rows)} rows, {count} of them measured on a GPU.\n\n{content}\n")
+    print(f"{len(rows)} rows, {count} of them measured on a GPU.\n\n{tables[chosen.readme]}\n")
     drawn = plots(rows, chosen.docs)
     if drawn is None:
         print("No plots: matplotlib is not installed (it comes with the extra `perf`).")

@@ -9,7 +9,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Literal, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -123,20 +123,31 @@ class _Layer(RNNBase, Generic[State]):
         """As torch.nn's, with `memory` where it was given."""
         return super().extra_repr() + ("" if self.memory is None else f", memory={self.memory}")
 
-    @overload
+    if TYPE_CHECKING:  # torch.nn.Module says that a call gives Any
+
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            hx: State | None = None,
+            *,
+            lengths: Tensor | Sequence[int] | None = None,
+            resets: Tensor | None = None,
+        ) -> tuple[Tensor, State]: ...
+
+        @overload
+        def __call__(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
+
+        def __call__(self, *arguments: Any, **masks: Any) -> Any: ...
+
     def forward(
         self,
-        input: Tensor,
-        hx: State | None = None,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Tensor, State]: ...
-
-    @overload
-    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
-
-    def forward(self, input, hx=None, *, lengths=None, resets=None):
+    ) -> Any:
         """As torch.nn, and with sequences of different lengths, or that start anew, inside a padded batch.
 
         input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence.
@@ -174,9 +185,6 @@ class _Layer(RNNBase, Generic[State]):
         if packed:
             return self._forward_packed(input, hx, batch_size, dtype, route)
         return self._forward_rows(input, hx, dtype, lengths, resets, route)
-
-    if TYPE_CHECKING:  # torch.nn.Module says that a call gives Any
-        __call__ = forward
 
     def _refuse_input(self, input: object, hx: object) -> NoReturn:
         """The error for input that is neither a tensor nor a PackedSequence: torch.nn's own, but for torch.fx."""

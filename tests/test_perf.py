@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -441,19 +442,57 @@ def test_only_rows_of_one_run_are_compared():
     assert report.speed_up(group, "flashrnn") is None
 
 
-def test_the_table_says_what_was_measured_and_how_much_is_missing():
-    """Catches a mean over other cases than the core grid's, or one that hides how few there are."""
+def test_the_tables_say_what_was_measured_and_how_much_is_missing():
+    """Catches a mean over other cases than the core grid's, one that hides how few there are, and cases in which
+    torch.nn was faster that are not told.
+    """
     rows = []
-    for hidden_size, theirs in ((256, 200.0), (512, 800.0), (100, 1e9)):  # 100 is not in the core grid
+    for hidden_size, theirs in ((256, 200.0), (512, 800.0), (100, 1e9), (768, 50.0)):  # 100 is not in the core grid
         rows += [
             invented("rnn_gpu", 100.0, hidden_size=hidden_size),
             invented("torch.nn", theirs, hidden_size=hidden_size),
         ]
+    (mode,) = {row.mode for row in rows}
+    row = " | ".join("2.00 (0.50 to 8.00)" if shown == mode else "not measured yet" for shown in report.SHOWN)
+    counts = " and ".join("3" if shown == mode else "0" for shown in report.SHOWN)
+    wanted = sum(map(report.REGIONS["LSTM, bfloat16, up to 1024 units"], cases.core()))
     table = report.table(rows)
-    wanted = sum((case.cell, case.dtype) == ("lstm", "bfloat16") for case in cases.core())
-    assert f"| lstm | bfloat16 | 4.00 (2.00 to 8.00) | not measured yet | 2 and 0 of {wanted} |" in table
+    assert f"| LSTM, bfloat16, up to 1024 units | {row} | {counts} of {wanted} | ? |" in table
     assert "INVENTED GPU" in table and "c0ffee" in table
     assert report.table([]) == report.NOT_MEASURED and "not measured yet" in report.NOT_MEASURED
+    wanted = sum((case.cell, case.dtype) == ("lstm", "bfloat16") for case in cases.core())
+    every = report.case_table(rows)
+    ratio = " / ".join("0.50" if shown == mode else "?" for shown in report.SHOWN)
+    assert f"| lstm | bfloat16 | {row} | {counts} of {wanted} | H 768 B 16 ({ratio}) |" in every
+    assert "| lstm | bfloat16 | 512 | 16 |" in every and "| lstm | bfloat16 | 100 |" not in every
+
+
+def test_every_case_of_the_core_grid_is_in_one_row_of_the_table():
+    """Catches a case that README's table leaves out, or counts twice."""
+    for case in cases.core():
+        assert sum(within(case) for within in report.REGIONS.values()) == 1, case
+
+
+def test_the_readme_says_what_the_ledger_says(monkeypatch):
+    """Catches a table that somebody has edited, or a ledger that has grown without the table; but for the column that
+    tells what `auto` takes today, which the plan decides.
+    """
+    monkeypatch.setattr(report, "auto_takes", lambda *case: "?")
+    text = (ledger.ROOT / "README.md").read_text(encoding="utf-8")
+    assert cases_without_auto(text) == cases_without_auto(
+        report.with_table(text, report.table(ledger.read_all(ledger.RESULTS)))
+    )
+
+
+def cases_without_auto(text: str) -> list[str]:
+    table = text.partition(report.BEGIN)[2].partition(report.END)[0]
+    return [re.sub(r"([0-9]+ of [0-9]+|\?) \|$", "|", line) for line in table.splitlines()]
+
+
+def test_versions_of_cudnn_are_written_as_people_write_them():
+    """Catches 91900 for 9.19.0."""
+    assert report.cudnn_version("91900") == "9.19.0" and report.cudnn_version("91002") == "9.10.2"
+    assert report.cudnn_version("") == "" and report.cudnn_version("8907") == "8907"
 
 
 def test_the_report_writes_table_and_plots(tmp_path, capsys):
@@ -473,7 +512,7 @@ def test_the_report_writes_table_and_plots(tmp_path, capsys):
     in_file(results / "a.csv", rows)
     assert report.main([*command, "--check"]) == 1 and report.main(command) == 0
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| lstm | bfloat16 |" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| LSTM, bfloat16, up to 1024 units |" in text
     if report.plotting() is None:
         assert "matplotlib is not installed" in capsys.readouterr().out
         return
