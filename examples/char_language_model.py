@@ -15,6 +15,7 @@ a layer, H hidden size, V characters in the vocabulary. The exit status is 1 whe
 
 import argparse
 import math
+import os
 import sys
 import sysconfig
 import time
@@ -22,6 +23,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
+
+# Before torch is imported: idle OpenMP threads must sleep. Where they spin on busy cores, a step can stall for seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import Tensor, nn

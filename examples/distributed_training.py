@@ -6,6 +6,8 @@ torchrun --standalone --nproc-per-node 2 examples/distributed_training.py [file 
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: idle threads must sleep, not spin
+
 import torch
 from torch import Tensor, nn
 

@@ -239,7 +239,7 @@ def interpreting() -> bool:
 @functools.cache
 def _properties(index: int) -> planning.Device:
     found = torch.cuda.get_device_properties(index)
-    like = next((d for d in planning.DEVICES.values() if d.name in found.name), planning.DEVICES["a100"])
+    like = planning.named(found.name) or planning.DEVICES["a100"]
     return planning.Device(
         name=found.name,
         arch=found.major * 10 + found.minor,
@@ -252,16 +252,16 @@ def _properties(index: int) -> planning.Device:
 
 
 def device_of(device: torch.device | str) -> planning.Device:
-    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or a name of `kernels.plan.DEVICES` such
-    as "h200".
+    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or the name of a GPU, such as "H200"
+    (`kernels.plan.named`). ValueError for what is neither.
     """
-    if isinstance(device, str) and device in planning.DEVICES:
-        return planning.DEVICES[device]
+    if isinstance(device, str) and (known := planning.named(device)) is not None:
+        return known
     try:
         device = torch.device(device)
     except RuntimeError:
-        known = ", ".join(map(repr, planning.DEVICES))
-        raise ValueError(f"Unknown device {device!r}. Select a torch device or one of {known}.") from None
+        names = ", ".join(repr(gpu.name.removeprefix("NVIDIA ")) for gpu in planning.DEVICES.values())
+        raise ValueError(f"Unknown device {device!r}. Select a torch device or one of {names}.") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(f"device {str(device)!r} is not available: PyTorch finds no GPU here")
@@ -295,11 +295,14 @@ def plan_for(
     backward: bool,
     ragged: bool = False,
     under: tuple[int, bool] | None = None,
+    precision: str | None = None,
 ) -> planning.Plan | str:
-    """The plan of one pass, or why there is none. ragged: rows end early or start anew. under: `limits`, or now's."""
+    """The plan of one pass, or why there is none. ragged: rows end early or start anew. under: `limits`, or now's.
+    precision: of float32 products; None: as PyTorch's switches say.
+    """
     cap, alone = limits() if under is None else under
     problem = cell, hidden_size, batch_size, sets, dtype, device, backward
-    return planning.cached_plan(*problem, precision_of(dtype), cap or None, alone, ragged)
+    return planning.cached_plan(*problem, precision or precision_of(dtype), cap or None, alone, ragged)
 
 
 def limits() -> tuple[int, bool]:
@@ -330,19 +333,23 @@ def kernels_for(
     device: planning.Device,
     training: bool,
     ragged: bool = False,
+    precision: str | None = None,
 ) -> Choice:
     """Whether the kernels can serve a call of `module`, and whether they are predicted to be the faster choice.
 
-    ragged: rows end early or start anew. It does not ask whether Triton is installed.
+    ragged: rows end early or start anew. precision: of float32 products; None: as PyTorch's switches say. It does not
+    ask whether Triton is installed.
     """
-    return _weighed(_problem(module, batch_size, dtype), device, training, ragged)
+    return _weighed(_problem(module, batch_size, dtype), device, training, ragged, precision)
 
 
-def _weighed(problem: tuple, device: planning.Device, training: bool, ragged: bool) -> Choice:
+def _weighed(
+    problem: tuple, device: planning.Device, training: bool, ragged: bool, precision: str | None = None
+) -> Choice:
     """The same for a `_problem`."""
     plans = []
     for backward in (False, True) if training else (False,):
-        found = plan_for(*problem, device, backward, ragged)
+        found = plan_for(*problem, device, backward, ragged, precision=precision)
         if isinstance(found, str):
             return Choice("torch", found)
         plans.append(found)

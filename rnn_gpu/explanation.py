@@ -1,16 +1,14 @@
 """What would run for a layer, and why, in words and numbers."""
 
+from typing import Literal
+
 import torch
 
 from . import backends
-from .kernels.plan import DEVICES, Plan, cudnn_microseconds
+from .kernels.plan import Device, Plan, cudnn_microseconds, named
 
 
-def _dtype_of(module: torch.nn.RNNBase, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or next(module.parameters()).dtype
-
-
-def _pass_lines(plan: Plan, device) -> list[str]:
+def _pass_lines(plan: Plan, device: Device) -> list[str]:
     name = "backward" if plan.backward else "forward"
     return [
         f"  {name}: {plan}",
@@ -19,9 +17,9 @@ def _pass_lines(plan: Plan, device) -> list[str]:
     ]
 
 
-def _projection_line(module: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:
+def _projection_line(layer: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:
     """What the combined recurrent weight of a projected layer costs beside its two factors."""
-    combined, factors = 4 * module.hidden_size**2, 5 * module.hidden_size * module.proj_size
+    combined, factors = 4 * layer.hidden_size**2, 5 * layer.hidden_size * layer.proj_size
     text = (
         f"projection: the recurrence runs on the product of weight_hh and weight_hr, {combined:,} weights a direction "
         f"({factors:,} in the two factors)"
@@ -31,53 +29,90 @@ def _projection_line(module: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:
     return text + ": no extra exchange"
 
 
+def _layer_lines(
+    layer: torch.nn.RNNBase,
+    batch_size: int,
+    gpu: Device,
+    dtype: torch.dtype,
+    ragged: bool,
+    training: bool,
+    precision: str | None,
+) -> list[str]:
+    """Everything about one layer."""
+    choice = backends.kernels_for(layer, batch_size, dtype, gpu, training, ragged, precision)
+    directions = "both directions" if layer.bidirectional else "one direction"
+    lines = [
+        f"{type(layer).__name__} of {layer.hidden_size} hidden units, {layer.num_layers} layer(s), {directions}, batch "
+        f"{batch_size}, {backends.name_of(dtype)}{f' ({precision} products)' if precision else ''}, "
+        f"{'training' if training else 'inference'}",
+        f"backend 'auto' takes {choice.name}: {choice.reason}",
+    ]
+    for plan in choice.plans:
+        lines += _pass_lines(plan, gpu)
+    if choice.plans and layer.proj_size > 0:
+        lines.append(_projection_line(layer, choice.plans))
+    if not choice.plans:
+        lines.append("backend 'triton' would raise a RuntimeError with that reason")
+    return lines
+
+
 def explain(
-    module: torch.nn.RNNBase,
+    module: torch.nn.Module,
     batch_size: int,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     ragged: bool = False,
+    *,
+    training: bool = True,
+    precision: Literal["tf32", "ieee"] | None = None,
 ) -> str:
-    """Say which backend and which plan would run `module` in training, and why.
+    """Say which backend and which plan would run every LSTM, GRU and RNN in `module`, and why.
 
-    module: an LSTM, GRU or RNN of this library or of torch.nn. batch_size: rows of the batch. device: a CUDA device,
-    or a name such as "h200", "a100", "rtx4090", "b200" to plan for a GPU that is not here; default: the current GPU,
-    or an H200 where there is none. dtype: default that of the module's parameters; give autocast's where it is used.
-    ragged: plan for sequences that are packed, end early (lengths) or start anew (resets).
+    module: a layer of this library or of torch.nn, or a model with such layers inside. batch_size: rows of the batch.
+    device: a CUDA device, or the name of a GPU that need not be here, as people write it: "H200", "rtx 4090", "L4",
+    "NVIDIA A100-SXM4-40GB"; default: the current GPU, or an H200 where there is none. dtype: default that of the
+    layer's parameters; give autocast's where it is used. ragged: plan for sequences that are packed, end early
+    (lengths) or start anew (resets). training: forward and backward; False: inference. precision: of float32 products,
+    "tf32" or "ieee" (full); default: as PyTorch's switches for RNNs say.
 
-    The times are estimates of a model, not measurements: see docs/design.md.
+    The times are estimates of a model, not measurements: see docs/design.md. TypeError and ValueError for wrong
+    arguments.
+
+    >>> print(explain(torch.nn.GRU(64, 128), batch_size=16, device="T4"))  # doctest: +ELLIPSIS
+    on NVIDIA T4 ...
+    GRU of 128 hidden units, ...
+    backend 'auto' takes torch: the kernels need compute capability 8.0 or later, NVIDIA T4 has 7.5
+    ...
     """
-    if not isinstance(module, torch.nn.RNNBase):
-        raise TypeError(f"explain expects an LSTM, GRU or RNN layer, got: {type(module).__name__}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size should be a positive number, got: {batch_size}")
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"explain expects a layer or a model, got: {type(module).__name__}")
+    layers = [(name, one) for name, one in module.named_modules() if isinstance(one, torch.nn.RNNBase)]
+    if not layers:
+        raise TypeError(f"explain expects an LSTM, GRU or RNN layer, or a model with one, got: {type(module).__name__}")
+    batch_size = backends.positive_integer("batch_size", batch_size)
+    if precision not in (None, "tf32", "ieee"):
+        raise ValueError(f"Unknown precision {precision!r}. Select from 'tf32', 'ieee'.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "h200"
-    gpu, dtype = backends.device_of(device), _dtype_of(module, dtype)
-    if device not in DEVICES and torch.device(device).type != "cuda":
+    gpu = backends.device_of(device)
+    if not (isinstance(device, str) and named(device)) and torch.device(device).type != "cuda":
         raise ValueError(f"explain plans for a CUDA device or a GPU it knows by name, got: {device}")
-    choice = backends.kernels_for(module, batch_size, dtype, gpu, training=True, ragged=ragged)
-    wanted = backends.current_backend()
-    directions = "both directions" if module.bidirectional else "one direction"
     lines = [
-        f"{type(module).__name__} of {module.hidden_size} hidden units, {module.num_layers} layer(s), "
-        f"{directions}, batch {batch_size}, {backends.name_of(dtype)}"
-        f" on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.shared_memory // 1024} KiB of shared memory each)"
+        f"on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.shared_memory // 1024} KiB of shared memory each)"
     ]
-    if choice.plans:
-        lines.append(f"backend 'auto' takes {choice.name}: {choice.reason}")
-        for plan in choice.plans:
-            lines += _pass_lines(plan, gpu)
-        if module.proj_size > 0:
-            lines.append(_projection_line(module, choice.plans))
+    planned = False
+    for name, layer in layers:
+        of_layer = dtype or next(layer.parameters()).dtype
+        multiplied = (precision or backends.precision_of("float32")) if of_layer == torch.float32 else None
+        found = _layer_lines(layer, batch_size, gpu, of_layer, ragged, training, multiplied)
+        planned = planned or any(line.startswith("  ") for line in found)
+        lines += [f"{name}: {found[0]}" if name else found[0], *found[1:]]
+    if planned:
         lines.append("Times are estimates of a model, not measured; docs/design.md explains it and the words above.")
-    else:
-        lines.append(f"backend 'auto' takes torch: {choice.reason}")
-        lines.append("backend 'triton' would raise a RuntimeError with that reason")
     if backends.triton_missing():
         lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
-    elif choice.plans and not torch.cuda.is_available() and not backends.interpreting():
+    elif planned and not torch.cuda.is_available() and not backends.interpreting():
         lines.append("Here nothing of this runs: there is no CUDA device.")
-    if wanted != "auto":
+    if (wanted := backends.current_backend()) != "auto":
         lines.append(f"The backend in force now is {wanted!r}.")
     return "\n".join(lines)

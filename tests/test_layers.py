@@ -264,8 +264,64 @@ def test_explain_names_the_reason_for_torch():
     for batch_size in (0, -4):
         with pytest.raises(ValueError, match="batch_size should be a positive number"):
             rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
-    with pytest.raises(TypeError, match="Linear"):
-        rnn_gpu.explain(torch.nn.Linear(3, 4), 4)
+    for batch_size in (16.5, "16", None):
+        with pytest.raises(TypeError, match="batch_size should be an integer"):
+            rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
+    with pytest.raises(ValueError, match="Unknown precision 'tf16'"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", precision="tf16")
+    for nothing, words in ((torch.nn.Linear(3, 4), "Linear"), (torch.nn.LSTM, "got: type"), (3, "got: int")):
+        with pytest.raises(TypeError, match=words):
+            rnn_gpu.explain(nothing, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("H200", "NVIDIA H200"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA RTX 4090"),
+        ("rtx 3090", "NVIDIA RTX 3090"),
+        ("5080", "NVIDIA RTX 5080"),
+        ("NVIDIA RTX A6000", "NVIDIA RTX A6000"),
+        ("A10", "NVIDIA A10"),
+        ("NVIDIA L4", "NVIDIA L4"),
+        ("l40s", "NVIDIA L40S"),
+    ],
+)
+def test_explain_knows_gpus_by_the_names_people_write(name, gpu):
+    """Catches: a GPU that PyTorch or a vendor writes in another way and that is not known, or taken for another."""
+    assert f"on {gpu} (" in rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["RTX 4090 Laptop GPU", "RTX 3080 Ti", "A1000", "RTX 4080 SUPER", "H20", "gtx 970", ""]
+)
+def test_explain_does_not_take_one_gpu_for_another(name):
+    """Catches: a GPU with other multiprocessors planned for as the one whose name its own begins with."""
+    with pytest.raises(ValueError, match=f"Unknown device {name!r}. Select a torch device or one of 'H200', 'H100'"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
+
+
+@pytest.mark.parametrize("name", ["T4", "Tesla V100-SXM2-16GB"])
+def test_explain_says_that_a_gpu_is_too_old(name):
+    """Catches: an unknown name where the answer is known."""
+    text = rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
+    assert (
+        "takes torch: the kernels need compute capability 8.0 or later" in text and "would raise a RuntimeError" in text
+    )
+
+
+def test_explain_takes_models_inference_and_precisions():
+    """Catches: a layer of a model that is left out, a backward planned for inference, tf32 told for full products."""
+    model = torch.nn.ModuleDict({"a": rnn_gpu.LSTM(8, 300), "b": torch.nn.Sequential(torch.nn.GRU(8, 16).half())})
+    text = rnn_gpu.explain(model, 4, "h200", training=False)
+    assert "a: LSTM of 300" in text and "b.0: GRU of 16" in text and "float16, inference" in text
+    assert text.count("  forward:") == 2 and "backward:" not in text
+    full, tf32 = (rnn_gpu.explain(model["a"], 4, "h200", precision=p) for p in ("ieee", "tf32"))
+    assert "float32 (ieee products), training" in full and "float32 (tf32 products), training" in tf32
+    assert full.replace("ieee", "tf32") != tf32
 
 
 def test_explain_says_where_the_factors_of_a_projection_would_be_better():
@@ -456,7 +512,7 @@ def test_autocast_leaves_float64_alone(name):
 def test_auto_plans_for_rows_that_end_early(monkeypatch):
     """Catches: "auto" that takes the kernels for ragged rows because dense ones would fit, and then fails."""
     dense = backends.kernels_for(rnn_gpu.LSTM(8, 8), 4, torch.float32, backends.device_of("h200"), True)
-    refuse = lambda *problem: "no room for masks" if problem[-1] else dense.plans[0]
+    refuse = lambda *problem, **precision: "no room for masks" if problem[-1] else dense.plans[0]
     monkeypatch.setattr(backends, "plan_for", refuse)
     assert rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200").count("no room") == 0
     assert "'auto' takes torch: no room for masks" in rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", ragged=True)
