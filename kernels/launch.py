@@ -50,7 +50,8 @@ def status_word(device: torch.device) -> Tensor:
     synchronisation.
     """
     if device not in _status:
-        word = torch.zeros(1, dtype=torch.int32)
+        with torch.inference_mode(False):  # or nobody could reset it outside of that mode
+            word = torch.zeros(1, dtype=torch.int32, device="cpu")
         _status[device] = word.pin_memory() if device.type == "cuda" else word
     return _status[device]
 

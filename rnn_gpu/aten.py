@@ -7,7 +7,6 @@ itself is unrolled over time by torch.compile and torch.export, fails there in f
 Shapes as in operators.py, and P, the size of a projected state: H where there is no projection.
 """
 
-import contextlib
 import warnings
 
 import torch
@@ -21,6 +20,12 @@ CALL = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_r
 # The tensors of `layer`, in order: those with a gradient, and those that say where rows lie.
 INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "h0", "c0")
 ROWS = ("lengths", "offsets", "resets")
+
+# cuDNN warns of weights that lie apart, which nobody can mend here. One filter, of this module alone: to set it for a
+# call and take it back would make every warning that Python shows once come again, in all threads.
+warnings.filterwarnings(
+    "ignore", message="RNN module weights are not part of single contiguous chunk", module=__name__.replace(".", r"\.")
+)
 
 
 def layer(
@@ -51,7 +56,7 @@ def layer(
         [w[n] for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None] for n in range(sets)
     ]
     states = (h0,) if c0 is None else (h0, c0)
-    with _quietly(input):
+    with torch.autocast(input.device.type, enabled=False):  # everything has its type already
         if lengths is None and resets is None and reversed_sets != 1:
             steps = input.view(time, batch, input.shape[-1])
             y, *final = _call(cell, steps, None, states, weights, bias_ih is not None)
@@ -127,15 +132,6 @@ def _stretches(time, batch, lengths, offsets, resets, backwards):
     )
 
 
-@contextlib.contextmanager
-def _quietly(input: Tensor):
-    """Without autocast, since everything has its type already, and without cuDNN's warning about weights apart."""
-    with torch.autocast(input.device.type, enabled=False), warnings.catch_warnings():
-        if input.is_cuda:
-            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-        yield
-
-
 # ---- As an opaque operator -------------------------------------------------------------------------------------------
 
 
@@ -202,7 +198,7 @@ def aten_layer_backward(
     cell: str,
     reversed_sets: int,
     need: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of INPUTS, empty where `need` says no: the forward again, with autograd, then ATen's backward."""
     given = input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0
     # An operator's body runs below autograd; this one needs it.
@@ -217,7 +213,7 @@ def aten_layer_backward(
     for tensor, n in zip(given, need, strict=True):
         gradient = next(found, None) if n else None
         result.append(input.new_empty(0) if not n else _dense(gradient, tensor))
-    return result
+    return tuple(result)
 
 
 def _dense(gradient: Tensor | None, tensor: Tensor) -> Tensor:
@@ -230,7 +226,7 @@ def _(
     cell, reversed_sets, need,
 ):  # fmt: skip
     given = input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0
-    return [t.new_empty(t.shape) if n else input.new_empty(0) for t, n in zip(given, need, strict=True)]
+    return tuple(t.new_empty(t.shape) if n else input.new_empty(0) for t, n in zip(given, need, strict=True))
 
 
 class AtenLayer(torch.autograd.Function):
@@ -274,7 +270,7 @@ class AtenLayerBackward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         """See `aten_layer_backward`."""
-        return tuple(aten_layer_backward(*arguments))
+        return aten_layer_backward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

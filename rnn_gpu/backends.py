@@ -273,11 +273,8 @@ def precision_of(dtype: str) -> str | None:
     """How float32 products are made, as PyTorch's switches for RNNs say: "tf32" or "ieee"; None for 16-bit types."""
     if dtype != "float32":
         return None
-    for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
-        setting = switch.fp32_precision
-        if setting != "none":
-            return "ieee" if setting == "ieee" else "tf32"
-    return "tf32"  # PyTorch's default for RNNs
+    # As PyTorch resolves it from all of its switches, old and new: after cudnn.allow_tf32 = False it is "none".
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
 def name_of(dtype: torch.dtype) -> str:

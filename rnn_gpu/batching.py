@@ -176,7 +176,7 @@ def _aten_backward_rule(info, in_dims, *arguments):
     kinds = GRADIENTS | ATEN
     count, given, _, how = _split(info, in_dims, arguments, kinds)
     found = _one_by_one(lambda **one: aten.aten_layer_backward(*(one[name] for name in kinds), *how), given, count)
-    return found, [0] * len(found)
+    return tuple(found), (0,) * len(found)
 
 
 torch.library.register_vmap(

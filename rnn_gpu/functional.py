@@ -97,5 +97,5 @@ def _on_the_kernels(
     how = backends.transforming(), backends.limits(), saving, rows.time, cell, reversed_sets
     y, h_n, c_n, _, _ = Layer.apply(*tensors, *how)
     if weight_hr is not None:
-        y, h_n = projected(y, h_n, weight_hr, h0, rows.lengths)
+        y, h_n = projected(y, h_n, weight_hr, h0, rows)
     return y, h_n, c_n

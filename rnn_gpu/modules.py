@@ -18,16 +18,20 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, distributed, onnx
 from .functional import recurrent_stack
-from .rows import Rows, packed_rows
+from .rows import Rows, packed_rows, past_the_end
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])  # h, or h and c
 INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into it before PyTorch 2.13
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor; some devices, meta for one, know none."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(tensor.device.type) and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _computed_in(tensor: Tensor) -> torch.dtype:
@@ -43,9 +47,8 @@ def _sequences(packed: PackedSequence, hx) -> int:
     """
     if packed.sorted_indices is not None:
         return packed.sorted_indices.size(0)
-    state = hx[0] if isinstance(hx, tuple) else hx
-    if torch.compiler.is_compiling() and state is not None:
-        return state.size(1)
+    if torch.compiler.is_compiling() and hx is not None:
+        return (hx if isinstance(hx, Tensor) else hx[0]).size(1)
     return int(packed.batch_sizes[0])
 
 
@@ -232,50 +235,69 @@ class _Layer(RNNBase, Generic[State]):
         if not _autocasts(data):
             return self.torch_class.forward(self, input, hx)
         dtype = _computed_in(data)
-        self._update_flat_weights()
+        weights = self._weights()
         states = () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
         good = hx is None or (len(states) == 2 if self.mode == "LSTM" else isinstance(hx, Tensor))
-        tensors = *states, *self._flat_weights
+        tensors = *states, *weights
         if not good or not all(isinstance(t, Tensor) and _computed_in(t) == dtype for t in tensors):
             return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
         if data.device.type == "cuda":  # autocast flattens the weights for cuDNN, and always in float16
             return _cast(self.torch_class.forward(self, input, hx), dtype)
-        cast = self.with_weights([weight.to(dtype) for weight in self._flat_weights])
+        cast = self.with_weights([weight.to(dtype) for weight in weights])
         with torch.autocast(data.device.type, enabled=False):
             return self.torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
 
     def with_weights(self, weights: list[Tensor]):
         """This layer with other tensors in place of its weights, for the length of a call."""
         other = object.__new__(type(self))
-        keep = lambda flatten=True: None
-        other.__dict__ = self.__dict__ | {"_flat_weights": weights, "_update_flat_weights": keep}
+        of_call = {"_flat_weights": weights, "_weights": lambda: weights, "_update_flat_weights": lambda: None}
+        other.__dict__ = self.__dict__ | of_call
         return other
 
     def _wants_another(self, input: Tensor | PackedSequence) -> bool:
         """Whether the weights are computed in another dtype than the input."""
         dtype = _computed_in(input.data if isinstance(input, PackedSequence) else input)
-        if _computed_in(self._flat_weights[0]) == dtype:
-            return False
-        self._update_flat_weights(flatten=False)  # what differs may be a weight of the call before
-        return _computed_in(self._flat_weights[0]) != dtype
+        # Asked of the weights of the call before first: to read them again may cost a parametrization.
+        return _computed_in(self._flat_weights[0]) != dtype and _computed_in(self._weights()[0]) != dtype
 
-    def _update_flat_weights(self, flatten: bool = True) -> None:
-        """Read every weight once into `_flat_weights`: torch.nn's own reads a parametrized one up to four times a
-        forward.
-
-        flatten: where weights are new, make them the one chunk of memory that cuDNN wants; the kernels need none.
+    def _named_weights(self) -> list[Tensor | None]:
+        """The tensors that bear the weights' names now, each read once: torch.nn reads a parametrized one up to four
+        times a forward.
         """
-        own, names = self._parameters, self._flat_weights_names
-        # The dictionary first, and no assignment where nothing is new: torch.nn.Module's accessors are slow.
-        weights = [own[name] if name in own else getattr(self, name, None) for name in names]
-        if len(weights) != len(self._flat_weights) or not all(map(operator.is_, weights, self._flat_weights)):
-            self._flat_weights = weights
-        if not flatten:
-            return
+        own = self._parameters  # the dictionary first: torch.nn.Module's accessors are slow
+        return [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _are_read(self, named: list[Tensor | None]) -> bool:
+        """Whether `_flat_weights` was made from these tensors. What a user has put into it since then counts, as in
+        torch.nn, until a weight is another tensor.
+        """
         refs = self._flat_weight_refs
-        same = len(refs) == len(weights) and all(w is (r and r()) for w, r in zip(weights, refs, strict=True))
-        if not same:
-            self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+        if len(refs) != len(named):
+            return False
+        return all(w is (None if r is None else r()) for w, r in zip(named, refs, strict=True))
+
+    def _weights(self) -> list[Tensor]:
+        """The weights of this call, in torch.nn's order.
+
+        Kept for the next call where they are the layer's own parameters. Others, of a parametrization or put in by
+        `torch.func.functional_call`, are this call's alone: a transform's tensors must not outlive it.
+        """
+        named = self._named_weights()
+        if self._are_read(named):
+            return self._flat_weights
+        if all(isinstance(weight, torch.nn.Parameter) for weight in named):
+            self._keep(named)
+        return named
+
+    def _keep(self, named: list[Tensor | None]) -> None:
+        self._flat_weights = named
+        self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in named]
+
+    def _update_flat_weights(self) -> None:
+        """For torch.nn's own forward: new weights are read, and made the one chunk of memory that cuDNN wants."""
+        named = self._named_weights()
+        if not self._are_read(named):
+            self._keep(named)
             self.flatten_parameters()
 
     def flatten_parameters(self) -> None:
@@ -287,7 +309,6 @@ class _Layer(RNNBase, Generic[State]):
 
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
         """Dense input, on any route but torch.nn's own forward."""
-        self._update_flat_weights(flatten=False)
         lengths = _lengths(lengths)
         _check_resets(resets)
         name = self.torch_class.__name__
@@ -305,8 +326,7 @@ class _Layer(RNNBase, Generic[State]):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         rows = self._masked_rows(input, lengths, resets)
         if rows.lengths is not None:  # what stands in the padding, NaN perhaps, must not reach the weights' gradients
-            steps = torch.arange(rows.time, device=input.device).unsqueeze(1)
-            input = input.masked_fill((steps >= rows.lengths).unsqueeze(2), 0)
+            input = input.masked_fill(past_the_end(rows).unsqueeze(2), 0)
         output, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
         output = output.unflatten(0, (rows.time, rows.batch))
         output = output.transpose(0, 1) if self.batch_first else output
@@ -317,36 +337,32 @@ class _Layer(RNNBase, Generic[State]):
 
     def _forward_packed(self, input: PackedSequence, hx, batch: int, dtype: torch.dtype, route: str):
         """A PackedSequence, read as it lies."""
-        self._update_flat_weights(flatten=False)
         data, batch_sizes, sorted_indices, unsorted_indices = input
         lstm = self.mode == "LSTM"
+        self.check_input(data, batch_sizes)
         if hx is None:
-            self.check_input(data, batch_sizes)
             states = self._zero_states(data, batch)
         else:
-            hx = self.permute_hidden(hx, sorted_indices)
-            states = (hx[0], hx[1]) if lstm else (hx,)
-            # the sizes of states would be compared with a value, which no graph holds
-            if torch.compiler.is_compiling():
-                self.check_input(data, batch_sizes)
-            else:
-                self.check_forward_args(data, hx, batch_sizes)
             if lstm:
                 _check_pair(hx)
+            self._check_sizes((hx[0], hx[1]) if lstm else (hx,), batch)  # before permuting, which would cut them
+            hx = self.permute_hidden(hx, sorted_indices)
+            states = (hx[0], hx[1]) if lstm else (hx,)
         output, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
         final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
 
     def _run(self, input: Tensor, states: tuple[Tensor, ...], rows: Rows, dtype: torch.dtype, route: str):
         """Rows [R, I] and states -> output [R, D*H] and the tuple of final states."""
-        self._check_devices(input, states)
+        weights = self._weights()
+        self._check_devices(input, states, weights)
         h0, c0 = (state.to(dtype) for state in states) if len(states) == 2 else (states[0].to(dtype), None)
         output, h_n, c_n = recurrent_stack(
             backends.CELL_OF_MODE[self.mode],
             input.to(dtype),
             h0,
             c0,
-            [weight.to(dtype) for weight in self._flat_weights],
+            [weight.to(dtype) for weight in weights],
             rows,
             self.bias,
             self.num_layers,
@@ -374,7 +390,8 @@ class _Layer(RNNBase, Generic[State]):
             if lengths.shape != (batch,):
                 raise RuntimeError(f"Expected lengths size {[batch]}, got {list(lengths.shape)}")
             _check_range(lengths, time)
-            lengths = lengths.to(input.device).clamp(0, time).int()
+            wide = lengths.dtype if lengths.dtype in (torch.int32, torch.int64) else torch.int32  # T must fit in it
+            lengths = lengths.to(input.device, wide).clamp(0, time).int()
         if resets is not None:
             got = list(resets.shape)
             resets = resets.transpose(0, 1) if self.batch_first and resets.dim() == 2 else resets
@@ -406,10 +423,18 @@ class _Layer(RNNBase, Generic[State]):
             _check_pair(hx)
         return states if batched else tuple(state.unsqueeze(1) for state in states)
 
-    def _check_devices(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
+    def _check_sizes(self, states: tuple[Tensor, ...], batch: int) -> None:
+        """torch.nn's errors for states [L*D, B, H] of other sizes, from shapes alone: no graph holds values."""
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        for i, state in enumerate(states):
+            which = f"hidden[{i}]" if len(states) == 2 else "hidden"
+            expected = sets, batch, self.hidden_size if i == 1 else self.proj_size or self.hidden_size
+            self.check_hidden_size(state, expected, f"Expected {which} size {{}}, got {{}}")
+
+    def _check_devices(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         """RuntimeError where a tensor is on another device than the input, or is computed in another dtype."""
         dtype = _computed_in(input)
-        for what, tensor in [("hidden", state) for state in states] + [("parameter", w) for w in self._flat_weights]:
+        for what, tensor in [("hidden", state) for state in states] + [("parameter", w) for w in weights]:
             if tensor.device != input.device:
                 raise RuntimeError(
                     f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "

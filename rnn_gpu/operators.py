@@ -308,6 +308,11 @@ def _activate_gru(sums: tuple[Tensor, ...], aux: Tensor) -> None:
 ACTIVATE = {"lstm": _activate_lstm, "gru": _activate_gru}
 
 
+def _in_a_batch(gradient: Tensor | None) -> bool:
+    """Whether it stands for many gradients, of `torch.autograd.grad(is_grads_batched=True)`."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def layer_gradients(
     d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
     y, gates, aux, limits, time, name, reversed_sets, need,
@@ -315,6 +320,12 @@ def layer_gradients(
     """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
     gradients.
     """
+    if not torch.compiler.is_compiling() and any(map(_in_a_batch, (d_y, d_h_n, d_c_n))):
+        found = layer_backward(
+            d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
+            y, gates, aux, *limits, time, name, reversed_sets, list(need),
+        )  # fmt: skip
+        return tuple(gradient if n else None for gradient, n in zip(found, need, strict=True))
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
     if cell.saves_gates and gates.numel() == 0 < y.numel():
         gates, aux = gates_again(
@@ -351,6 +362,8 @@ def layer_gradients(
         backwards = runs_backwards(reversed_sets, n)
         first = first_rows(batch, lengths, offsets, count, backwards)
         d_first, state = hidden[first], h0[n]
+        if lengths is not None:  # a row without a step has gradients of zero: times a NaN they would be NaN
+            state = state.masked_fill((lengths == 0).unsqueeze(1), 0)
         if resets is not None:  # nothing of before reaches a step whose row starts anew
             anew = starts_anew(resets, first)
             d_first, state = d_first.masked_fill(anew, 0), state.masked_fill(anew, 0)
@@ -383,6 +396,42 @@ def layer_gradients(
     if need["c0"] and cell.carry == "c":
         found["c0"] = d_carry_0.to(c0.dtype)
     return tuple(found.values())
+
+
+@torch.library.custom_op("rnn_gpu::layer_backward", mutates_args=())
+def layer_backward(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    start: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    aux: Tensor,
+    max_programs: int,
+    alone: bool,
+    time: int,
+    cell: str,
+    reversed_sets: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`layer_gradients`, empty where not needed, as one operator: `torch.autograd.grad(is_grads_batched=True)` and
+    `jacobian(vectorize=True)` know few operators, and run any other once for each of their gradients.
+    """
+    found = layer_gradients(
+        d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
+        y, gates, aux, (max_programs, alone), time, cell, reversed_sets, need,
+    )  # fmt: skip
+    return tuple(y.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 class LayerBackward(torch.autograd.Function):

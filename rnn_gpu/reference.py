@@ -303,7 +303,8 @@ def recurrence(
     h, carry = h0, h0 if c0 is None else c0
     y: dict[int, Tensor] = {}
     for t in time_order(steps, reverse):
-        h_start, carry_start = choose(kept, t, h, 0), choose(kept, t, carry, 0)
+        # Where nothing depends on a state, nothing may reach it either: 0 * NaN would.
+        h_start, carry_start = (choose(active, t, choose(kept, t, state, 0), 0) for state in (h, carry))
         x_gates = x_part[t].chunk(GATES[cell], dim=-1)
         h_gates = hidden_gates(cell, h_start, weight_hh, bias_hn)
         h_new, carry_new, _ = STEPS[cell](x_gates, h_gates, carry_start)

@@ -36,7 +36,8 @@ def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
     """The rows of a PackedSequence of `batch` sequences, from its batch_sizes [T] on the CPU.
 
     The one thing that a call copies to the device, without waiting for it; and not again for the same batch sizes, so
-    that a CUDA graph can hold every call but the first.
+    that a CUDA graph can hold every call but the first. RuntimeError where it has another number of sequences, which a
+    compiled graph, that knows it from the states alone, finds when it runs.
     """
     if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
         return _packed_rows(batch_sizes, batch, device)
@@ -54,8 +55,10 @@ def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
 
 def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
     """`packed_rows`, made."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(batch_sizes[0] == batch, "Expected hidden states of as many sequences as were packed")
     offsets = functional.pad(batch_sizes.cumsum(0), (1, 0))
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0, dtype=torch.int32)
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=batch_sizes.device)).sum(0, dtype=torch.int32)
     if device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
         offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits
     return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
@@ -81,6 +84,11 @@ def rows_before(batch: int, offsets: Tensor | None, count: int):
     sizes = offsets[1:] - offsets[:-1]  # a row of step t stands as many rows later as step t - 1 has
     sizes_before = torch.repeat_interleave(sizes[:-1], sizes[1:], output_size=count - batch)
     return torch.arange(batch, count, device=offsets.device) - sizes_before
+
+
+def past_the_end(rows: Rows) -> Tensor:
+    """bool [T, B], which rows of dense input with lengths are padding."""
+    return torch.arange(rows.time, device=rows.lengths.device).unsqueeze(1) >= rows.lengths
 
 
 def starts_anew(resets: Tensor | None, rows) -> Tensor | None:

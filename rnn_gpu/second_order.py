@@ -60,7 +60,7 @@ def projected_reference_layer(
     tensors = input, weight_ih, weight, bias_ih, bias_hh, start, state, c0
     y, h_n, c_n = reference_layer(*tensors, lengths, offsets, resets, time, cell, reversed_sets)
     if weight_hr is not None:
-        y, h_n = projected(y, h_n, weight_hr, h0, lengths)
+        y, h_n = projected(y, h_n, weight_hr, h0, rows)
     return y, h_n, c_n
 
 

@@ -40,16 +40,17 @@ def differences(
     """
     switch = torch.backends.cudnn.rnn
     before, switch.fp32_precision = switch.fp32_precision, "ieee"  # torch rounds to tf32 by default: not compared here
-    generator = torch.Generator().manual_seed(0)
-    layer = getattr(modules, LAYERS[cell])(16, hidden_size, bidirectional=True)
-    plain = getattr(torch.nn, LAYERS[cell])(16, hidden_size, bidirectional=True).double()
+    generator = torch.Generator("cpu").manual_seed(0)
+    here = dict(device="cpu", dtype=torch.float32)  # whatever the user's defaults are
+    layer = getattr(modules, LAYERS[cell])(16, hidden_size, bidirectional=True, **here)
+    plain = getattr(torch.nn, LAYERS[cell])(16, hidden_size, bidirectional=True, **here).double()
     with torch.no_grad():
         for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
             theirs.uniform_(-(hidden_size**-0.5), hidden_size**-0.5, generator=generator)
             ours.copy_(theirs)
             theirs.copy_(ours)
-    input = torch.randn(5, 3, 16, generator=generator)
-    d_output = torch.randn(5, 3, 2 * hidden_size, generator=generator)
+    input = torch.randn(5, 3, 16, generator=generator, **here)
+    d_output = torch.randn(5, 3, 2 * hidden_size, generator=generator, **here)
     try:
         with backends.backend("triton"), backends.always_exchange() if exchange else contextlib.nullcontext():
             actual = _results(layer.to(device), input.to(device), d_output.to(device))
