@@ -16,12 +16,12 @@ SOURCES := kernels rnn_gpu tests perf examples
 # Idle OpenMP threads must sleep: where they spin on busy cores, a call of 23 ms can stall for seconds.
 export OMP_WAIT_POLICY := passive
 # What a user's shell has set must choose neither the backend nor the mode of a run.
-unexport RNN_GPU_BACKEND TRITON_INTERPRET
+unexport RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
 
 # One thread a worker, so that the workers do not fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
-.PHONY: help demo test test-slow test-gpu lint format clean
+.PHONY: help demo test test-slow test-gpu lint format docs package clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +31,9 @@ demo: $(READY)  ## train a character language model on real text (about 75 secon
 
 # Two runs, because compiled and interpreted kernels cannot share a process.
 test: $(READY)  ## all tests but the slow ones, compiled and then interpreted
-	$(TEST) -m "not interpreted and not slow"
-	TRITON_INTERPRET=1 $(TEST) -m "interpreted and not slow"
+	@echo "All tests: about 10 minutes on two cores, 3 on eight. A GPU is not needed; what needs one is skipped without."
+	@$(TEST) -q --span 0:60 -m "not interpreted and not slow"
+	@TRITON_INTERPRET=1 $(TEST) -q --span 60:100 -m "interpreted and not slow"
 
 test-slow: $(READY)  ## the long sweeps
 	$(TEST) -m "slow and not interpreted"
@@ -41,16 +42,26 @@ test-slow: $(READY)  ## the long sweeps
 test-gpu: $(READY)  ## only what needs a GPU
 	$(TEST) -m gpu
 
-lint: $(READY)  ## check the style
+lint: $(READY)  ## check the style, and the types of what users call
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/mypy
 
 format: $(READY)  ## mend the style
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 	$(BIN)/ruff format $(wildcard $(SOURCES))
 
+docs: $(READY)  ## the pages of docs/ as a site, in build/docs; needs no network
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
+package: $(READY)  ## build wheel and source archive in dist/ (tests/test_package.py tries them)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:  ## remove the environment, builds, caches and checkpoints
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis *.pt
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis *.pt
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints hold PyTorch to one version in every call: without them pip may fetch another, gigabytes each.
@@ -58,5 +69,5 @@ clean:  ## remove the environment, builds, caches and checkpoints
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[test,perf,examples,dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[test,perf,examples,docs,dev]"
 	@touch $@

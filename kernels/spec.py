@@ -2,6 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
+
+Text = TypeVar("Text", bound=str)
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,15 @@ def integer_from_environment(
     return int(digits)
 
 
-def choice_from_environment(name: str, choices: tuple[str, ...]) -> str:
+def choice_from_environment(name: str, choices: tuple[Text, ...]) -> Text:
     """The value of an environment variable, one of `choices`; the first where it is not set. ValueError that names it
     for anything else.
     """
     text = os.environ.get(name, choices[0])
-    if text not in choices:
-        known = ", ".join(choices)
-        raise ValueError(f"the environment variable {name} should be one of {known}, got: {text!r}")
-    return text
+    for choice in choices:
+        if text == choice:
+            return choice
+    raise ValueError(f"the environment variable {name} should be one of {', '.join(choices)}, got: {text!r}")
 
 
 # Polls before a wait becomes an error. A poll takes half a microsecond or more: this is 10 seconds at the least, far

@@ -38,7 +38,7 @@ __all__ = [
 torch.serialization.add_safe_globals([LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell])
 
 
-def check(device: torch.device | str | int | None = None) -> None:
+def check(device: torch.device | str | None = None) -> None:
     """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not
     end.
 

@@ -30,6 +30,7 @@ from .kernels.spec import CELLS, choice_from_environment, integer_from_environme
 
 Backend = Literal["auto", "triton", "torch"]
 Memory = Literal["full", "lean"]
+Sizes = tuple[str, int, int, int, str]  # cell, hidden units, batch, sets, type
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS, MEMORY = get_args(Backend), get_args(Memory)
 CELL_OF_MODE = {cell.mode: cell.name for cell in CELLS.values()}
@@ -185,7 +186,7 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def plainly_torch(input) -> bool:
+def plainly_torch(input: Any) -> bool:
     """Whether a call without masks is torch.nn's own and nothing else; asked first, since one step takes microseconds.
 
     input: a tensor or a PackedSequence.
@@ -238,7 +239,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def _properties(index: int) -> planning.Device:
-    found = torch.cuda.get_device_properties(index)
+    found: Any = torch.cuda.get_device_properties(index)
     like = planning.named(found.name) or planning.DEVICES["a100"]
     return planning.Device(
         name=found.name,
@@ -318,7 +319,7 @@ class Choice(NamedTuple):
     plans: tuple[planning.Plan, ...] = ()
 
 
-def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> tuple[str, int, int, int, str]:
+def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> Sizes:
     """Cell, hidden units, batch, sets and type of a call, as `plan_for` takes them: no graph can hold a module."""
     return CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype)
 
@@ -341,7 +342,7 @@ def kernels_for(
 
 
 def _weighed(
-    problem: tuple, device: planning.Device, training: bool, ragged: bool, precision: str | None = None
+    problem: Sizes, device: planning.Device, training: bool, ragged: bool, precision: str | None = None
 ) -> Choice:
     """The same for a `_problem`."""
     plans = []
@@ -356,7 +357,7 @@ def _weighed(
     return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
 
 
-_logged: set[tuple] = set()
+_logged: set[tuple[Any, ...]] = set()
 
 
 def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
@@ -371,14 +372,14 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_compiled(problem: tuple, kind: str, index: int, ragged: bool, wanted: str) -> str:
+def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wanted: str) -> str:
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
     the batch would be compiled anew for every size. wanted: the backend in force; "triton" compares with nothing.
     """
-    if triton_missing():
-        return triton_missing()
+    if missing := triton_missing():
+        return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
     choice = _weighed(problem, device, training=True, ragged=ragged)
     return "" if choice.name == "triton" or (choice.plans and wanted == "triton") else choice.reason
@@ -407,8 +408,8 @@ def choose(
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")
-    if triton_missing():
-        choice = Choice("torch", triton_missing())
+    if missing := triton_missing():
+        choice = Choice("torch", missing)
     else:
         choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, ragged)
     if wanted == "auto":

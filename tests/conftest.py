@@ -10,12 +10,19 @@ import zlib
 import pytest
 import torch
 
+from tests import progress
+
 BASE_SEED = int(os.environ.get("RNN_GPU_TEST_SEED", "0"))
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 SEED = pytest.StashKey[int]()
 
 
+def pytest_addoption(parser):
+    progress.add_option(parser)
+
+
 def pytest_configure(config):
+    progress.register(config)
     # One thread a worker, or the workers fight for the cores.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
