@@ -275,7 +275,8 @@ def precision_of(dtype: str) -> str | None:
     if dtype != "float32":
         return None
     # As PyTorch resolves it from all of its switches, old and new: after cudnn.allow_tf32 = False it is "none".
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    switch: Any = torch.backends.cudnn.rnn
+    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -115,6 +115,7 @@ class _Layer(RNNBase, Generic[State]):
     State: what initial and final states are, a tensor or a pair of them.
     """
 
+    _torch_class: Any  # torch.nn's class of the same name, whose forward serves the backend "torch"
     memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
 
     def _set_memory(self, memory: backends.Memory | None) -> None:
@@ -168,10 +169,10 @@ class _Layer(RNNBase, Generic[State]):
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
         if lengths is None and resets is None and backends.plainly_torch(input):
-            return self.torch_class.forward(self, input, hx)
+            return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         if self._wants_another(input):
-            return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
+            return self._torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
         data = input.data if packed else input
         dtype = _computed_in(data)
         batch_size = data.size(0 if self.batch_first else 1) if data.dim() == 3 else 1
@@ -197,7 +198,7 @@ class _Layer(RNNBase, Generic[State]):
                 "rnn_gpu.replace_rnns on the traced module; or trace with a Tracer whose is_leaf_module says True for "
                 "torch.nn.RNNBase (docs/limits.md)"
             )
-        self.torch_class.forward(self, input, hx)
+        self._torch_class.forward(self, input, hx)
         raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -233,19 +234,19 @@ class _Layer(RNNBase, Generic[State]):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
         data = input.data if isinstance(input, PackedSequence) else input
         if not _autocasts(data):
-            return self.torch_class.forward(self, input, hx)
+            return self._torch_class.forward(self, input, hx)
         dtype = _computed_in(data)
         weights = self._weights()
         states = () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
         good = hx is None or (len(states) == 2 if self.mode == "LSTM" else isinstance(hx, Tensor))
         tensors = *states, *weights
         if not good or not all(isinstance(t, Tensor) and _computed_in(t) == dtype for t in tensors):
-            return self.torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
+            return self._torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
         if data.device.type == "cuda":  # autocast flattens the weights for cuDNN, and always in float16
-            return _cast(self.torch_class.forward(self, input, hx), dtype)
+            return _cast(self._torch_class.forward(self, input, hx), dtype)
         cast = self.with_weights([weight.to(dtype) for weight in weights])
         with torch.autocast(data.device.type, enabled=False):
-            return self.torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
+            return self._torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
 
     def with_weights(self, weights: list[Tensor]):
         """This layer with other tensors in place of its weights, for the length of a call."""
@@ -311,7 +312,7 @@ class _Layer(RNNBase, Generic[State]):
         """Dense input, on any route but torch.nn's own forward."""
         lengths = _lengths(lengths)
         _check_resets(resets)
-        name = self.torch_class.__name__
+        name = self._torch_class.__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if name == "RNN" else ""
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
@@ -473,7 +474,7 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    torch_class = torch.nn.LSTM
+    _torch_class = torch.nn.LSTM
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args
     permute_hidden = torch.nn.LSTM.permute_hidden
@@ -527,7 +528,7 @@ class GRU(_Layer[Tensor]):
     (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
-    torch_class = torch.nn.GRU
+    _torch_class = torch.nn.GRU
 
     def __init__(
         self,
@@ -578,7 +579,7 @@ class RNN(_Layer[Tensor]):
     (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
-    torch_class = torch.nn.RNN
+    _torch_class = torch.nn.RNN
 
     def __init__(
         self,

@@ -205,7 +205,7 @@ def test_wrong_settings_are_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_is_of_the_layer_itself(name):
-    """Catches: help(rnn_gpu.LSTM) that hides the arguments, or says nn.Module's."""
+    """Catches: help(rnn_gpu.LSTM) that hides the arguments, or prints torch.nn's whole text or nn.Module's."""
     layer = getattr(rnn_gpu, name)
     ours, theirs = inspect.signature(layer).parameters, documented_arguments(getattr(torch.nn, name))
     assert list(ours)[: len(theirs)] == theirs and "memory" in ours
@@ -214,6 +214,7 @@ def test_help_is_of_the_layer_itself(name):
         assert word in first_screen or word.removesuffix("s") in first_screen, word
     whole = pydoc.render_doc(layer, renderer=pydoc.plaintext)
     assert "Initialize internal Module state" not in whole
+    assert getattr(torch.nn, name).__doc__.strip().splitlines()[0] not in whole
 
 
 def documented_arguments(layer) -> list[str]:
