@@ -5,18 +5,22 @@ layouts of torch. T steps, B rows of the batch, R rows of all steps, N weight se
 padded H, E slots.
 """
 
+import ctypes
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from . import backward as backward_kernel
-from . import cells, interpreter
+from . import cells, interpreter, prepare
 from . import forward as forward_kernel
+from .direct import Prepared
 from .plan import Plan
-from .spec import CELLS, WAIT_LIMIT, padded, runs_backwards
+from .rows import Rows
+from .spec import CELLS, WAIT_LIMIT, itemsize, padded, runs_backwards
 
 FORWARD = {
     "lstm": cells.lstm_forward,
@@ -30,19 +34,13 @@ BACKWARD = {
     "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_tanh_backward),
     "rnn_relu": (cells.rnn_relu_factors, cells.rnn_relu_backward),
 }
-HOLDER = {
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}  # same width, holds all ones
-UNWRITTEN = -1  # all ones
+
 
 _numbers = itertools.count(1)
 # The latest launches by number, for the message of a wait that did not end: plan, rows, the first row of the batch.
 _launches: dict[int, tuple] = {}
-_status: dict[
-    torch.device, Tensor
-] = {}  # a word that kernels write to and the host reads without waiting for the device
+# A word that kernels write to and the host reads without waiting for the device, and the same word as ctypes reads it.
+_status: dict[torch.device, tuple[Tensor, ctypes.c_int32]] = {}
 
 
 def status_word(device: torch.device) -> Tensor:
@@ -52,17 +50,17 @@ def status_word(device: torch.device) -> Tensor:
     if device not in _status:
         with torch.inference_mode(False):  # or nobody could reset it outside of that mode
             word = torch.zeros(1, dtype=torch.int32, device="cpu")
-        _status[device] = word.pin_memory() if device.type == "cuda" else word
-    return _status[device]
+        word = word.pin_memory() if device.type == "cuda" else word
+        _status[device] = word, ctypes.c_int32.from_address(word.data_ptr())
+    return _status[device][0]
 
 
 def raise_if_late(device: torch.device) -> None:
     """RuntimeError that names the launch, if one on `device` is known to have given up waiting."""
-    word = _status.get(device)
-    if word is None or word.item() == 0:
+    _, word = _status.get(device, (None, None))
+    if word is None or word.value == 0:
         return
-    number = word.item()
-    word.zero_()
+    number, word.value = word.value, 0
     what = "a launch no longer on record"
     if number in _launches:
         plan, rows, begin = _launches[number]
@@ -136,29 +134,27 @@ def options(plan: Plan) -> dict:
     return dict(num_warps=plan.warps, num_stages=1, maxnreg=255, launch_cooperative_grid=not plan.alone)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of the steps lie. R rows in all: R = T * B, or fewer where sequences are packed.
+class _Ready(NamedTuple):
+    """A kernel that only waits for its arguments, and the launches that a batch takes: first row and grid of each."""
 
-    lengths: int32 [B], steps of each row, or None where all have T. offsets: int64 [T+1], the first row of each step,
-    where sequences are packed (longest first, as PackedSequence has them), else None. resets: int8 [T, B], not zero
-    where a row's state starts anew, or None.
-    """
+    plan: Plan
+    prepared: Prepared
+    launches: tuple[tuple[int, tuple[int, int, int]], ...]
 
-    time: int
-    batch: int
-    lengths: Tensor | None = None
-    offsets: Tensor | None = None
-    resets: Tensor | None = None
 
-    @property
-    def ragged(self) -> bool:
-        """Whether rows end early or start anew: the plan leaves registers for the masks."""
-        return self.lengths is not None or self.resets is not None
+# Found by the identity of the plan, which is kept with it, and by what else the compiled kernel depends on.
+_ready: dict[tuple, _Ready] = {}
 
-    def pointers(self) -> dict:
-        """The arguments of both kernels that say where rows lie."""
-        return dict(lengths=self.lengths, offsets=self.offsets, resets=self.resets, T=self.time, B=self.batch)
+
+def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
+    """The kernel of a plan, and its launches for a batch."""
+    kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
+    each = plan.rows * plan.slices  # rows of a program
+    launches = tuple(
+        (begin, (plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets))
+        for begin in range(0, rows.batch, each * plan.batch_slices)
+    )
+    return _Ready(plan, Prepared(kernel, constants(plan, reversed_sets), options(plan)), launches)
 
 
 def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict) -> None:
@@ -166,35 +162,57 @@ def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, te
     `device`.
     """
     raise_if_late(device)
-    if interpreter.interpreting():
-        context = interpreter.concurrent_programs()
-    elif device.type == "cuda":
-        context = torch.cuda.device(device)
-    else:
-        raise RuntimeError(
-            "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"
-        )
-    kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
-    each = plan.rows * plan.slices  # rows of a program
-    arguments = tensors | rows.pointers() | constants(plan, reversed_sets) | options(plan)
-    with context:
-        for begin in range(0, rows.batch, each * plan.batch_slices):
-            number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
-            _launches[number] = plan, (rows.time, rows.batch), begin
-            _launches.pop(number - 256, None)
-            grid = plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets
-            kernel[grid](**arguments, status=status_word(device), begin=begin, limit=WAIT_LIMIT, launch=number)
+    given = tensors | rows.pointers()
+    key = id(plan), rows.batch, reversed_sets, device, *[value is None for value in given.values()]
+    ready = _ready.get(key)
+    if ready is None:
+        ready = _get_ready(plan, rows, reversed_sets)
+        if not interpreter.interpreting():  # where a test may have put another cell into the tables
+            _ready[key] = ready
+    given["status"], given["limit"] = status_word(device), WAIT_LIMIT
+    for begin, grid in ready.launches:
+        number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
+        _launches[number] = plan, (rows.time, rows.batch), begin
+        _launches.pop(number - 256, None)
+        given["begin"], given["launch"] = begin, number
+        _start(ready.prepared, device, grid, tuple([given[name] for name in ready.prepared.names]))
     if device.type == "cpu":
         raise_if_late(device)
 
 
-def _fill_ends(buffer: Tensor, state: Tensor, hidden_size: int) -> None:
-    """Fill the first and the last B rows of `buffer` [B + R + B, N, HS] with `state` [N, B, H]."""
-    batch = state.shape[1]
-    for block in (buffer[:batch], buffer[-batch:] if batch else buffer[:0]):
-        if hidden_size != buffer.shape[-1]:
-            block.zero_()
-        block[..., :hidden_size].copy_(state.transpose(0, 1))
+def _start(prepared: Prepared, device: torch.device, grid: tuple[int, int, int], arguments: tuple) -> None:
+    """Launch on the current stream of `device`, or in the interpreter."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device()
+        if device.index is None or device.index == index:
+            prepared.launch(grid, torch._C._cuda_getCurrentRawStream(index), arguments)
+        else:
+            with torch.cuda.device(device):
+                prepared.launch(grid, torch._C._cuda_getCurrentRawStream(device.index), arguments)
+    elif interpreter.interpreting():
+        with interpreter.concurrent_programs():
+            prepared.launch(grid, None, arguments)
+    else:
+        raise RuntimeError(
+            "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"
+        )
+
+
+# The kernels of prepare.py with their compile-time arguments, by those and by which arguments are None.
+_prepared: dict[tuple, Prepared] = {}
+
+
+def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, arguments: tuple) -> None:
+    """Launch one of the kernels of prepare.py; fixed: its compile-time arguments, the type by name."""
+    if programs == 0:
+        return
+    key = kernel, fixed, device, *[value is None for value in arguments]
+    prepared = _prepared.get(key)
+    if prepared is None:
+        constants = dict(zip(kernel.arg_names[len(arguments) :], fixed, strict=True))
+        constants["DTYPE"] = getattr(tl, constants["DTYPE"])
+        prepared = _prepared[key] = Prepared(kernel, constants, dict(num_warps=4))
+    _start(prepared, device, (programs, 1, 1), arguments)
 
 
 def _apart(view: Tensor) -> Tensor:
@@ -228,15 +246,98 @@ def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
     return _aligned(torch.nn.functional.pad(rows, (0, padded_size - hidden_size)))
 
 
-def in_pieces(order: tuple) -> list[tuple[slice, slice]]:
-    """An order of gates as slices (of the slots, of the gates), as few as will do. An index made of a Python list would
-    be copied to the device in every call.
+class Begun(NamedTuple):
+    """What stands ready before the input product and the recurrence.
+
+    y: all of its buffer [B + R + B, N, HS]. weight_hh [N, G*H, HS]. For the input product, where the weights of each
+    set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, H] (GRU).
     """
-    begins = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1] + [len(order)]
-    return [
-        (slice(begin, end), slice(order[begin], order[begin] + end - begin))
-        for begin, end in itertools.pairwise(begins)
-    ]
+
+    y: Tensor
+    weight_hh: Tensor
+    weight_ih: Tensor | None
+    bias: Tensor | None
+    bias_hn: Tensor | None
+
+
+def begin(
+    plan: Plan,
+    rows: Rows,
+    count: int,
+    h0: Tensor | None,
+    weight_hh: Sequence[Tensor],
+    weight_ih: Sequence[Tensor] = (),
+    bias_ih: Sequence[Tensor] = (),
+    bias_hh: Sequence[Tensor] = (),
+) -> Begun:
+    """Make the buffers of a forward and what must stand in them; count: R. h0 [N, B, H], None for zeros.
+
+    weight_hh: of each set [G*H, H], or all of them [N, G*H, H]. The rest: of each set, one or two, for the eager way,
+    where this makes one tensor of both and one bias of two.
+    """
+    cell, (sets, hidden_size) = CELLS[plan.cell], (plan.sets, plan.hidden_size)
+    batch, size, width = rows.batch, padded(hidden_size, plan.dtype), cell.gates * hidden_size
+    like = weight_hh[0]
+    device, dtype = like.device, like.dtype
+    y = torch.empty((batch + count + batch, sets, size), dtype=dtype, device=device)
+    bias = bias_hn = input_weight = None
+    if bias_ih:
+        apart = sets * hidden_size if cell.bias_apart else 0
+        bias = torch.empty((sets * width + apart,), dtype=dtype, device=device)
+        if apart:
+            bias, bias_hn = bias[:-apart], bias[-apart:].view(sets, hidden_size)
+    both = len(weight_ih) == 2
+    if both:
+        input_weight = torch.empty((2 * width, weight_ih[0].shape[1]), dtype=dtype, device=device)
+    recurrent = whole(weight_hh, size)
+    copied = recurrent is None
+    if copied:
+        recurrent = torch.empty((sets, width, size), dtype=dtype, device=device)
+    of_sets = [_aligned(weight) for weight in weight_hh] if copied else (None, None)
+    jobs = (
+        0 if plan.alone else count * sets * size * itemsize(plan.dtype) // 4,
+        batch * sets * size,
+        0 if bias is None else sets * width,
+        recurrent.numel() if copied else 0,
+        0 if input_weight is None else input_weight.numel(),
+    )
+    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    _prepare(
+        prepare.prepare_forward,
+        (cell.gates, hidden_size, size, sets, cell.bias_apart, plan.dtype, prepare.BLOCK),
+        device,
+        sum(programs),
+        (
+            y, _dense(h0), *_two(bias_ih), *_two(bias_hh), bias, bias_hn, *_two(of_sets), recurrent if copied else None,
+            *_two([_aligned(weight) for weight in weight_ih] if both else ()), input_weight, count, batch,
+            weight_ih[0].shape[1] if both else 0, *programs[:4],
+        ),
+    )  # fmt: skip
+    return Begun(y, recurrent, input_weight if both else weight_ih[0] if weight_ih else None, bias, bias_hn)
+
+
+def _two(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """The tensors of two sets, None where there is none."""
+    first = tensors[0] if len(tensors) > 0 else None
+    return first, tensors[1] if len(tensors) > 1 else None
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
+    """Weights of all sets [N, rows, size] as the kernels take them, where they lie so; else None, and a job of one or
+    two sets copies them. (More than two are padded by torch.)
+    """
+    if not isinstance(weights, Tensor):
+        weights = weights[0].unsqueeze(0) if len(weights) == 1 else None
+    if weights is not None and weights.shape[0] > 2 and weights.shape[-1] != size:
+        weights = torch.nn.functional.pad(weights, (0, size - weights.shape[-1]))
+    if weights is None or weights.shape[-1] != size:
+        return None
+    return _aligned(weights)
 
 
 def forward(
@@ -244,7 +345,7 @@ def forward(
     x_part: Tensor,
     weight_hh: Tensor,
     bias_hn: Tensor | None,
-    h0: Tensor,
+    h0: Tensor | None,
     c0: Tensor | None,
     rows: Rows,
     reversed_sets: int,
@@ -254,32 +355,46 @@ def forward(
 
     x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
     "nothing", "lean" (aux alone, where it is c) or "full".
-    weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H], c0 [N, B, H] or None; reversed_sets: 0 none of the sets
-    runs backwards in time, 1 all, 2 every second one.
+    weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H] and c0 [N, B, H] or None; reversed_sets: 0 none of the
+    sets runs backwards in time, 1 all, 2 every second one.
     -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] float32 or None, aux [R, N, HS] or None.
     """
+    begun = begin(plan, rows, x_part.shape[0], h0, weight_hh)
+    if bias_hn is not None:
+        begun = begun._replace(bias_hn=_aligned(bias_hn))
+    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving)
+
+
+def go_on(
+    plan: Plan,
+    begun: Begun,
+    x_part: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    rows: Rows,
+    reversed_sets: int,
+    saving: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`forward` after `begin`, when the input product is there."""
     assert rows.time > 0 and x_part.is_contiguous()
     cell = CELLS[plan.cell]
     count, sets, _ = x_part.shape
     hidden_size, dtype, device, batch = plan.hidden_size, x_part.dtype, x_part.device, rows.batch
-    size = padded(hidden_size, plan.dtype)
-    y = torch.empty((batch + count + batch, sets, size), dtype=dtype, device=device)
-    if not plan.alone:
-        y.view(HOLDER[dtype]).fill_(UNWRITTEN)
-        h0 = torch.where(h0 == h0, h0, torch.nan)  # a NaN of the user's could be all ones
-    _fill_ends(y, h0, hidden_size)
+    size, y = padded(hidden_size, plan.dtype), begun.y
     carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[:batch] if cell.carry == "h" else None
     carry_n = torch.empty((batch, sets, size), dtype=torch.float32, device=device) if cell.carry == "c" else None
     aux = None
     if cell.keeps_aux(saving):
         aux = torch.empty((count, sets, size), dtype=torch.float32 if cell.aux == "c" else dtype, device=device)
-    if size != hidden_size:
-        weight_hh = torch.nn.functional.pad(weight_hh, (0, size - hidden_size))
-    h_n = None if rows.lengths is None else _rows_of_sets(h0, size, dtype).clone()
+    h_n = None
+    if rows.lengths is not None:
+        h_n = torch.zeros((batch, sets, size), dtype=dtype, device=device)
+        if h0 is not None:
+            h_n[..., :hidden_size] = h0.transpose(0, 1)
     tensors = dict(
         x_part=x_part,
-        weight=_aligned(weight_hh),
-        bias=None if bias_hn is None else _aligned(bias_hn),
+        weight=begun.weight_hh,
+        bias=begun.bias_hn,
         y=y.view(torch.int32),
         carry_0=carry_0,
         gates=x_part if saving == "full" and cell.saves_gates else None,
@@ -323,21 +438,32 @@ def backward(
     dtype, device, batch = y.dtype, y.device, rows.batch
     size = padded(hidden_size, plan.dtype)
     d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
-    if not plan.alone:
-        d_gates.view(HOLDER[dtype]).fill_(UNWRITTEN)
-        d_gates[:batch].zero_()  # what the first step of the backward reads
-    weight = weight_hh.new_zeros((sets, size, cell.gates, size))
-    by_gate = weight_hh.view(sets, cell.gates, hidden_size, hidden_size)
-    for slots, gates_of in in_pieces(cell.slot_order):
-        weight[:, :hidden_size, slots, :hidden_size].copy_(by_gate[:, gates_of].permute(0, 3, 1, 2))
+    weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
+    state_0 = history_0 = None
     if cell.aux == "y":
-        aux, history, history_0 = _padded_rows(y, size), None, None
-    elif cell.carry == "c":
-        aux = _aligned(aux)
-        history, history_0 = aux, _rows_of_sets(c0, size, torch.float32)
+        aux, history = _padded_rows(y, size), None
     else:
         aux = _aligned(aux)
-        history, history_0 = _padded_rows(y, size), _rows_of_sets(h0, size, dtype)
+        history, state_0 = (aux, c0) if cell.carry == "c" else (_padded_rows(y, size), h0)
+        history_0 = torch.empty((batch, sets, size), dtype=history.dtype, device=device)
+    weight_hh = [_aligned(one) for one in weight_hh]
+    words = sets * cell.slots * size * itemsize(plan.dtype) // 4  # of a row
+    jobs = 0 if plan.alone else count * words, batch * words, 0 if history_0 is None else history_0.numel()
+    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    for first in range(0, sets, 2):
+        of_two = weight_hh[first : first + 2]
+        tiles = len(of_two) * cell.gates * (-(-size // prepare.TILE)) ** 2
+        _prepare(
+            prepare.prepare_backward,
+            (
+                cell.gates, cell.slots, hidden_size, size, sets, cell.slot_order[0], plan.dtype, prepare.BLOCK,
+                prepare.TILE,
+            ),
+            device,
+            sum(programs) + tiles,
+            (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs),
+        )  # fmt: skip
+        programs = [0, 0, 0]  # of further sets the weights alone
     d_carry_0 = None
     if cell.carry is not None:
         d_carry_0 = torch.empty((batch, sets, size), dtype=torch.float32, device=device)

@@ -28,6 +28,11 @@ class Cell:
     aux: str
     mode: str  # name of the torch.nn layer's mode
 
+    @property
+    def bias_apart(self) -> bool:
+        """Whether the hidden bias of the last gate must be added to the hidden state's part (GRU: before r)."""
+        return self.aux == "q"
+
     def keeps_aux(self, saving: str) -> bool:
         """Whether a forward that saves "nothing", "lean" or "full" writes aux beside y."""
         return self.aux != "y" and (saving == "full" or (saving == "lean" and self.aux == "c"))

@@ -180,6 +180,7 @@ def variant(stage: str | None, p: Plan):
 
     gated = CELLS[p.cell].gates > 1
     try:
+        change(launch, _ready={})  # kernels that are ready to be launched again
         if stage == "wait":
             change(launch, WAIT_LIMIT=0, raise_if_late=lambda device: None)
         elif stage in ("product", COMPARED["product"], "write-through"):

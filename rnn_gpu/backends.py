@@ -409,6 +409,23 @@ def choose(
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")
+    precision = precision_of("float32") if dtype == torch.float32 else None
+    kind = module.mode, module.hidden_size, module.bidirectional, batch_size, dtype, input.device, training, ragged
+    key = wanted, kind, _max_programs, _allow_alone, precision
+    choice = _chosen.get(key)
+    if choice is None:
+        choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)
+    return choice
+
+
+# The choices by all that they depend on, because the same is asked at every call of a layer.
+_chosen: dict[tuple, Choice] = {}
+
+
+def _choose(
+    wanted: Backend, module, input, batch_size: int, dtype: torch.dtype, training: bool, ragged: bool
+) -> Choice:
+    """`choose` where nothing is compiled and Triton may be used."""
     if missing := triton_missing():
         choice = Choice("torch", missing)
     else:

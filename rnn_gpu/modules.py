@@ -257,9 +257,12 @@ class _Layer(RNNBase, Generic[State]):
 
     def _wants_another(self, input: Tensor | PackedSequence) -> bool:
         """Whether the weights are computed in another dtype than the input."""
-        dtype = _computed_in(input.data if isinstance(input, PackedSequence) else input)
+        data, named = input.data if isinstance(input, PackedSequence) else input, self._flat_weights[0]
+        if named.dtype == data.dtype:
+            return False
+        dtype = _computed_in(data)
         # Asked of the weights of the call before first: to read them again may cost a parametrization.
-        return _computed_in(self._flat_weights[0]) != dtype and _computed_in(self._weights()[0]) != dtype
+        return _computed_in(named) != dtype and _computed_in(self._weights()[0]) != dtype
 
     def _named_weights(self) -> list[Tensor | None]:
         """The tensors that bear the weights' names now, each read once: torch.nn reads a parametrized one up to four
@@ -320,8 +323,12 @@ class _Layer(RNNBase, Generic[State]):
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
             lengths, resets = self._unbatched_masks(input, lengths, resets)
-        states = self._initial_states(input, hx, batched)
-        self.check_forward_args(input, states if len(states) == 2 else states[0], None)
+        if hx is None and route == "kernels":  # which begin at zero with no tensor
+            states = None
+            self.check_input(input, None)
+        else:
+            states = self._initial_states(input, hx, batched)
+            self.check_forward_args(input, states if len(states) == 2 else states[0], None)
         input = input.transpose(0, 1) if self.batch_first else input
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -342,7 +349,7 @@ class _Layer(RNNBase, Generic[State]):
         lstm = self.mode == "LSTM"
         self.check_input(data, batch_sizes)
         if hx is None:
-            states = self._zero_states(data, batch)
+            states = None if route == "kernels" else self._zero_states(data, batch)
         else:
             if lstm:
                 _check_pair(hx)
@@ -353,17 +360,20 @@ class _Layer(RNNBase, Generic[State]):
         final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
 
-    def _run(self, input: Tensor, states: tuple[Tensor, ...], rows: Rows, dtype: torch.dtype, route: str):
-        """Rows [R, I] and states -> output [R, D*H] and the tuple of final states."""
-        weights = self._weights()
+    def _run(self, input: Tensor, states: tuple[Tensor, ...] | None, rows: Rows, dtype: torch.dtype, route: str):
+        """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H] and the tuple of final states."""
+        states, weights = states or (), self._weights()
         self._check_devices(input, states, weights)
-        h0, c0 = (state.to(dtype) for state in states) if len(states) == 2 else (states[0].to(dtype), None)
+        if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
+            input, states = input.to(dtype), [state.to(dtype) for state in states]
+            weights = [weight.to(dtype) for weight in weights]
+        h0, c0 = (*states, None, None)[:2]
         output, h_n, c_n = recurrent_stack(
             backends.CELL_OF_MODE[self.mode],
-            input.to(dtype),
+            input,
             h0,
             c0,
-            [weight.to(dtype) for weight in weights],
+            weights,
             rows,
             self.bias,
             self.num_layers,
@@ -441,7 +451,7 @@ class _Layer(RNNBase, Generic[State]):
                     f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {what} tensor at {tensor.device}"
                 )
-            if _computed_in(tensor) != dtype:
+            if tensor.dtype != input.dtype and _computed_in(tensor) != dtype:
                 raise RuntimeError(
                     f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
                     f"and {what} tensor with {tensor.dtype}"

@@ -4,15 +4,20 @@ A Function stands for one layer with all its directions. The recurrence alone is
 it are plain torch. T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequences are packed), I
 input features, N weight sets (directions), G gates, H hidden units, E slots a unit (kernels/spec.py).
 
-Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.launch.Rows`.
+Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.rows.Rows`.
 """
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
+from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded, runs_backwards
-from .rows import first_rows, rows_before, starts_anew
+from .rows import Rows, first_rows, rows_before, starts_anew
 from .second_order import reference_layer, save_for_second, second_backward
 
 # What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
@@ -20,12 +25,23 @@ from .second_order import reference_layer, save_for_second, second_backward
 SAVING = ("nothing", "lean", "full")
 
 
+# Plans by all that they depend on, in the terms of a call: `backends.plan_for` takes longer to look for the same.
+_plans: dict[tuple, Plan] = {}
+
+
 def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool, ragged: bool, limits):
-    name, device = backends.name_of(like.dtype), backends.device_of(like.device)
-    found = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward, ragged, limits)
-    if isinstance(found, str):
-        raise RuntimeError(f"rnn_gpu: no plan for {cell}: {found}")
-    return found
+    """The plan of one pass; RuntimeError where there is none."""
+    precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
+    key = cell, hidden_size, like.dtype, like.device, batch, sets, backward, ragged, *limits, precision
+    plan = _plans.get(key)
+    if plan is None:
+        name, device = backends.name_of(like.dtype), backends.device_of(like.device)
+        plan = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward, ragged, limits)
+        if isinstance(plan, str):
+            raise RuntimeError(f"rnn_gpu: no plan for {cell}: {plan}")
+        if like.device.index is not None or like.device.type != "cuda":
+            _plans[key] = plan
+    return plan
 
 
 @torch.library.custom_op("rnn_gpu::recurrence", mutates_args=("x_part",))
@@ -59,7 +75,7 @@ def recurrence(
     from .kernels import launch
 
     batch, sets = h0.shape[1], x_part.shape[1]
-    rows = launch.Rows(time, batch, lengths, offsets, resets)
+    rows = Rows(time, batch, lengths, offsets, resets)
     plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, False, rows.ragged, (max_programs, alone))
     y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving)
     empty = x_part.new_empty(0)
@@ -147,13 +163,10 @@ def recurrence_backward(
     -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H] float32, empty for cells without a
     carry: LSTM the gradient of c0, GRU what of h0's gradient does not pass through the gates.
     """
-    from .kernels import launch
-
-    spec, batch = CELLS[cell], h0.shape[1]
-    gates = gates if spec.saves_gates else None
-    rows = launch.Rows(time, batch, lengths, offsets, resets)
-    plan = _plan(cell, weight_hh.shape[-1], y, batch, y.shape[1], True, rows.ragged, (max_programs, alone))
-    d_gates, d_carry_0 = launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
+    d_gates, d_carry_0 = recurrence_backward_directly(
+        d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
+        max_programs, alone,
+    )  # fmt: skip
     return d_gates, y.new_empty(0, dtype=torch.float32) if d_carry_0 is None else d_carry_0
 
 
@@ -210,7 +223,7 @@ class Layer(torch.autograd.Function):
     ):  # fmt: skip
         """The input product, then the recurrence."""
         gates, bias_hn = input_part(
-            input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, functional, cell, reversed_sets
+            input, weight_ih, bias_ih, bias_hh, start, lengths, offsets, functional, cell, reversed_sets
         )
         arguments = weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, *limits, saving
         if functional:
@@ -240,32 +253,50 @@ class Layer(torch.autograd.Function):
         return *found, *[None] * (len(ROWS) + 6)
 
 
-def input_part(input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, functional, cell, reversed_sets):
+def input_part(input, weight_ih, bias_ih, bias_hh, start, lengths, offsets, functional, cell, reversed_sets):
     """The input's part of the gates [R, N, G*H] with every bias but the GRU's b_hn, and that, [N, H] or None."""
-    sets, rows, input_size = weight_ih.shape
+    sets, rows = len(weight_ih), weight_ih[0].shape[0]
+    weight_ih = weight_ih if isinstance(weight_ih, Tensor) else stacked(weight_ih)
     bias, bias_hn = None, None
     if bias_ih is not None:
         bias, bias_hn = zip(*map(reference.fold_biases, [cell] * sets, bias_ih, bias_hh), strict=True)
         bias, bias_hn = torch.cat(bias), None if bias_hn[0] is None else torch.stack(bias_hn)
-    gates = torch.nn.functional.linear(input, weight_ih.reshape(sets * rows, input_size), bias)
+    gates = torch.nn.functional.linear(input, weight_ih.flatten(0, 1), bias)
     gates = gates.view(-1, sets, rows)
     if start is not None:
         if functional:  # where start is mapped by vmap and the gates are not, they could not be written into
             gates = gates + torch.zeros_like(start[0]).sum(0)
-        for n in range(sets):
-            index = first_rows(h0.shape[1], lengths, offsets, input.shape[0], runs_backwards(reversed_sets, n))
-            gates[index, n] += start[n]
+        add_start(gates, start, Rows(0, start.shape[1], lengths, offsets), reversed_sets)
     return gates, bias_hn
 
 
+def add_start(gates: Tensor, start: Tensor, rows: Rows, reversed_sets: int) -> None:
+    """Add start [N, B, G*H] to the gate sums [R, N, G*H] of each row's first step, in place."""
+    for n in range(start.shape[0]):
+        backwards = runs_backwards(reversed_sets, n)
+        gates[first_rows(rows.batch, rows.lengths, rows.offsets, gates.shape[0], backwards), n] += start[n]
+
+
 def gates_again(
-    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, lengths, offsets, resets, y, aux, cell, reversed_sets
+    input,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    start,
+    h0,
+    batch,
+    lengths,
+    offsets,
+    resets,
+    y,
+    aux,
+    cell,
+    reversed_sets,
 ) -> tuple[Tensor, Tensor]:
     """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from the outputs: lean memory."""
-    sums, bias_hn = input_part(
-        input, weight_ih, bias_ih, bias_hh, start, h0, lengths, offsets, False, cell, reversed_sets
-    )
-    (count, sets, hidden_size), batch = y.shape, h0.shape[1]
+    sums, bias_hn = input_part(input, weight_ih, bias_ih, bias_hh, start, lengths, offsets, False, cell, reversed_sets)
+    count, sets, hidden_size = y.shape
     before, after = rows_before(batch, offsets, count), slice(batch, count)
     if CELLS[cell].aux == "q":
         aux = y.new_zeros(count, sets, padded(hidden_size, backends.name_of(y.dtype)))
@@ -274,15 +305,16 @@ def gates_again(
         later, earlier = (before, after) if backwards else (after, before)
         state = torch.zeros_like(y[:, n])
         state[later] = y[earlier, n]
-        state[first_rows(batch, lengths, offsets, count, backwards)] = h0[n]
+        if h0 is not None:
+            state[first_rows(batch, lengths, offsets, count, backwards)] = h0[n]
         if resets is not None:
             state = state.masked_fill(starts_anew(resets, slice(None)), 0)
         if CELLS[cell].aux == "q":
             split = sums.shape[-1] - hidden_size
             aux[:, n, :hidden_size] = torch.nn.functional.linear(
-                state, weight_hh[n, split:], None if bias_hn is None else bias_hn[n]
+                state, weight_hh[n][split:], None if bias_hn is None else bias_hn[n]
             )
-            sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight_hh[n, :split].t())
+            sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight_hh[n][:split].t())
         else:
             sums[:, n] = torch.addmm(sums[:, n], state, weight_hh[n].t())
     ACTIVATE[cell](sums.chunk(CELLS[cell].gates, -1), aux)
@@ -326,76 +358,92 @@ def layer_gradients(
             y, gates, aux, *limits, time, name, reversed_sets, list(need),
         )  # fmt: skip
         return tuple(gradient if n else None for gradient, n in zip(found, need, strict=True))
+    tensors = input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0
+    rows = Rows(time, h0.shape[1], lengths, offsets, resets)
+    saved, how = (y, gates, aux), (limits, name, reversed_sets)
+    found = gradients_by_set(recurrence_backward, (d_y, d_h_n, d_c_n), tensors, rows, saved, how, need)
+    return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
+
+
+def gradients_by_set(backward: Callable, d_outputs: tuple, tensors: tuple, rows: Rows, saved: tuple, how: tuple, need):
+    """`layer_gradients`, those of weights and biases as a list with one for each set.
+
+    backward: the operator, or the function that is its body. tensors: LAYER_INPUTS; weights and biases may be sequences
+    with one tensor for each set; h0 and c0 None for zeros. saved: y, gates, aux. how: limits, cell, reversed_sets.
+    """
+    d_y, d_h_n, d_c_n = d_outputs
+    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0 = tensors
+    (_, batch, lengths, offsets, resets), (y, gates, aux), (limits, name, reversed_sets) = rows, saved, how
     cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
     if cell.saves_gates and gates.numel() == 0 < y.numel():
+        place = lengths, offsets, resets
         gates, aux = gates_again(
-            input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, lengths, offsets, resets, y, aux, name,
-            reversed_sets,
-        )  # fmt: skip
-    d_gates, d_carry_0 = recurrence_backward(
-        d_y,
-        d_h_n,
-        d_c_n,
-        weight_hh,
-        gates,
-        aux,
-        y,
-        h0,
-        c0,
-        lengths,
-        offsets,
-        resets,
-        time,
-        name,
-        reversed_sets,
-        *limits,
-    )
-    (sets, rows, _), (count, batch) = weight_hh.shape, (y.shape[0], h0.shape[1])
+            input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, batch, *place, y, aux, name, reversed_sets
+        )
+    states = d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0
+    d_gates, d_carry_0 = backward(d_y, *states, lengths, offsets, resets, rows.time, name, reversed_sets, *limits)
+    sets, count, size = len(weight_hh), y.shape[0], cell.gates * y.shape[2]
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
     before, after = rows_before(batch, offsets, count), slice(batch, count)
-    d_input = None
-    collected = {name: [] for name in LAYER_INPUTS}
+    found = {key: None for key in LAYER_INPUTS}
+    for key in ("weight_ih", "weight_hh", "start", "h0"):
+        found[key] = [] if need[key] else None
     for n in range(sets):
         slots = d_gates[:, n].flatten(1)  # [R, E*H]; a copy only where H is padded
-        hidden, inner = slots[:, :rows], slots[:, slots.shape[-1] - rows :]
+        hidden, inner = slots[:, :size], slots[:, slots.shape[-1] - size :]
         backwards = runs_backwards(reversed_sets, n)
-        first = first_rows(batch, lengths, offsets, count, backwards)
-        d_first, state = hidden[first], h0[n]
-        if lengths is not None:  # a row without a step has gradients of zero: times a NaN they would be NaN
-            state = state.masked_fill((lengths == 0).unsqueeze(1), 0)
-        if resets is not None:  # nothing of before reaches a step whose row starts anew
-            anew = starts_anew(resets, first)
-            d_first, state = d_first.masked_fill(anew, 0), state.masked_fill(anew, 0)
+        first = None
+        if need["start"] or need["h0"] or (need["weight_hh"] and h0 is not None):
+            first = first_rows(batch, lengths, offsets, count, backwards)
+            d_first, state = hidden[first], None if h0 is None else h0[n]
+            if lengths is not None and h0 is not None:  # a row without a step has gradients of zero: times a NaN, NaN
+                state = state.masked_fill((lengths == 0).unsqueeze(1), 0)
+            if resets is not None:  # nothing of before reaches a step whose row starts anew
+                anew = starts_anew(resets, first)
+                d_first, state = d_first.masked_fill(anew, 0), None if h0 is None else state.masked_fill(anew, 0)
         if need["input"]:
-            d_input = inner @ weight_ih[n] if n == 0 else torch.addmm(d_input, inner, weight_ih[n])
+            found["input"] = inner @ weight_ih[n] if n == 0 else torch.addmm(found["input"], inner, weight_ih[n])
         if need["weight_ih"]:
-            collected["weight_ih"].append(inner.t() @ input)
+            found["weight_ih"].append(inner.t() @ input)
         if need["weight_hh"]:
             later, earlier = (before, after) if backwards else (after, before)
             d_later, h_earlier = hidden[later], y[earlier, n]
             if resets is not None:
                 anew = starts_anew(resets, later)
                 d_later, h_earlier = d_later.masked_fill(anew, 0), h_earlier.masked_fill(anew, 0)
-            product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
-            collected["weight_hh"].append(_reordered(product, by_gate))
-        if need["bias_ih"]:
-            collected["bias_ih"].append(inner.sum(0))
-        if need["bias_hh"]:
-            collected["bias_hh"].append(_reordered(hidden.sum(0), by_gate))
+            if h0 is None:
+                product = d_later.t() @ h_earlier
+            else:
+                product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
+            found["weight_hh"].append(_reordered(product, by_gate))
         if need["start"]:
-            collected["start"].append(inner[first])
+            found["start"].append(inner[first])
         if need["h0"]:
             d_h0 = d_first @ _reordered(weight_hh[n], cell.slot_order)
             d_h0 = d_h0 if cell.carry != "h" else (d_h0 + d_carry_0[n]).to(h0.dtype)
             if lengths is not None and d_h_n is not None:  # an empty sequence ends in the state it began with
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
-            collected["h0"].append(d_h0)
-    found = {name: torch.stack(parts) if parts else None for name, parts in collected.items()}
-    found["input"] = d_input
+            found["h0"].append(d_h0)
+    if need["bias_ih"] or need["bias_hh"]:
+        summed = d_gates.sum(0)  # [N, E, H], all slots of both biases at once
+        inner = summed[:, cell.slots - cell.gates :].flatten(1)
+        if need["bias_hh"]:  # memory of its own: gradients are changed in place
+            pieces = [summed[:, slots] for slots in pieces_of(by_gate)]
+            found["bias_hh"] = [*torch.cat(pieces, 1).flatten(1)] if len(pieces) > 1 else [*inner.clone()]
+        if need["bias_ih"]:
+            found["bias_ih"] = [*inner]
+    for key in ("start", "h0"):
+        found[key] = None if found[key] is None else torch.stack(found[key]) if sets > 1 else found[key][0].unsqueeze(0)
     if need["c0"] and cell.carry == "c":
         found["c0"] = d_carry_0.to(c0.dtype)
     return tuple(found.values())
+
+
+def pieces_of(order: list[int] | tuple[int, ...]) -> list[slice]:
+    """An order as slices, as few as will do. An index made of a Python list would be copied to the device each time."""
+    begins = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1] + [len(order)]
+    return [slice(order[begin], order[begin] + end - begin) for begin, end in itertools.pairwise(begins)]
 
 
 @torch.library.custom_op("rnn_gpu::layer_backward", mutates_args=())
@@ -457,7 +505,121 @@ class LayerBackward(torch.autograd.Function):
 
 def _reordered(rows: Tensor, order) -> Tensor:
     """Rows [G*H, ...] with their G parts in another order; as they are where it is the same."""
-    if list(order) == sorted(order):
+    pieces, size = pieces_of(order), rows.shape[0] // len(order)
+    if len(pieces) == 1:
         return rows
-    parts = rows.chunk(len(order))
-    return torch.cat([parts[position] for position in order])
+    return torch.cat([rows[piece.start * size : piece.stop * size] for piece in pieces])
+
+
+# The eager way --------------------------------------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """How a layer runs, but for its tensors. directions: N; biases: whether there are any."""
+
+    cell: str
+    directions: int
+    reversed_sets: int
+    biases: bool
+    saving: str
+    limits: tuple[int, bool]
+
+
+def directly(tensors: Sequence[Tensor]) -> bool:
+    """Whether the launchers may be called without the operators around them: nobody compiles, exports, transforms,
+    traces or looks on, and the tensors are plain ones.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and PLAIN.issuperset(map(type, tensors))
+    )
+
+
+PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def run_directly(way: Way, rows: Rows, input: Tensor, h0, c0, start, weights: Sequence[Tensor]):
+    """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux.
+
+    h0, c0 [N, B, H], None for zeros; start as in `Layer`; weights: weight_ih of each direction, then weight_hh and, if
+    there are biases, bias_ih and bias_hh.
+    """
+    from .kernels import launch
+
+    cell, sets, reversed_sets, _, saving, limits = way
+    weight_ih, weight_hh = weights[:sets], weights[sets : 2 * sets]
+    bias_ih, bias_hh = weights[2 * sets : 3 * sets], weights[3 * sets :]
+    plan = _plan(cell, weight_hh[0].shape[1], input, rows.batch, sets, False, rows.ragged, limits)
+    begun = launch.begin(plan, rows, input.shape[0], h0, weight_hh, weight_ih, bias_ih, bias_hh)
+    gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (sets, -1))
+    if start is not None:
+        add_start(gates, start, rows, reversed_sets)
+    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, h0, c0, rows, reversed_sets, saving)
+    return y, h_n, None if c_n is None else c_n.to(y.dtype), gates, aux
+
+
+def recurrence_backward_directly(
+    d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
+    max_programs, alone,
+):  # fmt: skip
+    """The body of the operator of that name."""
+    from .kernels import launch
+
+    spec, batch = CELLS[cell], y.shape[0] // time if offsets is None else lengths.shape[0]
+    gates = gates if spec.saves_gates else None
+    rows = Rows(time, batch, lengths, offsets, resets)
+    plan = _plan(cell, y.shape[2], y, batch, y.shape[1], True, rows.ragged, (max_programs, alone))
+    return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
+
+
+class EagerLayer(torch.autograd.Function):
+    """`Layer` for eager calls: (way, rows, input, h0, c0, start, *weights) as in `run_directly` -> (y, h_n, c_n).
+
+    No `setup_context`: with it, every call would ask Python for the signature of `forward`.
+    """
+
+    @staticmethod
+    def forward(ctx, way: Way, rows: Rows, input, h0, c0, start, *weights):
+        """The input product, then the recurrence."""
+        y, h_n, c_n, gates, aux = run_directly(way, rows, input, h0, c0, start, weights)
+        kept = gates if way.saving == "full" and CELLS[way.cell].saves_gates else None
+        ctx.save_for_backward(*rows[2:], y, kept, aux, input, h0, c0, start, *weights)
+        ctx.way, ctx.time, ctx.batch = way, rows.time, rows.batch
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n):
+        """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        lengths, offsets, resets, y, gates, aux, input, h0, c0, start, *weights = ctx.saved_tensors
+        cell, sets, reversed_sets, biases, _, limits = ctx.way
+        rows = Rows(ctx.time, ctx.batch, lengths, offsets, resets)
+        by_input, by_h0, by_c0, by_start, *by_weights = ctx.needs_input_grad[2:]
+        first_ones = range(0, len(weights), sets)
+        kinds = [weights[first : first + sets] for first in first_ones] + ([] if biases else [None, None])
+        by_kind = [any(by_weights[first : first + sets]) for first in first_ones] + ([] if biases else [False, False])
+        need = by_input, *by_kind, by_start, by_h0, by_c0
+        if gates is None:
+            gates = y.new_empty(0)
+        d_outputs = d_y, d_h_n, d_c_n
+        if torch.is_grad_enabled() or any(map(_in_a_batch, d_outputs)):
+            kinds = [None if kind is None else stacked(kind) for kind in kinds]
+            h0 = y.new_zeros(sets, rows.batch, y.shape[2]) if h0 is None else h0
+            c0 = torch.zeros_like(h0) if c0 is None and CELLS[cell].carry == "c" else c0
+            tensors = input, *kinds, start, h0, c0, *rows[2:], y, gates, y.new_empty(0) if aux is None else aux
+            gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
+            found = gradients(*d_outputs, *tensors, limits, rows.time, cell, reversed_sets, need)
+        else:
+            tensors, saved, how = (input, *kinds, start, h0, c0), (y, gates, aux), (limits, cell, reversed_sets)
+            found = gradients_by_set(recurrence_backward_directly, d_outputs, tensors, rows, saved, how, need)
+        d_input, *d_weights, d_start, d_h0, d_c0 = found
+        d_weights = [None if d is None else d[n] for d in d_weights[: len(weights) // sets] for n in range(sets)]
+        return None, None, d_input, d_h0, d_c0, d_start, *d_weights
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The weights of all directions as one tensor, without a copy where there is one direction."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))

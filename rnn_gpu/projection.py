@@ -12,13 +12,15 @@ from .rows import Rows, first_rows, past_the_end, starts_anew
 
 
 def combined(
-    weight_hh: Tensor, weight_hr: Tensor, h0: Tensor, rows: Rows, count: int, reversed_sets: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """weight_hh [N, G*H, P], weight_hr [N, P, H], h0 [N, B, P]; count: R.
+    weight_hh: Tensor, weight_hr: Tensor, h0: Tensor | None, rows: Rows, count: int, reversed_sets: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """weight_hh [N, G*H, P], weight_hr [N, P, H], h0 [N, B, P] or None for zeros; count: R.
 
     -> the recurrent weight on m [N, G*H, H], start [N, B, G*H], which is added to the gate sums of each row's first
-    step, and m before the first step, zeros [N, B, H].
+    step, and m before the first step, zeros [N, B, H]; both None where h0 is.
     """
+    if h0 is None:
+        return weight_hh @ weight_hr, None, None
     # A row that has no step, or starts anew at once, knows no initial state: cleared before the product, because zero
     # gradients times a NaN would reach the weight.
     if rows.lengths is not None:
@@ -31,12 +33,13 @@ def combined(
     return weight_hh @ weight_hr, start, h0.new_zeros(*h0.shape[:2], weight_hr.shape[-1])
 
 
-def projected(y: Tensor, h_n: Tensor, weight_hr: Tensor, h0: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def projected(y: Tensor, h_n: Tensor, weight_hr: Tensor, h0: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
     """m of all rows [R, N, H] and the last ones [N, B, H] -> y [R, N, P], h_n [N, B, P]."""
     weight = weight_hr.transpose(1, 2)
     y, last = (y.transpose(0, 1) @ weight).transpose(0, 1), h_n @ weight
     if rows.lengths is not None:  # an empty sequence ends in the state it began with
-        last = torch.where((rows.lengths == 0).unsqueeze(1), h0, last)
+        empty = (rows.lengths == 0).unsqueeze(1)
+        last = last.masked_fill(empty, 0) if h0 is None else torch.where(empty, h0, last)
         if rows.offsets is None:  # whatever gradient stands in the padding, it is of a zero and not of the product
             y = y.masked_fill(past_the_end(rows).flatten()[:, None, None], 0)
     return y, last

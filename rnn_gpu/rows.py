@@ -4,28 +4,12 @@ T steps, B rows of the batch, R rows of all steps one after another: step t has 
 offsets[t] on (packed, longest first), R = T * B or fewer.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-
-class Rows(NamedTuple):
-    """Where the rows of the steps lie; the tensors on the device of the input (see `kernels.launch.Rows`).
-
-    time: T. batch: B. lengths: int32 [B], within 0..T, or None where every row has all steps. offsets: int64 [T+1]
-    where sequences are packed, longest first, else None. resets: int8 [T, B], not zero where a row starts anew, or
-    None.
-    """
-
-    time: int
-    batch: int
-    lengths: Tensor | None = None
-    offsets: Tensor | None = None
-    resets: Tensor | None = None
-
+from .kernels.rows import Rows
 
 # Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
 # the version of the batch sizes that they were made from, and for each device.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnn_gpu import backends, modules, operators
+from rnn_gpu import backends, functional, modules, operators
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import DEVICES
 
@@ -101,14 +101,16 @@ def pretending(monkeypatch: pytest.MonkeyPatch, given: Iterable[Tensor]) -> Iter
     """
     work = DeviceWork(given)
 
-    def instead(plan, *_, **__):
-        work.kernels["backward" if plan.backward else "forward"] += 1
+    def instead(prepared, *_):
+        work.kernels[prepared.kernel.__name__] += 1
 
     with monkeypatch.context() as patch:
         patch.setattr(backends, "plainly_torch", lambda input: False)
         patch.setattr(backends, "choose", lambda *_, **__: backends.Choice("triton", "pretended"))
         patch.setattr(backends, "device_of", lambda device: DEVICES["h200"])
-        patch.setattr(launch, "_launch", instead)
+        patch.setattr(launch, "_start", instead)
+        patch.setattr(operators, "directly", lambda tensors: not torch._C._are_functorch_transforms_active())
+        patch.setattr(functional, "directly", operators.directly)
         with work:
             yield work
 

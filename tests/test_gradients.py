@@ -147,8 +147,8 @@ def test_an_input_changed_in_place_is_caught():
 def test_what_is_frozen_costs_no_product(monkeypatch):
     """Catches: products for gradients that nobody asked for."""
     asked = []
-    made = operators.layer_gradients
-    monkeypatch.setattr(operators, "layer_gradients", lambda *a: asked.append(found := made(*a)) or found)
+    made = operators.gradients_by_set
+    monkeypatch.setattr(operators, "gradients_by_set", lambda *a: asked.append(found := made(*a)) or found)
     layer = rnn_gpu.LSTM(3, 20)
     layer.weight_ih_l0.requires_grad_(False)
     layer(torch.randn(TIME, BATCH, 3))[0].sum().backward()

@@ -284,6 +284,7 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backwa
     where = launch.Rows(T, B, **{name: where[name] for name in resources.ROWS[rows]})
     passed = {}
     monkeypatch.setattr(launch, "_launch", lambda *arguments: passed.update(arguments[-1]))
+    monkeypatch.setattr(launch, "_prepare", lambda *arguments: None)
     h0, weight = torch.zeros(N, B, H, dtype=kind), torch.zeros(N, spec.gates * H, H, dtype=kind)
     c0 = h0 if spec.carry == "c" else None
     gates = torch.zeros(T * B, N, spec.gates * H, dtype=kind)

@@ -1,0 +1,29 @@
+"""Where the rows of the steps lie: what host and kernels agree on."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Where the rows of the steps lie. R rows in all: R = T * B, or fewer where sequences are packed.
+
+    time: T. batch: B. lengths: int32 [B], steps of each row, within 0..T, or None where all have T. offsets: int64
+    [T+1], the first row of each step, where sequences are packed (longest first, as PackedSequence has them), else
+    None. resets: int8 [T, B], not zero where a row's state starts anew, or None. On the device of the input.
+    """
+
+    time: int
+    batch: int
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+    resets: Tensor | None = None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows end early or start anew: the plan leaves registers for the masks."""
+        return self.lengths is not None or self.resets is not None
+
+    def pointers(self) -> dict:
+        """The arguments of both kernels that say where rows lie."""
+        return dict(lengths=self.lengths, offsets=self.offsets, resets=self.resets, T=self.time, B=self.batch)

@@ -1,0 +1,110 @@
+"""Launches without Triton's binder: the same call as Triton's own, seen by a driver that only notes it, with no GPU."""
+
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from rnn_gpu.kernels import backward, direct, forward, launch, prepare
+from rnn_gpu.kernels.plan import DEVICES, plan
+
+pytestmark = [pytest.mark.compiled]
+
+
+class Noted:
+    """What Triton gives for a compiled kernel, and takes for a driver: notes every launch."""
+
+    function, packed_metadata, name, num_ctas = "function", "metadata", "kernel", 1
+
+    def __init__(self):
+        self.calls = []
+
+    def run(self, *arguments):
+        self.calls.append(arguments)
+
+    def launch_metadata(self, *_):
+        return None
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """A driver of a device that does not exist."""
+    noted = Noted()
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    driver = types.SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 77, get_current_target=lambda: target
+    )
+    monkeypatch.setattr(triton.runtime.jit.driver, "_active", driver, raising=False)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", lambda *_, **__: noted)
+    return noted
+
+
+def same(a, b) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and a == b)
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_prepared_launch_hands_over_what_triton_does(cell, backwards, noted):
+    """Catches: arguments in another order, a constant that is missing, a version of Triton that calls otherwise."""
+    assert direct._known, "a version of Triton that nobody has compared"
+    p = plan(cell, 64, 4, 1, "bfloat16", DEVICES["h200"], backwards)
+    kernel = backward.backward if backwards else forward.forward
+    prepared = direct.Prepared(kernel, launch.constants(p, 0), launch.options(p))
+    word, none = torch.zeros(4, dtype=torch.int32), ("resets", "lengths", "offsets")
+    numbers = ("T", "B", "begin", "limit", "launch")
+    given = tuple(3 if name in numbers else None if name in none else word for name in prepared.names)
+    for _ in range(3):
+        prepared.launch((5, 1, 1), 77, given)
+    first, *others = noted.calls
+    assert len(others) == 2 and prepared.compiled is noted
+    assert [*first[:6]] == [5, 1, 1, 77, "function", "metadata"]
+    for other in others:
+        assert other[:6] == first[:6] and len(other) == len(first)
+        assert all(map(same, other[9:], first[9:])), "but for metadata and hooks, which nobody has set"
+
+
+def test_a_prepared_launch_tells_who_wants_to_know(noted):
+    """Catches: a profiler of Triton's that sees the first launch alone."""
+    prepared = direct.Prepared(
+        prepare.prepare_backward,
+        dict(G=1, E=1, H=8, HS=8, N=1, ROTATION=0, DTYPE=tl.float32, BLOCK=64, TILE=16),
+        dict(num_warps=4),
+    )
+    given = tuple(3 if name in ("R", "B", "fills", "zeros", "states") else None for name in prepared.names)
+    prepared.launch((5, 1, 1), 77, given)
+    told = lambda metadata: None
+    triton.knobs.runtime.launch_enter_hook.add(told)
+    try:
+        prepared.launch((5, 1, 1), 77, given)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(told)
+    assert noted.calls[1][7] is triton.knobs.runtime.launch_enter_hook
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_what_prepares_the_buffers_compiles(sets, backwards, dtype, arch):
+    """Catches: a kernel that the interpreter runs and no compiler takes; fills of less than 16 bytes at a time."""
+    kernel = prepare.prepare_backward if backwards else prepare.prepare_forward
+    fixed = dict(G=3, H=40, HS=40, N=sets, DTYPE={"bf16": tl.bfloat16, "fp32": tl.float32}[dtype], BLOCK=prepare.BLOCK)
+    fixed |= dict(E=4, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=True)
+    fixed |= {name: None for name in kernel.arg_names if name.endswith("_1") and sets == 1}
+    numbers = ("R", "B", "I", "fills", "states", "sums", "weights", "zeros")
+    types = {
+        name: "constexpr" if name in fixed else "i32" if name in numbers else f"*{dtype}" for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")
+    }
+    source = triton.compiler.ASTSource(kernel, types, fixed, aligned)
+    compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32))
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 64 * 64 * 4 * 2
