@@ -11,7 +11,7 @@ PYTEST  ?=
 VENV  := .venv
 READY := $(VENV)/.ready
 BIN   := $(VENV)/bin
-SOURCES := kernels rnn_gpu tests perf examples
+SOURCES := kernels rnn_gpu tests perf examples docs
 
 # Idle OpenMP threads must sleep: where they spin on busy cores, a call of 23 ms can stall for seconds.
 export OMP_WAIT_POLICY := passive
