@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from . import onnx
 from .kernels.spec import CELLS, runs_backwards
 from .second_order import projected_reference_layer, save_for_second, second_backward
 
@@ -170,6 +171,8 @@ def _(
     input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
     reversed_sets,
 ):  # fmt: skip
+    if torch.onnx.is_in_onnx_export():
+        onnx.refuse_operator(cell, weight_hr, offsets, resets)
     y = input.new_empty(input.shape[0], h0.shape[0], h0.shape[2])
     return (
         y,

@@ -212,6 +212,12 @@ def route(
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
         return "onnx"
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # the old one, dynamo=False
+        if masked:
+            raise RuntimeError(
+                "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"
+            )
+        return "torch.nn"
     kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
     if not tracing and forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative

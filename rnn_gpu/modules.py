@@ -185,7 +185,7 @@ class _Layer(RNNBase, Generic[State]):
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
-            onnx.refuse("ONNX's LSTM has no projection: with proj_size, export without initial states")
+            onnx.refuse(onnx.NO_PROJECTION)
         if packed:
             return self._forward_packed(input, hx, batch_size, dtype, route)
         return self._forward_rows(input, hx, dtype, lengths, resets, route)

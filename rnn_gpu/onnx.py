@@ -36,9 +36,7 @@ def layer(
 
     With a projection (weight_hr) the operator runs on the combined recurrent weight, and h0 must be zero.
     """
-    if resets is not None or offsets is not None:
-        what = "resets" if resets is not None else "packed input: give padded input and lengths"
-        refuse(f"ONNX's {OPERATOR[cell]} has no {what}")
+    refuse_masks(cell, offsets, resets)
     directions, batch = h0.shape[0], h0.shape[1]
     if weight_hr is not None:
         weight_hh, h0 = weight_hh @ weight_hr, h0.new_zeros(directions, batch, weight_hr.shape[-1])
@@ -72,6 +70,27 @@ def layer(
     if weight_hr is not None:
         y, h_n = (y.unsqueeze(-2) @ weight_hr.transpose(1, 2)).squeeze(-2), h_n @ weight_hr.transpose(1, 2)
     return y.flatten(0, 1), h_n, c_n[0] if c_n else None
+
+
+NO_PROJECTION = "ONNX's LSTM has no projection: with proj_size, export without initial states (docs/limits.md)"
+
+
+def refuse_masks(cell: str, offsets: Tensor | None, resets: Tensor | None) -> None:
+    """RuntimeError for packed input and resets, which ONNX's operators do not know."""
+    if resets is not None:
+        refuse(f"ONNX's {OPERATOR[cell]} has no resets: export the model without them (docs/limits.md)")
+    if offsets is not None:
+        refuse(f"ONNX's {OPERATOR[cell]} has no packed input: give padded input and lengths (docs/limits.md)")
+
+
+def refuse_operator(cell: str, weight_hr: Tensor | None, offsets: Tensor | None, resets: Tensor | None) -> None:
+    """RuntimeError where the operator that stands for a layer meets an export to ONNX, which does not know it: in the
+    second attempt, in which no layer can see that it is one, or in a program that torch.export has made.
+    """
+    refuse_masks(cell, offsets, resets)
+    if weight_hr is not None:
+        refuse(NO_PROJECTION)
+    refuse("torch.onnx.export takes rnn_gpu's layers from a model, not from a program that torch.export has made")
 
 
 def refuse(reason: str) -> None:

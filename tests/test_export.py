@@ -1,5 +1,6 @@
 """torch.export and ONNX: programs that run without this library's Python, for any number of steps and rows."""
 
+import io
 import logging
 
 import pytest
@@ -115,8 +116,33 @@ def test_onnx_says_what_it_cannot_hold():
         (Resets(rnn_gpu.GRU(3, 5)), (), "no resets"),
         (projected, (None, states), "no projection"),
     ):
-        with pytest.warns(UserWarning, match=said), pytest.raises(torch.onnx.OnnxExporterError):
+        with pytest.warns(UserWarning, match=said), pytest.raises(torch.onnx.OnnxExporterError) as raised:
             onnx_program(model, torch.randn(5, 2, 3), *arguments)
+        assert said in str(raised.value)
+    program = torch.export.export(Model(rnn_gpu.GRU(3, 5)).eval(), (torch.randn(5, 2, 3),))
+    with pytest.raises(torch.onnx.OnnxExporterError, match="from a model, not from a program"):
+        torch.onnx.export(program, dynamo=True, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_old_onnx_exporter():
+    """Catches: a program that is wrong for another T and B than it was made with, or lengths that end in words which
+    do not say what to do.
+    """
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, file = Model(rnn_gpu.LSTM(3, 5, bidirectional=True)).eval(), io.BytesIO()
+    names = {"input_names": ["x"], "dynamic_axes": {"x": {0: "time", 1: "batch"}}, "dynamo": False}
+    torch.onnx.export(model, (torch.randn(5, 2, 3),), file, **names)
+    other = torch.randn(7, 3, 3)
+    found = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), model(other)[0], rtol=1e-5, atol=1e-5)
+
+    class Lengths(Model):
+        def forward(self, input):
+            return self.layer(input, lengths=[5, 2])
+
+    with pytest.raises(RuntimeError, match=r"cannot export lengths and resets: use dynamo=True \(docs/limits.md\)"):
+        torch.onnx.export(Lengths(rnn_gpu.GRU(3, 5)), (torch.randn(5, 2, 3),), io.BytesIO(), dynamo=False)
 
 
 def test_packed_input_needs_no_export():
