@@ -425,11 +425,11 @@ def choose(
 
 
 # The choices by all that they depend on, because the same is asked at every call of a layer.
-_chosen: dict[tuple, Choice] = {}
+_chosen: dict[tuple[Any, ...], Choice] = {}
 
 
 def _choose(
-    wanted: Backend, module, input, batch_size: int, dtype: torch.dtype, training: bool, ragged: bool
+    wanted: Backend, module: Any, input: Any, batch_size: int, dtype: torch.dtype, training: bool, ragged: bool
 ) -> Choice:
     """`choose` where nothing is compiled and Triton may be used."""
     if missing := triton_missing():
