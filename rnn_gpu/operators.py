@@ -17,6 +17,7 @@ from torch import Tensor
 from . import backends, reference
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded, runs_backwards
+from .products import full_product
 from .rows import Rows, first_rows, rows_before, starts_anew
 from .second_order import reference_layer, save_for_second, second_backward
 
@@ -420,7 +421,8 @@ def gradients_by_set(backward: Callable, d_outputs: tuple, tensors: tuple, rows:
         if need["start"]:
             found["start"].append(inner[first])
         if need["h0"]:
-            d_h0 = d_first @ _reordered(weight_hh[n], cell.slot_order)
+            # In full: one step's product, whose error in tf32 no sum over steps makes small.
+            d_h0 = full_product(d_first, _reordered(weight_hh[n], cell.slot_order))
             d_h0 = d_h0 if cell.carry != "h" else (d_h0 + d_carry_0[n]).to(h0.dtype)
             if lengths is not None and d_h_n is not None:  # an empty sequence ends in the state it began with
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)

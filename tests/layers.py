@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 import rnn_gpu
+from rnn_gpu import reference
+from rnn_gpu.backends import CELL_OF_MODE
+from tests.problems import RoundedProducts, round_to_tf32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "torch"
@@ -44,6 +47,39 @@ def same(layer: torch.nn.RNNBase, dtype: torch.dtype) -> torch.nn.RNNBase:
     return peer
 
 
+def cudnn_multiplies_in_full(layer: torch.nn.RNNBase) -> bool:
+    """Whether cuDNN's small persistent kernels serve a float32 layer on a GPU: they multiply in full float32 although
+    tf32 is on. Sizes measured on an H200 with cuDNN 9.19.
+    """
+    return layer.hidden_size <= (384 if layer.mode.startswith("RNN") else 192)
+
+
+def by_rounded_loops(layer: torch.nn.RNNBase) -> torch.nn.RNNBase:
+    """The layer, computed by plain loops over time whose products have operands rounded to tf32: the peer of a result
+    in tf32 where cuDNN would multiply in full. batch_first or not, no dropout, no projection.
+    """
+
+    def forward(input, hx):
+        states = hx if isinstance(hx, tuple) else (hx,)
+        directions, each = 2 if layer.bidirectional else 1, 4 if layer.bias else 2
+        y, final = input.transpose(0, 1) if layer.batch_first else input, []
+        with RoundedProducts(round_to_tf32):
+            for first in range(0, layer.num_layers * directions, directions):
+                found = []
+                for n in range(first, first + directions):
+                    weights = [*layer._flat_weights[n * each : (n + 1) * each], None, None][:4]
+                    start = [state[n] for state in states]
+                    cell = CELL_OF_MODE[layer.mode]
+                    found.append(reference.layer(cell, y, *weights, *start, reverse=n > first))
+                y = torch.cat([one[0] for one in found], -1)
+                final += [one[1 : 1 + len(states)] for one in found]
+        final = tuple(torch.stack(parts) for parts in zip(*final, strict=True))
+        return y.transpose(0, 1) if layer.batch_first else y, final if len(final) == 2 else final[0]
+
+    layer.forward = forward
+    return layer
+
+
 def draw(layer: torch.nn.RNNBase, time: int, batch: int | None, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Input and initial states in float32 for a layer; batch None: unbatched."""
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +110,7 @@ def outcome(layer: torch.nn.RNNBase, input: Tensor, states, backend: str, seed: 
     results = {"output": output} | {
         f"final{i}": s for i, s in enumerate(final if isinstance(final, tuple) else (final,))
     }
-    gradients = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype) for r in results.values()]
+    gradients = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results.values()]
     found = torch.autograd.grad(list(results.values()), list(leaves.values()), gradients)
     results = {name: result.detach() for name, result in results.items()}
     return results | {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}

@@ -108,6 +108,22 @@ def round_to_tf32(values: Tensor) -> Tensor:
     return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+class RoundedProduct(torch.autograd.Function):
+    """a [..., K] @ b [K, N] with rounded operands; so are the products of its backward."""
+
+    @staticmethod
+    def forward(ctx, a, b, rounding):
+        a, b = rounding(a), rounding(b)
+        ctx.save_for_backward(a, b)
+        ctx.rounding = rounding
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, d):
+        (a, b), d = ctx.saved_tensors, ctx.rounding(d)
+        return d @ b.mT, a.flatten(0, -2).mT @ d.flatten(0, -2), None
+
+
 class RoundedProducts(TorchFunctionMode):
     """Within this context the operands of float32 products are rounded, by a function or to a dtype, and nothing else:
     what tensor cores do, and a CPU has no tf32 of its own.
@@ -119,7 +135,9 @@ class RoundedProducts(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
-            args = tuple(self.rounding(a) if a.dtype == torch.float32 else a for a in args)
+            assert len(args) == 2 and args[1].dim() == 2
+            if args[0].dtype == torch.float32:
+                return RoundedProduct.apply(*args, self.rounding)
         return function(*args, **(kwargs or {}))
 
 

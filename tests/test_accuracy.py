@@ -21,12 +21,20 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from rnn_gpu import products
 from rnn_gpu.kernels import cells, launch
 from rnn_gpu.kernels.spec import CELLS
 from tests.interpreter import concurrent_programs
-from tests.layers import draw, outcome, pair, same
-from tests.problems import Problem, RoundedProducts, by_reference, data, loop, oracle, plans, run
-from tests.tolerances import FUNCTION_ULPS, GPU_ULPS, absolute_error, assert_no_worse_in_the_mean
+from tests.layers import by_rounded_loops, cudnn_multiplies_in_full, draw, outcome, pair, same
+from tests.problems import Problem, RoundedProducts, by_reference, data, loop, oracle, plans, round_to_tf32, run
+from tests.tolerances import (
+    FUNCTION_ULPS,
+    GPU_ULPS,
+    absolute_error,
+    assert_close_to_oracle,
+    assert_no_worse_in_the_mean,
+    relative_error,
+)
 
 KINDS = {
     "fp32-ieee": (torch.float32, "ieee"),
@@ -177,6 +185,8 @@ def errors_of_layers(name: str, kind: str, problems: int, device: str) -> dict[s
         input, states = (4 * scale * input).to(dtype), [state.to(dtype) for state in states]
         expected = outcome(oracle, input, states, "torch", seed)  # on the CPU: the oracle is one
         layers = ours.to(device), same(ours, dtype).to(device)
+        if KINDS[kind][1] == "tf32" and cudnn_multiplies_in_full(ours):
+            by_rounded_loops(layers[1])
         given = input.to(device), [state.to(device) for state in states]
         with concurrent_programs(seed):
             by = zip(layers, ("triton", "torch"), strict=True)
@@ -202,7 +212,32 @@ def test_errors_of_the_layers_are_no_larger_than_those_of_torch_nn(name, kind, d
     assert_all_no_worse(errors)
 
 
+def test_small_products_are_full_where_tf32_is_on(monkeypatch):
+    """Catches: gradients of initial states, the product of one step, with the error of tf32."""
+    a, b = torch.randn(9, 300), torch.randn(300, 40)
+    expected, plain = a.double() @ b.double(), a @ b
+    monkeypatch.setattr(products, "in_tf32", lambda device: True)
+    with RoundedProducts(round_to_tf32):
+        assert_close_to_oracle(products.full_product(a, b), expected, plain)
+        with pytest.raises(AssertionError):
+            assert_close_to_oracle(a @ b, expected, plain)
+
+
 # ---- Controls: each of the tests above can fail ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_layers=2, bidirectional=True, batch_first=True), dict(bias=False)])
+@pytest.mark.parametrize("name", NAMES)
+def test_control_the_loops_in_tf32_round_and_are_right(name, options):
+    """Catches: a peer in tf32 that is no peer: another layer's results, or products that are not rounded at all."""
+    ours, oracle = pair(name, 16, 24, **options)
+    input, states = draw(ours, 6, 4)
+    expected = outcome(oracle, input, states, "torch")
+    found = outcome(by_rounded_loops(same(ours, torch.float32)), input, states, "torch")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if "bias_hh" not in key and "bias_ih" not in key:  # sums of gradients, whose errors are of another size
+            assert 1e-5 < relative_error(found[key], value) < 5e-3, key
 
 
 @triton.jit

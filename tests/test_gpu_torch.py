@@ -1,4 +1,4 @@
-"""On a GPU: the layers inside torch.compile, CUDA graphs, torch.func and autograd. Written without one; not run yet."""
+"""On a GPU: the layers inside torch.compile, CUDA graphs, torch.func and autograd."""
 
 import pytest
 import torch
@@ -115,10 +115,13 @@ def test_an_ensemble_in_one_launch():
     outputs = vmap(lambda p, x: functional_call(members[0], p, (x,))[0])(parameters, inputs)
     gradients = vmap(grad(loss))(parameters, inputs)
     for v, member in enumerate(members):
-        expected = trained(member, member, inputs[v])
-        torch.testing.assert_close(outputs[v], expected[0])
-        for actual, e in zip(gradients.values(), expected[2:], strict=True):
-            torch.testing.assert_close(actual[v], e)
+        peer = trained(member, member, inputs[v])  # whose input product cuBLAS may round in another way
+        exact = same(member.cpu(), torch.float64)
+        with rnn_gpu.backend("torch"):
+            expected = trained(exact, exact, inputs[v].cpu().double())
+        actual = [outputs[v], *(gradient[v] for gradient in gradients.values())]
+        for a, e, p in zip(actual, [expected[0], *expected[2:]], [peer[0], *peer[2:]], strict=True):
+            assert_close_to_oracle(a.cpu(), e, p.cpu())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,17 +160,24 @@ def test_backward_in_eval_mode_on_cudnn_too(name):
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_lean_memory_takes_less_at_its_peak(name):
-    """Catches: a lean forward that keeps the gates alive after all."""
+    """Catches: a lean forward that keeps the gates alive after all.
+
+    Both peaks hold one layer's gates and their gradients. With four layers, and a loss of its own temporaries in both,
+    that left 0.762 on an H200; eight layers and a given gradient show what is kept.
+    """
     peaks = {}
     for setting in ("full", "lean"):
-        layer = getattr(rnn_gpu, name)(HIDDEN, HIDDEN, num_layers=4, memory=setting).to("cuda", torch.bfloat16)
+        layer = getattr(rnn_gpu, name)(HIDDEN, HIDDEN, num_layers=8, memory=setting).to("cuda", torch.bfloat16)
         input = torch.randn(500, 32, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        trained(layer, layer, input)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        trained(layer, layer, input)
-        peaks[setting] = torch.cuda.max_memory_allocated() - before
+        d_output = torch.randn_like(input)
+        for _ in range(2):  # the second time nothing is compiled or allocated for good
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            output, _ = layer(input)
+            gradients = torch.autograd.grad(output, list(layer.parameters()), d_output)
+            peaks[setting] = torch.cuda.max_memory_allocated() - before
+            del output, gradients
     assert peaks["lean"] < 0.75 * peaks["full"]
 
 

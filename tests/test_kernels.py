@@ -603,3 +603,14 @@ def test_wider_layouts_of_the_arguments_do_not_matter(cell):
     sparse = dataclasses.replace(given, **{name: spread(getattr(given, name)) for name in names})
     with concurrent_programs(16):
         assert_same_bits(run(problem, plans(problem), sparse), run(problem, plans(problem)))
+
+
+def test_a_status_word_made_in_inference_mode(monkeypatch):
+    """Catches: a word that nobody can reset afterwards: the error of a wait was hidden by another about that."""
+    monkeypatch.setattr(launch, "_status", {})
+    with torch.inference_mode():
+        word = launch.status_word(torch.device("cpu"))
+    word.fill_(7)
+    with pytest.raises(RuntimeError, match="launch 7"):
+        launch.raise_if_late(torch.device("cpu"))
+    assert word.item() == 0
