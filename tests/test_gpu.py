@@ -19,6 +19,7 @@ from rnn_gpu import backends, reference
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
+from tests.layers import by_rounded_loops, cudnn_multiplies_in_full
 from tests.problems import (
     Data,
     Poison,
@@ -37,7 +38,6 @@ from tests.problems import (
     run_backward,
     run_forward,
 )
-from tests.layers import by_rounded_loops, cudnn_multiplies_in_full
 from tests.tolerances import assert_close_to_oracle, norm
 
 pytestmark = [pytest.mark.gpu]
