@@ -1,6 +1,8 @@
 # Everything runs in .venv, which make builds by itself. `make help` lists the commands.
 
 PYTHON  ?= python3
+# The versions that are installed, a file of constraints/: default, oldest or newest. Each has an environment of its own.
+SET     ?= default
 # Processes for the tests: one a core; no more than 8, because each holds a PyTorch of its own.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
                    [ $$cores -lt 8 ] && echo $$cores || echo 8)
@@ -8,7 +10,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/de
 DEMO    ?=
 PYTEST  ?=
 
-VENV  := .venv
+VENV  := .venv$(if $(filter-out default,$(SET)),-$(SET))
 READY := $(VENV)/.ready
 BIN   := $(VENV)/bin
 SOURCES := kernels rnn_gpu tests perf examples docs
@@ -21,7 +23,7 @@ unexport RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
 # One thread a worker, so that the workers do not fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
-.PHONY: help demo test test-slow test-gpu lint format docs package clean
+.PHONY: help demo test test-oldest test-newest test-slow test-gpu lint format docs package clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +36,12 @@ test: $(READY)  ## all tests but the slow ones, compiled and then interpreted
 	@echo "All tests: about 10 minutes on two cores, 3 on eight. A GPU is not needed; what needs one is skipped without."
 	@$(TEST) -q --span 0:60 -m "not interpreted and not slow"
 	@TRITON_INTERPRET=1 $(TEST) -q --span 60:100 -m "interpreted and not slow"
+
+test-oldest:  ## `make test` with the oldest PyTorch and Triton that are tested (about 5 GB to set up)
+	@$(MAKE) test SET=oldest
+
+test-newest:  ## `make test` with the newest ones (about 5 GB to set up)
+	@$(MAKE) test SET=newest
 
 test-slow: $(READY)  ## the long sweeps
 	$(TEST) -m "slow and not interpreted"
@@ -61,13 +69,13 @@ package: $(READY)  ## build wheel and source archive in dist/ (tests/test_packag
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove the environment, builds, caches and checkpoints
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis *.pt
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis *.pt
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints hold PyTorch to one version in every call: without them pip may fetch another, gigabytes each.
 # setuptools comes first and the build is not isolated: then the build obeys the constraints too.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints/$(SET).txt constraints/tools.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[test,perf,examples,docs,dev]"
+	$(BIN)/python -m pip install -c constraints/$(SET).txt setuptools
+	$(BIN)/python -m pip install -c constraints/$(SET).txt --no-build-isolation -e ".[test,perf,examples,docs,dev]"
 	@touch $@

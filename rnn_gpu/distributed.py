@@ -11,6 +11,8 @@ import sys
 import torch
 from torch import Tensor
 
+from . import versions
+
 
 def is_dtensor(value) -> bool:
     """Whether it is a DTensor. Does not import torch.distributed.tensor, which takes half a second: where nobody has,
@@ -18,6 +20,34 @@ def is_dtensor(value) -> bool:
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+# Whether the gradient of `DTensor.to_local` is laid out by a guess (seen in PyTorch 2.11, no more in 2.13).
+GUESSES_STRIDES = versions.minor(torch.__version__) < (2, 13)
+
+
+class _OwnRows(torch.autograd.Function):
+    """`DTensor.to_local` for parts that need not be of one size: with strides guessed from a part's, a gradient
+    seems to have another layout than its tensor, and is accumulated wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.whole = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+        local = tensor.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        mesh, placements, shape, stride = ctx.whole
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(gradient.contiguous(), mesh, placements, shape=shape, stride=stride)
+
+
+def _own_rows(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process has."""
+    return _OwnRows.apply(tensor) if GUESSES_STRIDES else tensor.to_local()
 
 
 def _placed(what: str, tensor: Tensor, mesh, placements) -> Tensor:
@@ -50,7 +80,7 @@ def forward(layer, input: Tensor, hx, lengths: Tensor | None, resets: Tensor | N
         return [Shard(dim) if one else Replicate() for one in split]
 
     def own_rows(what: str, tensor: Tensor | None, dim: int) -> Tensor | None:
-        return None if tensor is None else _placed(what, tensor, mesh, by_rows(dim)).to_local()
+        return None if tensor is None else _own_rows(_placed(what, tensor, mesh, by_rows(dim)))
 
     def all_rows(tensor: Tensor, dim: int) -> Tensor:
         tensor, shape = tensor.contiguous(), list(tensor.shape)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import rnn_gpu
+from rnn_gpu.distributed import GUESSES_STRIDES
 from tests import distributed
 from tests.contract import NAMES
 from tests.distributed import Case, Training, checkpoints, mixed_up, on_dtensors, replaced_late, together, train
@@ -190,6 +191,7 @@ def test_dtensors(name, case, processes):
             assert_same_mathematics(found[key], value, key)
 
 
+@pytest.mark.skipif(GUESSES_STRIDES, reason="before PyTorch 2.13 torch.compile takes no layer on DTensors: it raises")
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_dtensors_compiled(name, processes):
     """Catches: a layer on DTensors that torch.compile cannot take in one graph."""

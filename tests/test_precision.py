@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from rnn_gpu import versions
+
 # Each way in a process of its own, forked after torch is imported: the switches are the process's, and cannot be put
 # back as they were.
 SCRIPT = """
@@ -53,7 +55,7 @@ TF32 = (
     "torch.set_float32_matmul_precision('medium')",
 )
 BY_ALL = FULL[3:5]  # which PyTorch 2.11 does not pass on to its own RNNs, either
-VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+VERSION = versions.minor(torch.__version__)
 RECOMMENDED = FULL[0]  # by README.md: it leaves exporting as it was
 
 
