@@ -8,8 +8,10 @@ layer of the same name runs the whole loop in one launch.
 
 import torch
 
+from .quantization import NotQuantized
 
-class LSTMCell(torch.nn.LSTMCell):
+
+class LSTMCell(NotQuantized, torch.nn.LSTMCell):
     """One step of an LSTM: `torch.nn.LSTMCell`, on PyTorch's own kernels whatever the backend.
 
     LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)
@@ -22,7 +24,7 @@ class LSTMCell(torch.nn.LSTMCell):
     """
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(NotQuantized, torch.nn.GRUCell):
     """One step of a GRU: `torch.nn.GRUCell`, on PyTorch's own kernels whatever the backend.
 
     GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)
@@ -35,7 +37,7 @@ class GRUCell(torch.nn.GRUCell):
     """
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(NotQuantized, torch.nn.RNNCell):
     """One step of an Elman network: `torch.nn.RNNCell`, on PyTorch's own kernels whatever the backend.
 
     RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)

@@ -6,7 +6,6 @@ forward serves the "torch" backend.
 """
 
 import operator
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, overload
@@ -18,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, distributed, onnx
 from .functional import recurrent_stack
+from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])  # h, or h and c
@@ -109,7 +109,7 @@ def _cast(value, dtype: torch.dtype):
     return tuple(_cast(one, dtype) for one in value)
 
 
-class _Layer(RNNBase, Generic[State]):
+class _Layer(NotQuantized, RNNBase, Generic[State]):
     """What the three layers share: the choice of the backend, and torch.nn's checks in torch.nn's words.
 
     State: what initial and final states are, a tensor or a pair of them.
@@ -207,28 +207,6 @@ class _Layer(RNNBase, Generic[State]):
             f"torch.jit.script cannot compile rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before "
             "(docs/limits.md)"
         )
-
-    @property
-    def qconfig(self):
-        """What torch.ao.quantization sets on every module before it looks for those that it can quantize: a warning
-        that it passes this one by.
-        """
-        if "qconfig" not in self.__dict__:
-            raise AttributeError("qconfig")
-        return self.__dict__["qconfig"]
-
-    @qconfig.setter
-    def qconfig(self, value) -> None:
-        warnings.warn(
-            f"torch.ao.quantization leaves rnn_gpu.{type(self).__name__} as it is: to quantize it, call "
-            "rnn_gpu.restore_rnns(model) before (docs/limits.md)",
-            stacklevel=2,
-        )
-        self.__dict__["qconfig"] = value
-
-    @qconfig.deleter
-    def qconfig(self) -> None:
-        del self.__dict__["qconfig"]
 
     def _forward_torch(self, input, hx):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""

@@ -216,7 +216,10 @@ def test_unknown_nonlinearity_of_a_cell_raises_when_called():
     assert (type(ours), str(ours)) == (type(theirs), str(theirs))
 
 
-@pytest.mark.parametrize("module", [rnn_gpu.cells, rnn_gpu.convert], ids=lambda module: module.__name__)
+DOCUMENTED = rnn_gpu, rnn_gpu.backends, rnn_gpu.cells, rnn_gpu.convert, rnn_gpu.explanation, rnn_gpu.modules
+
+
+@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
     """Catches: an example that does not run as it stands."""
     failed, attempted = doctest.testmod(module, extraglobs={"torch": torch})
@@ -411,12 +414,13 @@ def test_limit_quantize_dynamic_and_what_to_do_instead():
     advice that does not work.
     """
     quantize = torch.ao.quantization.quantize_dynamic
-    model = torch.nn.Sequential(rnn_gpu.LSTM(3, 4))
-    with pytest.warns(UserWarning, match=r"leaves rnn_gpu.LSTM as it is: to quantize it, call rnn_gpu.restore_rnns"):
-        passed_by = quantize(model, {torch.nn.LSTM})
-    assert type(passed_by[0]) is rnn_gpu.LSTM and not hasattr(passed_by[0], "qconfig")
-    quantized = quantize(rnn_gpu.restore_rnns(model), {torch.nn.LSTM})
-    assert "quantized" in type(quantized[0]).__module__
+    for name, kinds in (("LSTM", {torch.nn.LSTM}), ("LSTMCell", {torch.nn.LSTMCell})):
+        model = torch.nn.Sequential(getattr(rnn_gpu, name)(3, 4))
+        with pytest.warns(UserWarning, match=rf"leaves rnn_gpu.{name} as it is: to quantize it, call rnn_gpu.restore"):
+            passed_by = quantize(model, kinds)
+        assert type(passed_by[0]) is getattr(rnn_gpu, name) and not hasattr(passed_by[0], "qconfig")
+        quantized = quantize(rnn_gpu.restore_rnns(model), kinds)
+        assert "quantized" in type(quantized[0]).__module__
 
 
 @every_class
