@@ -15,10 +15,11 @@
     status    [1]            int32: becomes `launch` when a wait came to its limit
     lengths, offsets, resets as in forward.py
 
-T, B, R, N, G, H, HS, UB, NB, S and the grid are those of forward.py. ORDER says in which order the slots are awaited
-(`await_and_multiply`): a failed poll of one is cheaper than one of all, and fewer tiles are held at a time. What does
-not depend on the neighbours is computed before the wait; between await and publish stand the product, one exchange
-through shared memory and a few multiplications.
+T, B, R, N, G, H, HS, UB, NB, S and the grid are those of forward.py. The slots are awaited in WAITS parts, one after
+another: all at once saves the latency of all but one, and takes registers for as many words. What does not depend on
+the neighbours is computed before the wait; between await and publish stand the product, one exchange through shared
+memory and a few multiplications. What the next step needs is loaded behind the wait, or its lateness would be waited
+for, too.
 """
 
 from typing import Any, NamedTuple
@@ -26,19 +27,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .exchange import lost_as_nan, poll, publish, until_written
-from .product import hold_weights, multiply_alone, multiply_held, multiply_streamed
+from .exchange import Bound, prefetch, publish
+from .product import await_held, hold_weights, multiply_alone, multiply_held, multiply_streamed
 from .program import (
+    PREFETCHED,
     Place,
     as_float,
     cleared,
+    entry,
     finish,
     has_room,
     is_end,
     load_gates,
     load_or_zero,
     moment_after,
-    moved_on,
+    moved,
     place_of,
     sizes,
     source,
@@ -88,34 +91,38 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl
 
 
 @triton.jit
-def through_gates(W, p, limit, one, C: tl.constexpr):
-    """The gradient [NB, UB] of h through the later step's gate sums: awaits their gradients at p, slot by slot in the
-    order C.ORDER, and multiplies them with the weights -> it, and the limit of the next wait.
+def prefetch_step(left, out, then, exists, place, lengths, AUX_IS_HISTORY: tl.constexpr, C: tl.constexpr):
+    """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
+    wait for memory.
+    """
+    there = exists & place.exists & within(then.t, place.length, lengths)
+    if not C.ALONE:
+        prefetch(entry(out, then.row, place, C.E * C.HS, C), C.E, C.HS, there, C)
+    if left.d_y is not None:
+        prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, there, C)
+    if left.gates is not None:
+        prefetch(entry(left.gates, then.row, place, C.G * C.H, C), C.G, C.H, there, C)
+    if left.history is not None:
+        prefetch(entry(left.history, then.row, place, C.HS, C), 1, 0, there, C)
+    if not AUX_IS_HISTORY:
+        prefetch(entry(left.aux, then.row, place, C.HS, C), 1, 0, there, C)
+
+
+@triton.jit
+def through_gates(W, p, bound, one, C: tl.constexpr):
+    """The gradient [NB, UB] of h through the later step's gate sums: awaits their gradients at p, in C.WAITS parts, and
+    multiplies them with the weights.
 
     Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
     """
-    # 0: together; 1: one by one, the next on its way meanwhile; 2: the first, then the others; 3: one by one, none on
-    # its way
-    GROUPS: tl.constexpr = 1 if C.ORDER == 0 else 2 if C.ORDER == 2 else C.G
-    HEAD: tl.constexpr = C.G if C.ORDER == 0 else 1  # slots of the first group, and of each later one
-    TAIL: tl.constexpr = C.G - 1 if C.ORDER == 2 else 1
+    SLOTS: tl.constexpr = (C.G + C.WAITS - 1) // C.WAITS  # of a part
     sums = tl.zeros((C.S, C.UB, C.NB), tl.float32), tl.zeros((C.S, C.UB, C.NB), tl.float32)
-    words = poll(p, HEAD, C)
-    for k in tl.static_range(GROUPS):
-        here, there = p + k * C.WORDS, p + (k + 1) * C.WORDS
-        if C.ORDER == 1 and k + 1 < GROUPS:
-            following = poll(there, TAIL, C)
-        words, limit = until_written(words, here, limit, len(words) // C.CHUNKS, C.HELD == C.CHUNKS, C)
-        if C.ORDER == 2 and k + 1 < GROUPS:
-            following = poll(there, TAIL, C)
-        sums = multiply_held(sums, W, k, words, C)
-        sums = multiply_streamed(sums, W, k, len(words) // C.CHUNKS, here, one, C)
-        if C.ORDER == 3 and k + 1 < GROUPS:
-            following = poll(there, TAIL, C)
-        if k + 1 < GROUPS:
-            words = following
-    dh = over_warps((sums[0] + sums[1]).reshape(C.S, 1, C.UB, C.NB), C.S, 1, C.UB, C.NB)[0]
-    return lost_as_nan(dh, limit, C), limit
+    for first in tl.static_range(0, C.G, SLOTS):
+        here = p + first * C.WORDS
+        words = await_held(here, min(SLOTS, C.G - first), bound, C)
+        sums = multiply_held(sums, W, first, min(SLOTS, C.G - first), words, C)
+        sums = multiply_streamed(sums, W, first, min(SLOTS, C.G - first), here, bound, one, C)
+    return over_warps((sums[0] + sums[1]).reshape(C.S, 1, C.UB, C.NB), C.S, 1, C.UB, C.NB)[0]
 
 
 @triton.jit
@@ -135,19 +142,20 @@ def backward(
     resets, T, B, begin, limit, launch, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
     AUX_IS_HISTORY: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
     UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr,
-    SHARED: tl.constexpr, ORDER: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
     ALONE: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
         G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, E=E,
-        BACKWARD=True, ORDER=ORDER,
+        BACKWARD=True, WAITS=WAITS,
     )  # fmt: skip
     me = this_program(begin, B, C)
     W = hold_weights(weight + me.n * (C.HS * C.G * C.HS), me.unit, C)
     left = Left(d_y=d_y, gates=gates, aux=aux, history=history, history_0=history_0)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
-    then = moment_after(now, steps > 1, ahead, B, offsets)
+    then = moment_after(now, ahead, steps > 1, B, offsets)
+    bound = Bound(limit=limit, status=status, launch=launch)
     d_gates += B * (C.N * C.E * C.WORDS)  # to the first of the R rows; seen from there, the zeros begin at row -B
     out = d_gates.to(tl.pointer_type(C.DTYPE))
     zeros = me.first - B
@@ -163,24 +171,30 @@ def backward(
             nothing = nothing + (tl.zeros(C.SHAPE, C.DTYPE),)
         state = state + (nothing,)
         saved = saved + (load_step(left, dh_n[j], None, now, then, steps > 1, me, tile, lengths, C),)
+        for i in tl.static_range(1, PREFETCHED):
+            far = moved(now, i * ahead, steps > i, B, offsets)
+            prefetch_step(left, out, far, steps > i, tile, lengths, AUX_IS_HISTORY, C)
 
     for s in range(steps):
-        earlier = moment_after(then, s + 2 < steps, ahead, B, offsets)
+        earlier = moment_after(then, ahead, s + 2 < steps, B, offsets)
+        more = steps - s > PREFETCHED
+        far = moved(now, ahead * PREFETCHED, more, B, offsets)
         dcarry_next, state_next, saved_next = (), (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
             dy, saved_gates, present, previous = saved[j]
-            dh_end, aux_then = None if lengths is None else dh_n[j], previous if AUX_IS_HISTORY else None
-            saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
-            saved_next = saved_next + (saved_then,)
             reset = starts_anew(resets, now.t, True, place, B)
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
             factors = FACTORS(as_float(saved_gates), present, tl.where(reset, 0.0, previous))
-            if C.ALONE:
+            dh_end, aux_then = None if lengths is None else dh_n[j], previous if AUX_IS_HISTORY else None
+            if C.ALONE:  # no wait that a load could hold up
+                saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
                 dh = through_gates_alone(W, state[j], place, C)
             else:
                 p = source(d_gates, before, zeros, place, s, now.t - ahead, lengths, C)
-                dh, limit = through_gates(W, p, limit, me.one, C)
+                dh = through_gates(W, p, bound, me.one, C)
+                saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
+            saved_next = saved_next + (saved_then,)
             slots, kept = CELL(factors, dy + tl.where(reset_before, 0.0, dh), dcarry[j])
             active = within(now.t, place.length, lengths)
             room = has_room(place, active, offsets)
@@ -190,9 +204,10 @@ def backward(
                 publish(out, now.row, place, e, slot, room, C)
                 if e < C.G:
                     published = published + (slot.to(C.DTYPE),)
+            prefetch_step(left, out, far, more, place, lengths, AUX_IS_HISTORY, C)
             dcarry_next = dcarry_next + (tl.where(active, tl.where(reset, 0.0, kept), dcarry[j]),)
             state_next = state_next + (published,)
         dcarry, state, saved = dcarry_next, state_next, saved_next
         before = now.row
-        now, then = moved_on(now, then, ahead, B, offsets), earlier
-    finish(d_carry_0, dcarry, places, me, limit, status, launch, C)
+        now, then = moved(now, ahead, s + 1 < steps, B, offsets), earlier
+    finish(d_carry_0, dcarry, places, me, C)

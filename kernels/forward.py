@@ -27,19 +27,20 @@ neighbour in time lies outside the sequence reads its h0 instead.
 import triton
 import triton.language as tl
 
-from .exchange import lost_as_nan, poll, publish, until_written
-from .product import hold_weights, multiply_alone, multiply_held, multiply_streamed, tile_count
+from .exchange import Bound, prefetch, publish
+from .product import await_held, hold_weights, multiply_alone, multiply_held, multiply_streamed, tile_count
 from .program import (
+    PREFETCHED,
     Place,
     as_float,
     cleared,
+    entry,
     finish,
     has_room,
     is_end,
     load_gates,
     load_or_zero,
-    moment_after,
-    moved_on,
+    moved,
     place_of,
     rows_before,
     save,
@@ -55,19 +56,30 @@ from .tiles import lone_result, over_warps, side_by_side
 
 
 @triton.jit
-def hidden_part(W, p, limit, one, C: tl.constexpr):
-    """The hidden state's part of the gate sums: awaits the state at p and multiplies it with the weights -> G or 4
-    tiles [NB, UB], and the limit of the next wait.
+def prefetch_step(x_part, out, then, exists, place, lengths, C: tl.constexpr):
+    """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
+    wait for memory.
     """
-    words, limit = until_written(poll(p, 1, C), p, limit, 1, C.HELD == C.CHUNKS, C)
+    there = exists & place.exists & within(then.t, place.length, lengths)
+    prefetch(entry(x_part, then.row, place, C.G * C.H, C), C.G, C.H, there, C)
+    if not C.ALONE:
+        prefetch(entry(out, then.row, place, C.HS, C), 1, 0, there, C)
+
+
+@triton.jit
+def hidden_part(W, p, bound, one, C: tl.constexpr):
+    """The hidden state's part of the gate sums: awaits the state at p and multiplies it with the weights -> G or 4
+    tiles [NB, UB].
+    """
+    words = await_held(p, 1, bound, C)
     held, sums = (), ()
     for tile in tl.static_range(tile_count(C.G, C.PER)):
         zeros = tl.zeros((C.S, C.PER * C.UB, C.NB), tl.float32)
-        held = held + (multiply_held((zeros,), W, tile, words, C),)
+        held = held + (multiply_held((zeros,), W, tile, 1, words, C),)
     for tile in tl.static_range(len(held)):
-        sums = sums + multiply_streamed(held[tile], W, tile, 1, p, one, C)
-    r = over_warps(side_by_side(sums, len(sums), C.S, C.PER, C.UB, C.NB), C.S, 4 if C.G > 1 else 1, C.UB, C.NB)
-    return [lost_as_nan(tile, limit, C) for tile in r], limit
+        sums = sums + multiply_streamed(held[tile], W, tile, 1, p, bound, one, C)
+    sums = side_by_side(sums, len(sums), C.S, C.PER, C.UB, C.NB)
+    return over_warps(sums, C.S, 4 if C.G > 1 else 1, C.UB, C.NB)
 
 
 @triton.jit
@@ -106,36 +118,37 @@ def forward(
     me = this_program(begin, B, C)
     W = hold_weights(weight + me.n * (C.G * C.H * C.HS), me.unit, C)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
+    bound = Bound(limit=limit, status=status, launch=launch)
     y += B * (C.N * C.WORDS)  # to the first output; seen from there, h0 begins at row -B or R
     out = y.to(tl.pointer_type(C.DTYPE))
     h0 = me.first + tl.where(me.reverse, rows_before(T, B, offsets), -B)
     before = h0  # where the step before begins
-    x_part += now.row * (C.N * C.G * C.H)
-    places, carry, state, x = (), (), (), ()
+    places, carry, state = (), (), ()
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
         carry = carry + (load_or_zero(carry_0, me.first, tile, tile.own, C.HS, C),)
         state = state + (load_or_zero(out, h0, tile, tile.own, C.HS, C).to(C.DTYPE),)
-        x = x + (load_gates(x_part, 0, tile, tile.exists & within(now.t, tile.length, lengths), C),)
+        for i in tl.static_range(1, PREFETCHED):
+            prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, tile, lengths, C)
     b_n = None if bias is None else load_bias(bias, me.n, Place(*places[0]), C)
 
     for s in range(steps):
-        then = moment_after(now, s + 1 < steps, ahead, B, offsets)
-        x_part += (then.row - now.row) * (C.N * C.G * C.H)
-        carry_next, state_next, x_next = (), (), ()
+        more = steps - s > PREFETCHED
+        far = moved(now, ahead * PREFETCHED, more, B, offsets)
+        carry_next, state_next = (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
-            x_next = x_next + (load_gates(x_part, 0, place, place.exists & within(then.t, place.length, lengths), C),)
+            active = within(now.t, place.length, lengths)
+            x = load_gates(x_part, now.row, place, place.exists & active, C)
             reset = starts_anew(resets, now.t, True, place, B)
             if C.ALONE:
                 r = hidden_part_alone(W, state[j], C)
             else:
                 p = source(y, before, h0, place, s, now.t - ahead, lengths, C)
-                r, limit = hidden_part(W, p, limit, me.one, C)
+                r = hidden_part(W, p, bound, me.one, C)
             r = with_bias(zero_where(reset, r), b_n, C)
-            h, kept, saved, extra = CELL(as_float(x[j]), r, tl.where(reset, 0.0, carry[j]))
-            active = within(now.t, place.length, lengths)
+            h, kept, saved, extra = CELL(as_float(x), r, tl.where(reset, 0.0, carry[j]))
             room = has_room(place, active, offsets)
             h = cleared(h, active, place, C)
             published = publish(out, now.row, place, 0, h, room, C)
@@ -145,9 +158,10 @@ def forward(
                 for g in tl.static_range(len(saved)):
                     save(gates + g * C.H, now.row, place, saved[g], place.own & place.exists & active, C.G * C.H, C)
             save(aux, now.row, place, extra, room, C.HS, C)
+            prefetch_step(x_part, out, far, more, place, lengths, C)
             carry_next = carry_next + (tl.where(active, kept, carry[j]),)
             state_next = state_next + (tl.where(active, h.to(C.DTYPE), state[j]),)
-        carry, state, x = carry_next, state_next, x_next
+        carry, state = carry_next, state_next
         before = now.row
-        now = moved_on(now, then, ahead, B, offsets)
-    finish(carry_n, carry, places, me, limit, status, launch, C)
+        now = moved(now, ahead, s + 1 < steps, B, offsets)
+    finish(carry_n, carry, places, me, C)

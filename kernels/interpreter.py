@@ -15,7 +15,7 @@ What else the interpreter does not do as the hardware does is mended in the same
 * `tl.dot(..., input_precision="tf32")`, Triton's default, ignores the low 13 bits of float32 operands as the
   tensor cores do; "ieee" is full float32; "tf32x3", "bf16x3" and "bf16x6" are taken as full float32 too;
 * 16-bit products are summed in float32;
-* inline assembly runs, as far as `_ASSEMBLY` knows it.
+* inline assembly runs, as far as `_PTX` knows its instructions; its loads are polls.
 
 Not imitated: the order of summation, the errors of the approximate `ex2` and `rcp` (both are rounded correctly here,
 and do not flush what is smaller than a normal number), and a memory model (a store is seen by all at once, and in
@@ -28,9 +28,11 @@ Tried with Triton 3.6, 3.7 and 3.9. Importing this module loads neither numpy no
 import contextlib
 import dataclasses
 import dis
+import functools
 import inspect
 import math
 import random
+import re
 import threading
 
 import triton
@@ -424,10 +426,101 @@ def _wrap_fma(fma):
     return honest_fma
 
 
-# Instruction -> what it computes of float32 arrays. Infinities and zeros come out as in hardware, without a warning.
-_ASSEMBLY = {
-    "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
+# Inline assembly: PTX, a text that each `pack` elements run ----------------------------------------------------
+
+
+# Instruction -> what it computes of arrays. Infinities and zeros come out as in hardware, without a warning.
+_PTX = {
+    "mov.b32": lambda a: a,
+    "sub.s32": lambda a, b: a - b,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "or.pred": lambda a, b: a | b,
+    "setp.eq.b32": lambda a, b: a == b,
+    "setp.eq.s32": lambda a, b: a == b,
+    "setp.ne.b32": lambda a, b: a != b,
+    "setp.lt.s32": lambda a, b: a < b,
+    "setp.gt.s32": lambda a, b: a > b,
+    "rcp.approx.ftz.f32": lambda x: np.float32(1) / x,
 }
+
+
+@functools.cache
+def _statements(assembly):
+    """The statements of a PTX text, each (predicate, instruction, operands), and where its labels stand."""
+    text = assembly.strip()
+    if text.startswith("{"):
+        text = text[1:-1]
+    statements, labels = [], {}
+    for statement in text.split(";"):
+        statement = statement.strip()
+        while label := re.match(r"(\w+):\s*", statement):
+            labels[label[1]] = len(statements)
+            statement = statement[label.end() :]
+        if statement and not statement.startswith(".reg"):
+            predicate, name, operands = re.fullmatch(r"(?:@(!?\w+)\s+)?(\S+)\s+(.*)", statement, re.DOTALL).groups()
+            statements.append((predicate, name, re.findall(r"\{.*?\}|\[.*?\]|[^\s,]+", operands)))
+    return statements, labels
+
+
+class _Assembly:
+    """A PTX text that many threads run: those that are furthest behind go on first."""
+
+    def __init__(self, assembly, builder, registers, count):
+        self.statements, self.labels = _statements(assembly)
+        self.builder, self.registers, self.count = builder, registers, count
+
+    def run(self):
+        """Run all threads to the end of the text."""
+        at = np.zeros(self.count, np.int64)
+        while (here := at.min()) < len(self.statements):
+            predicate, name, operands = self.statements[here]
+            active = at == here
+            at[active] += 1
+            if predicate is not None:
+                active &= self.registers[predicate.lstrip("!")] != predicate.startswith("!")
+            if name == "bra":
+                at[active] = self.labels[operands[0]]
+            else:
+                self.execute(name, operands, active)
+
+    def execute(self, name, operands, active):
+        """Any other statement, in the `active` threads."""
+        if name.startswith(("ld.relaxed.", "ld.volatile.")):
+            words = re.findall(r"[$\w]+", operands[0])
+            places = self.address(operands[1])[:, None] + 4 * np.arange(len(words), dtype=np.uint64)
+            every = np.broadcast_to(active[:, None], places.shape)
+            places, every = interpreter.TensorHandle(places, tl.pointer_type(tl.int32)), self.mask(every)
+            read = self.builder.create_masked_load(places, every, None, None, None, True).data
+            for i, word in enumerate(words):
+                self.put(word, read[:, i], active)
+        elif name == "st.volatile.global.b32":
+            place = interpreter.TensorHandle(self.address(operands[0]), tl.pointer_type(tl.int32))
+            value = interpreter.TensorHandle(self.value(operands[1]), tl.int32)
+            self.builder.create_masked_store(place, value, self.mask(active), None, None)
+        elif name in _PTX:
+            self.put(operands[0], _PTX[name](*map(self.value, operands[1:])), active)
+        elif name != "prefetch.global.L2":
+            raise NotImplementedError(f"inline assembly that this interpreter does not know: {name}")
+
+    def value(self, operand):
+        """What a register, or a number, holds in every thread."""
+        if operand in self.registers:
+            return self.registers[operand]
+        return np.full(self.count, int(operand, 0) & 0xFFFFFFFF, np.uint32).view(np.int32)
+
+    def address(self, operand):
+        """`[register+number]` in every thread."""
+        register, _, offset = operand.strip("[]").partition("+")
+        return self.registers[register] + np.uint64(int(offset or 0))
+
+    def put(self, register, value, active):
+        """Write a register of the `active` threads."""
+        whole = active.all() or register not in self.registers
+        self.registers[register] = value if whole else np.where(active, value, self.registers[register])
+
+    def mask(self, bits):
+        return interpreter.TensorHandle(np.ascontiguousarray(bits), tl.int1)
 
 
 class _Results(tuple):
@@ -437,11 +530,18 @@ class _Results(tuple):
 
 
 def _create_inline_asm(builder, asm, constraints, operands, types, is_pure, pack):
-    if asm not in _ASSEMBLY:
-        raise NotImplementedError(f"inline assembly that this interpreter does not know: {asm}")
+    """Operands and results are `pack` registers each: of elements that are neighbours here, of others in hardware."""
+    arrays = np.broadcast_arrays(*(handle.data for handle in operands))
+    parts = [part for array in arrays for part in array.reshape(-1, pack).T]
+    given = {f"${len(types) * pack + i}": part for i, part in enumerate(parts)}
+    run = _Assembly(asm, builder, given, len(parts[0]))
     with np.errstate(all="ignore"):
-        result = _ASSEMBLY[asm](*(handle.data for handle in operands))
-    return _Results([interpreter.TensorHandle(result, types[0].scalar)])
+        run.run()
+    results = []
+    for i, kind in enumerate(types):
+        parts = [run.registers[f"${i * pack + k}"] for k in range(pack)]
+        results.append(interpreter.TensorHandle(np.stack(parts, 1).reshape(arrays[0].shape), kind.scalar))
+    return _Results(results)
 
 
 def _wrap_dot(dot):

@@ -89,14 +89,6 @@ def check(device: torch.device | str | None = None) -> None:
         raise_if_late(one)
 
 
-def forget() -> None:
-    """Wait for every device used so far, and forget a wait that did not end: after launches that were meant not to."""
-    for device, word in _status.items():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        word.zero_()
-
-
 def constants(plan: Plan, reversed_sets: int) -> dict:
     """The compile-time arguments of a plan's kernel."""
     cell, dtype = CELLS[plan.cell], getattr(tl, plan.dtype)
@@ -120,7 +112,7 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
     if plan.backward:
         factors, step = BACKWARD[plan.cell]
         shared_tile = cell.aux == "c"  # LSTM: this step's `previous` is the next one's `aux`
-        return common | dict(FACTORS=factors, CELL=step, E=cell.slots, AUX_IS_HISTORY=shared_tile, ORDER=plan.order)
+        return common | dict(FACTORS=factors, CELL=step, E=cell.slots, AUX_IS_HISTORY=shared_tile, WAITS=plan.waits)
     return common | dict(CELL=FORWARD[plan.cell], PER=plan.gates_per_tile)
 
 

@@ -78,7 +78,8 @@ class Plan:
     units, rows, slices: hidden units a program owns, rows of its tile, and tiles it works through in turn within a
     step.
     warps: also the number of ways K is split, but for a lone program. registers, shared, streamed: chunks of K whose
-    weights stay in registers, in shared memory, or are read again in every step. order: see kernels/backward.py.
+    weights stay in registers, in shared memory, or are read again in every step. waits: parts in which the backward
+    awaits the slots of a tile.
     alone: one program holds all units, no exchange.
     unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
@@ -99,7 +100,7 @@ class Plan:
     registers: int
     shared: int
     streamed: int
-    order: int
+    waits: int
     gates_per_tile: int
     unit_slices: int
     batch_slices: int
@@ -148,7 +149,7 @@ PASSING_WORDS = {False: 32, True: 48}
 # And more where some are read again in every step, and so pass in a loop of their own.
 STREAMED_WORDS = {False: 16, True: 32}
 # Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
-ROUNDING_WORDS = 24
+ROUNDING_WORDS = {False: 24, True: 40}
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
 PAIRS = 4
 # Bytes of K that a row has in the part of a chunk that is one warp's: 16 words (tiles.py).
@@ -182,6 +183,7 @@ EXCHANGE_MICROSECONDS = 0.7  # publish, reach L2, be polled, at about 130 progra
 L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
 POLL_BYTES_PER_CYCLE = 64  # what one multiprocessor takes in from L2
 POLLS = 1.5  # times a tile is read on the average: one poll in two comes too early
+POLL_CYCLES = 260  # from a poll that hits the second-level cache to its words: 138 ns, measured on an H200
 SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared memory
 ISSUE_CYCLES = 0.45  # cycles an instruction and warp of a multiprocessor, 4 schedulers, dependences included: estimated
 CUDNN_STEP_MICROSECONDS = 5.0  # two launches a step or more
@@ -232,9 +234,9 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Residency:
-    """Where the weights of a tiling are, in chunks, the order of the waits, and the shared memory it all takes."""
+    """Where the weights of a tiling are, in chunks, the waits of a tile, and the shared memory it all takes."""
 
-    order: int
+    waits: int
     registers: int
     shared: int
     shared_bytes: int
@@ -309,7 +311,7 @@ def alone_plan(problem: Problem) -> Plan | None:
     in_turn = max(4, warps * -(-programs * problem.sets // device.multiprocessors))
     return _plan_of(
         problem, alone=True, units=units, rows=rows, slices=1, warps=warps, registers=0 if ieee else chunks,
-        shared=chunks if ieee else 0, streamed=0, order=0, gates_per_tile=1, unit_slices=1,
+        shared=chunks if ieee else 0, streamed=0, waits=1, gates_per_tile=1, unit_slices=1,
         batch_slices=-(-programs // launches), launches=launches, shared_bytes=shared,
         microseconds=instructions * in_turn * ISSUE_CYCLES / device.gigahertz / 1e3,
         reason="one program holds all hidden units: nothing to exchange",
@@ -328,7 +330,7 @@ def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
             yield _plan_of(
                 problem, alone=False, units=tiling.units, rows=tiling.rows, slices=tiling.slices, warps=tiling.warps,
                 registers=found.registers, shared=found.shared,
-                streamed=tiling.chunks - found.registers - found.shared, order=found.order,
+                streamed=tiling.chunks - found.registers - found.shared, waits=found.waits,
                 gates_per_tile=tiling.gates_per_tile, unit_slices=unit_slices, batch_slices=0, launches=0,
                 shared_bytes=found.shared_bytes, microseconds=0.0, reason="",
             )  # fmt: skip
@@ -367,24 +369,19 @@ def _tile_gates(problem: Problem, tiling: Tiling) -> int:
     return -(-problem.gates // per_tile) * per_tile
 
 
-def _orders(problem: Problem) -> tuple[tuple[int, int], ...]:
-    """Orders of the waits (kernels/backward.py), best first, each with the slots that are polled at the same time.
-
-    Best: fewer waits, then waits that overlap. In order 3 they do not.
+def _waits(problem: Problem) -> tuple[int, ...]:
+    """Into how many waits the slots of a tile may be parted (kernels/backward.py), best first: each further one costs
+    the latency of a poll.
     """
     if not problem.backward or problem.gates == 1:
-        return ((0, 1),)
-    one_by_one = (1, 2), (3, 1)
-    # Operands of full float32 products take more registers than words: with several slots at a time (order 2) 32 of 73
-    # tilings spill on sm_90, with one after another none does.
-    return one_by_one if problem.precision == "ieee" else ((2, problem.gates), *one_by_one)
+        return (1,)
+    # Operands of full float32 products take more registers than words.
+    return (problem.gates,) if problem.precision == "ieee" else (1, 2, problem.gates)
 
 
 def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
-    """The order that keeps most weights on the chip, or None where each would spill.
-
-    Where two keep as many, all in registers, but for order 3, which is taken for more weights on the chip alone; then
-    the better order.
+    """The number of waits that keeps most weights on the chip, and of equals the one that takes least for waits and for
+    weights in shared memory; None where each would spill.
     """
     if tiling.pairs > PAIRS:
         return None
@@ -392,18 +389,20 @@ def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
         # A thread has the operands of twice as many scalar products as with 8 warps: on sm_86 and sm_100 some spill.
         if tiling.rows * tiling.slices > TILE_BATCH:
             return None
-    found = [_most_on_chip(problem, tiling, order, slots) for order, slots in _orders(problem)]
-    return max(
-        (r for r in found if r is not None),
-        key=lambda r: (r.registers + r.shared, r.registers == tiling.chunks and r.order != 3),
-        default=None,
-    )
+
+    def cycles(r: Residency) -> float:
+        return r.waits * POLL_CYCLES + r.shared * _chunk_bytes(problem, tiling) / SHARED_BYTES_PER_CYCLE
+
+    found = [_most_on_chip(problem, tiling, waits) for waits in _waits(problem)]
+    found = [r for r in found if r is not None]
+    return max(found, key=lambda r: (r.registers + r.shared, -cycles(r)), default=None)
 
 
-def _most_on_chip(problem: Problem, tiling: Tiling, order: int, slots: int) -> Residency | None:
+def _most_on_chip(problem: Problem, tiling: Tiling, waits: int) -> Residency | None:
     """As many weights in registers as do not spill, of the others as many in shared memory as fit; None: it spills."""
     tile_gates, scratch = _tile_gates(problem, tiling), _scratch_bytes(problem, tiling)
-    chunk_bytes = tiling.warps * tile_gates * tiling.units * CHUNK_ROW_BYTES
+    slots = -(-problem.gates // waits) if problem.backward else 1  # awaited at the same time
+    chunk_bytes = _chunk_bytes(problem, tiling)
     fitting = max(0, problem.device.shared_memory - scratch) // chunk_bytes
     words = tile_gates * tiling.units // 2  # of a chunk of weights, a thread
     room = _room_words(problem, tiling)
@@ -416,8 +415,13 @@ def _most_on_chip(problem: Problem, tiling: Tiling, order: int, slots: int) -> R
         shared = min(tiling.chunks - registers, fitting)
         needed = registers * words + _passing_words(problem, tiling, slots, registers, shared)
         if needed <= room or (registers == 0 and smallest):
-            return Residency(order, registers, shared, scratch + shared * chunk_bytes)
+            return Residency(waits, registers, shared, scratch + shared * chunk_bytes)
     return None
+
+
+def _chunk_bytes(problem: Problem, tiling: Tiling) -> int:
+    """Bytes of the weights of a chunk."""
+    return tiling.warps * _tile_gates(problem, tiling) * tiling.units * CHUNK_ROW_BYTES
 
 
 def _room_words(problem: Problem, tiling: Tiling) -> int:
@@ -442,7 +446,7 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
         needed = max(state, -(-state * held // tiling.chunks) + accumulators, accumulators + one_chunk)
         needed += STREAMED_WORDS[backward]
     needed += PASSING_WORDS[backward] if registers < tiling.chunks else 0
-    return needed + (ROUNDING_WORDS if problem.precision == "tf32" else 0)
+    return needed + (ROUNDING_WORDS[backward] if problem.precision == "tf32" else 0)
 
 
 def _sums(problem: Problem) -> int:

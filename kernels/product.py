@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .exchange import poll_again
+from .exchange import await_vectors
 from .tiles import (
     chunk_columns,
     chunk_rows,
+    in_order,
     lone_operand,
     lone_state,
     lone_weights,
@@ -22,6 +23,7 @@ from .tiles import (
     permuted,
     state_operand,
     to_tf32,
+    vector_words,
 )
 
 
@@ -75,7 +77,7 @@ def streamed_chunk(p, i, C: tl.constexpr):
         w = tl.load(p + i * (C.S * C.K))
     else:
         w = tl.load(p + i * (C.S * C.K), mask=chunk_columns(C.S, C.K) < C.HS - i * (C.S * C.K), other=0.0)
-    return operand(rounded(w, C), C.S, C.PER * C.UB, C.K)
+    return operand(in_order(rounded(w, C), 4), C.S, C.PER * C.UB, C.K)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def hold_tile(weight, tile: tl.constexpr, unit, C: tl.constexpr):
     held = ()
     for i in tl.static_range(C.HELD):
         if i < C.REGISTERS:
-            held = held + (operand(held_chunk(p, columns, i, C), C.S, ROWS, C.K),)
+            held = held + (operand(in_order(held_chunk(p, columns, i, C), 4), C.S, ROWS, C.K),)
         else:
             held = held + (permuted(held_chunk(plain_p, plain_columns, i, C), C.S, ROWS, C.K),)
     return held, p
@@ -132,28 +134,41 @@ def add_product(sums, j: tl.constexpr, w, x, C: tl.constexpr):
 
 
 @triton.jit
-def multiply_held(sums, W, first: tl.constexpr, words, C: tl.constexpr):
-    """Adds to the sums [S, PER*UB, NB] of the warps the products of the weight tiles from `first` on with the words
-    polled for each of them, as far as the weights are held.
+def await_held(p, SLOTS: tl.constexpr, bound, C: tl.constexpr):
+    """Wait for as much of SLOTS slots of a state, from p on, as `multiply_held` needs -> the words of the chunks."""
+    if C.HELD == 0:
+        return ()
+    else:
+        room = C.WORDS - vector_words(C.S)
+        return await_vectors(p, room, SLOTS, C.HELD, C.HELD * C.STEP > C.WORDS, bound, True, C)
+
+
+@triton.jit
+def multiply_held(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, words, C: tl.constexpr):
+    """Adds to the sums [S, PER*UB, NB] of the warps the products of SLOTS weight tiles from `first` on with the words
+    awaited for each of them, as far as the weights are held.
     """
-    for tile in tl.static_range(len(words) // C.CHUNKS):
+    for tile in tl.static_range(SLOTS):
         for i in tl.static_range(C.HELD):
-            x = state_operand(words[tile * C.CHUNKS + i], C)
-            sums = add_product(sums, tile * C.CHUNKS + i, W.held[(first + tile) * C.HELD + i], x, C)
+            x = state_operand(words[tile * C.HELD + i], C)
+            sums = add_product(sums, tile * C.HELD + i, W.held[(first + tile) * C.HELD + i], x, C)
     return sums
 
 
 @triton.jit
-def multiply_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one, C: tl.constexpr):
-    """The same for the rest of the weights of COUNT tiles, and of their states, which are read again, from p on.
+def multiply_streamed(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
+    """The same for the weights that are not held, each chunk of the state, from p on, awaited when its weights come.
 
     A loop at run time: unrolled, all its loads rise to the top and the registers spill.
     """
     if C.HELD < C.CHUNKS:
         for i in range(C.HELD, C.CHUNKS, one):
-            for tile in tl.static_range(COUNT):
-                x = state_operand(poll_again(p + tile * C.WORDS, i, C), C)
-                sums = add_product(sums, tile, streamed_chunk(W.streamed[first + tile], i, C), x, C)
+            room = C.WORDS - vector_words(C.S) - i * C.STEP
+            for tile in tl.static_range(SLOTS):
+                w = streamed_chunk(W.streamed[first + tile], i, C)
+                here = p + tile * C.WORDS + i * C.STEP
+                words = await_vectors(here, room, 1, 1, C.WORDS % C.STEP != 0, bound, True, C)
+                sums = add_product(sums, tile, w, state_operand(words[0], C), C)
     return sums
 
 

@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 
 from .spec import stacked
-from .tiles import chunk_columns, chunk_rows, chunk_values, chunk_words, lone_rows, lone_shape, lone_units
+from .tiles import chunk_values, chunk_words, lone_rows, lone_shape, lone_units, vector_rows, vector_words
+
+# Steps from a prefetch into the second-level cache to the use: 3 to 5 microseconds, several times what memory takes.
+PREFETCHED = tl.constexpr(4)
 
 
 class Sizes(NamedTuple):
@@ -42,7 +45,7 @@ class Sizes(NamedTuple):
     HELD: Any  # those and the chunks whose weights stay in shared memory; the rest is read again in every step
     PER: Any  # gates that share a tile of weights
     BACKWARD: Any  # whether it is the backward
-    ORDER: Any  # in which order the backward awaits the slots
+    WAITS: Any  # waits of a tile in a step: backward the slots are awaited in so many parts
     DTYPE: Any  # type of weights, input part, outputs and all that is exchanged
     BITS: Any  # the integer type of that width
     PRECISION: Any  # of products of float32: "tf32" or "ieee"; None for other types
@@ -57,7 +60,7 @@ stack = triton.constexpr_function(stacked)
 @triton.constexpr_function
 def sizes(
     G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, E=1, PER=1,
-    BACKWARD=False, ORDER=0,
+    BACKWARD=False, WAITS=1,
 ):  # fmt: skip
     """`Sizes` from the compile-time arguments of a kernel. (All is computed here, because Triton's cache of compiled
     kernels sees this function change, and not the class.)
@@ -66,7 +69,7 @@ def sizes(
     known = Sizes(
         G=G, E=E, H=H, HS=HS, N=N, REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K,
         CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32,
-        REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, ORDER=ORDER, DTYPE=DTYPE,
+        REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE,
         BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB),
         STACK=stack(G, BACKWARD, PRECISION),
     )  # fmt: skip
@@ -111,7 +114,7 @@ class Place(NamedTuple):
     exists: Any  # which units are below H; True where all are
     own: Any  # what of the tile this program may write: no spare row, no unit past the padding
     length: Any  # steps of each row; T where all rows have all
-    polled: Any  # the words to poll, chunk 0 of them, counted from the program's first row of a step
+    polled: Any  # the vectors to poll (tiles.py), chunk 0 of them, in words from the program's first row of a step
     polled_length: Any  # steps of their rows
 
 
@@ -123,7 +126,7 @@ def place_of(me, j: tl.constexpr, T, lengths, C: tl.constexpr):
     else:
         b, units = j * C.NB + tl.arange(0, C.NB)[:, None], me.unit + tl.arange(0, C.UB)[None, :]
     inside = tl.minimum(b, me.last)
-    polled = tl.minimum(j * C.NB + chunk_rows(C.NB), me.last)
+    polled = tl.minimum(j * C.NB + vector_rows(C.NB), me.last)
     return Place(
         row=me.first + inside,
         at=inside * C.N + me.n,
@@ -131,7 +134,7 @@ def place_of(me, j: tl.constexpr, T, lengths, C: tl.constexpr):
         exists=True if C.H % C.UB == 0 else units < C.H,
         own=(b <= me.last) & (units < C.HS),
         length=T if lengths is None else tl.load(lengths + me.first + inside),
-        polled=(polled * C.N + me.n) * (C.E * C.WORDS) + chunk_columns(C.S, chunk_words()),
+        polled=(polled * C.N + me.n) * (C.E * C.WORDS) + vector_words(C.S),
         polled_length=T if lengths is None else tl.load(lengths + me.first + polled),
     )
 
@@ -168,29 +171,32 @@ def walk(me, T, B, lengths, offsets, C: tl.constexpr):
 
 
 @triton.jit
-def rows_between(now, then, ahead, B, offsets):
-    """Rows from a `Moment` to the next one."""
+def rows_between(now, t, steps, B, offsets):
+    """Rows from a `Moment` to step t, which is `steps` further on (negative: back). Where there is no such step, some
+    number.
+    """
     if offsets is None:
-        return ahead * B.to(tl.int64)
+        return steps * B.to(tl.int64)
     else:
-        return tl.load(offsets + then.t) - tl.load(offsets + now.t)
+        return tl.load(offsets + t) - tl.load(offsets + now.t)
 
 
 @triton.jit
-def moment_after(now, more, ahead, B, offsets):
-    """The next `Moment`; the same again where there are no `more`: what is loaded ahead of the last step exists, and
-    nobody uses it.
+def moved(now, steps, exists, B, offsets):
+    """The `Moment` `steps` further on (negative: back). Where it does not `exist`, the step is the same and the row one
+    that nobody must use: a number that grows by the same amount in every step takes fewer instructions.
     """
-    then = Moment(t=now.t + tl.where(more, ahead, 0), row=now.row)
-    return Moment(t=then.t, row=now.row + tl.where(more, rows_between(now, then, ahead, B, offsets), 0))
+    t = now.t + tl.where(exists, steps, 0)
+    return Moment(t=t, row=now.row + rows_between(now, t, steps, B, offsets))
 
 
 @triton.jit
-def moved_on(now, then, ahead, B, offsets):
-    """`then`, for the next step. Past the last step its row, which nobody uses, is another than that of `moment_after`:
-    a number that grows by the same amount in every step takes fewer instructions.
+def moment_after(now, steps, exists, B, offsets):
+    """The same `Moment`, but all of the present one where it does not exist: what is loaded ahead of the last step is
+    there, and nobody uses it.
     """
-    return Moment(t=then.t, row=now.row + rows_between(now, then, ahead, B, offsets))
+    then = moved(now, steps, exists, B, offsets)
+    return Moment(t=then.t, row=tl.where(exists, then.row, now.row))
 
 
 # Rows that end early or start anew ------------------------------------------------------------------------------------
@@ -282,16 +288,11 @@ def save(p, row, place, x, mask, WIDTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def finish(p, carry, places, me, limit, status, launch, C: tl.constexpr):
-    """What comes after the last step: the carry goes to p [B, N, HS], if there is one, and a wait that gave up (`limit`
-    is 0) is told.
-    """
+def finish(p, carry, places, me, C: tl.constexpr):
+    """What comes after the last step: the carry goes to p [B, N, HS], if there is one."""
     for j in tl.static_range(C.SLICES):
         place = Place(*places[j])
         save(p, me.first, place, carry[j], place.own, C.HS, C)
-    if not C.ALONE:
-        if limit == 0:
-            tl.store(status, launch)
 
 
 @triton.jit

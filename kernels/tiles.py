@@ -29,7 +29,7 @@ import triton.language as tl
 
 WORDS = 16  # 32-bit words of K a chunk and warp: 4 lanes x 16 bytes
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-LAYOUT = tl.constexpr(36 if _VERSION <= (3, 6) else 37 if _VERSION <= (3, 8) else 39)
+LAYOUT = tl.constexpr(36 if _VERSION <= (3, 6) else 37 if _VERSION <= (3, 7) else 38)
 
 
 @triton.constexpr_function
@@ -84,14 +84,16 @@ def chunk_columns(S: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr = LAYOUT != 39):
+def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr = LAYOUT != 38):
     """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction.
 
-    WIDE: 16-bit operands are 4 values wide, not 2. Weight and state must agree: lone tiles pass False, because the
-    compiler makes operands wide only where one of the two went through `tl.join`, as `values` does.
+    WIDE: operands are twice as wide, 4 values of 16 bits and 2 of 32. Weight and state must agree: lone tiles pass
+    False, because the compiler makes operands wide only where one of the two went through `tl.join`.
     """
-    if K == 16:  # 32-bit values: lane, pair, half -> pair, half, lane
+    if K == 16 and not WIDE:  # 32-bit values: lane, pair, half -> pair, half, lane
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 4, 2)
+    elif K == 16:
+        x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 2, 4)
     elif not WIDE:
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
     else:
@@ -101,9 +103,32 @@ def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.c
 
 @triton.jit
 def operand(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
-    """A chunk tile -> operand [S, ROWS, K]. Moves nothing: only names change."""
-    x = in_order(x.reshape(x.shape[0], x.shape[1], x.shape[2], K), 4).permute(1, 0, 2, 3)
+    """A chunk tile, its axes in order -> operand [S, ROWS, K]. Moves nothing: only names change."""
+    x = x.reshape(ROWS // 8, S, 8, K).permute(1, 0, 2, 3)
     return permuted(x.reshape(S, ROWS, K), S, ROWS, K)
+
+
+# The exchanged state is polled in vectors: 16 bytes of a row, four of them a warp and chunk. A tile of pointers to
+# vectors has the axes tile of 8 rows, warp, row, lane; their words side by side make a chunk tile of it.
+
+
+@triton.jit
+def vector_rows(ROWS: tl.constexpr):
+    """The row numbers 0..ROWS-1 along the two row axes of a tile of vectors."""
+    return tl.arange(0, ROWS // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
+
+
+@triton.jit
+def vector_words(S: tl.constexpr):
+    """The first words of the vectors of chunk 0."""
+    return tl.arange(0, S)[None, :, None, None] * chunk_words() + tl.arange(0, 4)[None, None, None, :] * 4
+
+
+@triton.jit
+def joined_words(w0, w1, w2, w3):
+    """The words of a tile of vectors, each a tile -> a chunk tile. Moves nothing: they are one thread's."""
+    x = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2], chunk_words())
 
 
 @triton.jit
@@ -231,8 +256,7 @@ def lone_operand(w, STACK: tl.constexpr, S: tl.constexpr, UB: tl.constexpr, K: t
 def rounded_to_tf32(words):
     """float32 bits -> values whose truncation to tf32, which is what the tensor core does, rounds to nearest.
 
-    Only for bits that were published: a NaN whose low bits are all set would become a zero. So does an unwritten
-    word: see `lost_as_nan` in exchange.py.
+    Only for bits that were published or lost (exchange.py): a NaN whose low bits are all set would become a zero.
     """
     return (words + 0x1000).to(tl.float32, bitcast=True)
 

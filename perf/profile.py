@@ -80,13 +80,9 @@ def static_split(p: Plan, arch: int) -> str:
     for stage in variants.of(p):
         if stage == "wait":
             continue  # takes time and no instruction
-        before = whole.count()
-        if stage in variants.COMPARED and not p.alone:  # one program waits for nobody: both are the same
-            with variants.variant(variants.COMPARED[stage], p):
-                before = resources.compile_plan(p, arch).count()
         with variants.variant(stage, p):
             after = resources.compile_plan(p, arch).count()
-        lines.append(f"    {stage:12}{before - after:6}   ({variants.VARIANTS[stage]})")
+        lines.append(f"    {stage:12}{whole.count() - after:6}   ({variants.VARIANTS[stage]})")
     return "\n".join(lines)
 
 
@@ -168,8 +164,7 @@ def stages_of(p: Plan) -> list[str | None]:
     """The kernels that tell what the stages of a plan's step take: as it is, with one left out, in another way."""
     from . import variants
 
-    compared = [base for stage, base in variants.COMPARED.items() if stage in variants.of(p)]
-    return [None, *variants.of(p), *compared, *variants.alternatives(p)]
+    return [None, *variants.of(p), *variants.alternatives(p)]
 
 
 def split_of_a_step(case: Case, p: Plan, device: torch.device) -> str:
@@ -192,7 +187,7 @@ def split_of_a_step(case: Case, p: Plan, device: torch.device) -> str:
         "  A stage left out, microseconds a step fewer (stages overlap: they need not add up):",
     ]
     for stage in variants.of(p):
-        fewer = medians[variants.COMPARED.get(stage)] - medians[stage]
+        fewer = medians[None] - medians[stage]
         lines.append(f"    {stage:12}{fewer:8.3f}  {fewer / medians[None]:6.1%}   ({variants.VARIANTS[stage]})")
     for way in variants.alternatives(p):
         fewer = medians[None] - medians[way]

@@ -44,7 +44,7 @@ ROWS = {
 # What makes one compiled kernel different from another; the batch size itself does not.
 KEY = (
     "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
-    "registers", "shared", "order", "gates_per_tile",
+    "registers", "shared", "waits", "gates_per_tile",
 )  # fmt: skip
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QGMMA", "UTCMMA")  # matrix instructions, Ampere to Blackwell
 COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MUFU")
@@ -62,6 +62,8 @@ class Resources:
     shared: int
     before: tuple[str, ...]
     step: tuple[str, ...]
+    scoreboards: tuple[tuple[int, int], ...] = ()  # of each of `step`: the one that its result sets (7: none), and a
+    # mask of those that it waits for
 
     @property
     def shared_limit(self) -> int:
@@ -84,7 +86,8 @@ class Resources:
 
     def as_dict(self) -> dict:
         """All numbers, for JSON."""
-        small = {k: v for k, v in asdict(replace(self, before=(), step=())).items() if k not in ("before", "step")}
+        code = ("before", "step", "scoreboards")
+        small = {k: v for k, v in asdict(replace(self, **dict.fromkeys(code, ()))).items() if k not in code}
         return small | {
             "problem": self.problem,
             "step": {"all": len(self.step)} | dict(_counts(self.step).most_common()),
@@ -92,8 +95,8 @@ class Resources:
 
 
 def is_poll(instruction: str) -> bool:
-    """A volatile load: one that asks whether a state has been published."""
-    return re.search(r"\bLDG\S*\.STRONG", instruction) is not None
+    """A load at the scope of the GPU: one that asks whether a state has been published."""
+    return re.search(r"\bLDG\S*\.STRONG\.GPU", instruction) is not None
 
 
 def is_publish(instruction: str) -> bool:
@@ -120,7 +123,7 @@ def machine_code(cubin: bytes) -> tuple[str, str]:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as file:
             file.write(cubin)
-        commands = ["cuobjdump", "--dump-resource-usage", path], ["nvdisasm", "-c", path]
+        commands = ["cuobjdump", "--dump-resource-usage", path], ["nvdisasm", "-c", "-hex", path]
         usage, code = (
             subprocess.run([os.path.join(tools, c[0]), *c[1:]], capture_output=True, text=True, check=True).stdout
             for c in commands
@@ -128,19 +131,24 @@ def machine_code(cubin: bytes) -> tuple[str, str]:
     return usage, code
 
 
-def time_loop(disassembly: str) -> tuple[list[str], int, int]:
-    """All instructions, and the first and one past the last of the time loop.
+def time_loop(disassembly: str) -> tuple[list[str], list[tuple[int, int]], int, int]:
+    """All instructions, their scoreboards (Resources), and the first and one past the last of the time loop.
 
     A loop is what stands between a label and a branch back to it; the time loop is the shortest one with the most
     publishing stores (the compiler may have taken the first step out of it). The loops inside it, which poll again,
     hold copies of the polls, and those of streamed weights; all count once.
     """
-    code, labels = [], {}
+    code, scoreboards, labels = [], [], {}
     for line in disassembly.splitlines():
         if line.startswith("."):
             labels[line.strip().rstrip(":")] = len(code)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(found[1])
+        elif found := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", line):
+            # The upper half of an instruction; from bit 41 on: stall 4, yield 1, scoreboards set when the result is
+            # written 3 and when operands are read 3, mask of those waited for 6.
+            control = int(found[1], 16) >> 41
+            scoreboards.append((control >> 5 & 7, control >> 11 & 63))
     spans = []
     for last, instruction in enumerate(code):
         target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction)
@@ -151,7 +159,7 @@ def time_loop(disassembly: str) -> tuple[list[str], int, int]:
     if not spans:
         raise ValueError("no loop that publishes in the machine code")
     _, _, begin, end = min(spans)
-    return code, begin, end
+    return code, scoreboards, begin, end
 
 
 def signature(p: Plan, rows: str = "dense") -> dict:
@@ -226,11 +234,19 @@ def compile_plan(p: Plan, arch: int, rows: str = "dense") -> Resources:
     kernel = compile_kernel(p, arch, rows)
     usage, disassembly = machine_code(kernel.asm["cubin"])
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    code, begin, end = time_loop(disassembly)
+    code, scoreboards, begin, end = time_loop(disassembly)
     spills = sum(name_of(instruction) in ("LDL", "STL") for instruction in code)
     shared = kernel.metadata.shared
     return Resources(
-        arch, triton.__version__, registers, stack, spills, shared, tuple(code[:begin]), tuple(code[begin:end])
+        arch,
+        triton.__version__,
+        registers,
+        stack,
+        spills,
+        shared,
+        tuple(code[:begin]),
+        tuple(code[begin:end]),
+        tuple(scoreboards[begin:end]),
     )
 
 
@@ -382,17 +398,17 @@ def describe(p: Plan) -> str:
     kind = p.dtype if p.precision is None else p.precision
     return (
         f"{p.cell:8} {kind:8} {'backward' if p.backward else 'forward':8} {p.hidden_size:5} {p.sets:4} {p.units:5} "
-        f"{f'{p.slices}x{p.rows}':>5} {p.warps:5} {where(p):>8} {p.order:5}"
+        f"{f'{p.slices}x{p.rows}':>5} {p.warps:5} {where(p):>8} {p.waits:5}"
     )
 
 
 HEADER = (
     f"{'cell':8} {'type':8} {'pass':8} {'H':>5} {'sets':>4} {'units':>5} {'rows':>5} {'warps':>5} {'weights':>8} "
-    f"{'order':>5} | {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>7} | {'all':>5} "
+    f"{'waits':>5} | {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>7} | {'all':>5} "
 ) + " ".join(f"{name:>5}" for name in COLUMNS)
 FOOTER = """\
 weights: chunks in registers + in shared memory + read again in every step; the loop over the latter counts once.
-rows: slices x rows. order: of the waits of the backward (kernels/backward.py)."""
+rows: slices x rows. waits: parts in which the backward awaits the slots of a tile."""
 
 
 def row(p: Plan, r: Resources | str) -> str:

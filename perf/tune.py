@@ -56,17 +56,17 @@ SAMPLE = [  # cell, type, hidden units, batch: what --check looks at, forward an
 def candidates(
     cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool, precision=None
 ) -> list[Plan]:
-    """All plans of a problem: what the plan chooses from, and what it never compares: other orders of the waits, and
-    weights in shared memory that would fit in registers.
+    """All plans of a problem: what the plan chooses from, and what it never compares: slots awaited in more
+    or fewer parts, and weights in shared memory that would fit in registers.
     """
     precision = (precision or "tf32") if dtype == "float32" else None
     problem = planning.Problem(cell, hidden_size, batch_size, sets, dtype, device, backward, precision)
     alone = planning.alone_plan(problem)
     found = [] if alone is None else [alone]
     for p in planning.exchanging_plans(problem, device.multiprocessors):
-        orders = (1, 2, 3) if backward and CELLS[cell].gates > 1 else (p.order,)
+        parts = dict.fromkeys((p.waits, 1, 2, CELLS[cell].gates)) if backward and CELLS[cell].gates > 1 else (p.waits,)
         same = planning.with_batch(p, device, device.multiprocessors)
-        found += [dataclasses.replace(same, order=order) for order in orders]
+        found += [dataclasses.replace(same, waits=waits) for waits in parts]
         chunk_bytes = p.warps * -(-CELLS[cell].gates // p.gates_per_tile) * p.gates_per_tile * p.units * CHUNK_ROW_BYTES
         shared_bytes = p.shared_bytes + p.registers * chunk_bytes
         if p.registers and shared_bytes <= device.shared_memory:
@@ -256,7 +256,7 @@ def time_all(plans: list[Plan], device: torch.device, clock: Clock, say) -> list
             say(f"  not run: {one_line(error)}: {p}")
             continue
         if ratio > 1:
-            say(f"  WRONG, not timed: {ratio:.3g} times the allowed error: {p}, order {p.order}")
+            say(f"  WRONG, not timed: {ratio:.3g} times the allowed error: {p}, {p.waits} wait(s)")
         else:
             good.append(p)
     if not good:
@@ -292,7 +292,7 @@ def ranking(measured: list[tuple[Plan, float]], own: Plan) -> str:
     lines = ["  measured  predicted  (us a step, fill included; predicted: the recurrence alone)"]
     for p, us in sorted(measured, key=lambda pair: pair[1]):
         mark = "->" if same_plan(p, own) else "  "
-        lines.append(f"{mark}{us:8.3f}  {p.microseconds:9.3f}  {p}, order {p.order}")
+        lines.append(f"{mark}{us:8.3f}  {p.microseconds:9.3f}  {p}, {p.waits} wait(s)")
     found = loss(measured, own)
     lines.append(
         "  the plan's own choice was not timed" if found is None else f"  the plan's own choice (->) loses {found:.1%}"
@@ -311,7 +311,7 @@ def without_gpu(shape: tuple, device: Device, precision: str | None) -> int:
         found = sorted(candidates(*shape, device, backward, precision), key=lambda p: p.microseconds)
         print(f"\n{'backward' if backward else 'forward'}: {len(found)} plans")
         for p in found[:5]:
-            print(f"  about {p.microseconds:7.3f} us a step: {p}, order {p.order}")
+            print(f"  about {p.microseconds:7.3f} us a step: {p}, {p.waits} wait(s)")
     return 0
 
 

@@ -6,13 +6,14 @@ not add up to the whole step.
 """
 
 import contextlib
+import functools
 import types
 
 import triton
 import triton.language as tl
 
 from rnn_gpu.kernels import backward as backward_kernel
-from rnn_gpu.kernels import exchange, launch, program
+from rnn_gpu.kernels import exchange, launch, product, program, tiles
 from rnn_gpu.kernels import forward as forward_kernel
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
@@ -20,7 +21,7 @@ from rnn_gpu.kernels.spec import CELLS
 from . import resources
 
 VARIANTS = {
-    "wait": "a state is read once, whether written or not: no waiting for the neighbours",
+    "wait": "a state is read once, and not tested: no waiting for the neighbours",
     "product": "no product with the recurrent weights, and no sum over the warps",
     "equations": "sums in place of the equations of the cell",
     "stores": "nothing is saved for the backward",
@@ -29,18 +30,23 @@ VARIANTS = {
 # Other ways to do the same, with the same results.
 ALTERNATIVES = {"write-through": "states are published by `.wt` stores, and not by `.cg`"}
 
-# What a variant is compared with, where that is not the kernel as it is: the wait has another loop there.
-COMPARED = {"product": "nothing, tested"}
-
 # Loaded by name, because the kernels read names of their own module: these become globals of a kernel's copy.
-entry, poll, publishable, until_written = program.entry, exchange.poll, exchange.publishable, exchange.until_written
+entry, publishable, await_vectors, await_assembly, vector_words = (
+    program.entry, exchange.publishable, exchange.await_vectors, exchange.await_assembly, tiles.vector_words,
+)  # fmt: skip
+
+
+@triton.constexpr_function
+def read_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
+    """`exchange.await_assembly` without the wait."""
+    return await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK).replace("@!some bra DONE;", "bra DONE;")
 
 
 @triton.jit
-def until_tested(words, p, limit, SLOTS: tl.constexpr, ALL_KEPT: tl.constexpr, C: tl.constexpr):
-    """`until_written` for words that are only tested: nothing multiplies them."""
-    words, limit = until_written(words, p, limit, SLOTS, False, C)
-    return words, limit
+def await_unused(p, SLOTS: tl.constexpr, bound, C: tl.constexpr):
+    """`product.await_held` for a state that nothing multiplies: it waits for all of it."""
+    room = C.WORDS - vector_words(C.S)
+    return await_vectors(p, room, SLOTS, C.CHUNKS, C.CHUNKS * C.STEP > C.WORDS, bound, False, C)
 
 
 @triton.jit
@@ -49,16 +55,6 @@ def publish_through(p, row, place, slot: tl.constexpr, x, mask, C: tl.constexpr)
     x = publishable(x, C.DTYPE, C.BITS).to(C.DTYPE, bitcast=True)
     tl.store(entry(p, row, place, C.E * C.HS, C) + slot * C.HS, x, mask=mask, cache_modifier=".wt")
     return x
-
-
-@triton.jit
-def no_hidden_part(W, p, limit, one, C: tl.constexpr):
-    """`forward.hidden_part` without the product: it waits, and gives zeros."""
-    _, limit = until_written(poll(p, 1, C), p, limit, 1, False, C)
-    r = ()
-    for _ in tl.static_range(4 if C.G > 1 else 1):
-        r = r + (tl.zeros((C.NB, C.UB), tl.float32),)  # noqa: RUF005  (Triton has no (*r, x))
-    return r, limit
 
 
 @triton.jit
@@ -71,13 +67,13 @@ def no_hidden_part_alone(W, h, C: tl.constexpr):
 
 
 @triton.jit
-def nothing_held(sums, W, first: tl.constexpr, words, C: tl.constexpr):
+def nothing_held(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, words, C: tl.constexpr):
     """`product.multiply_held` without the product: what it was given."""
     return sums
 
 
 @triton.jit
-def nothing_streamed(sums, W, first: tl.constexpr, COUNT: tl.constexpr, p, one, C: tl.constexpr):
+def nothing_streamed(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
     """`product.multiply_streamed` without the product: what it was given."""
     return sums
 
@@ -132,22 +128,41 @@ def with_globals(kernel, **replaced):
     copy = types.FunctionType(function.__code__, function.__globals__ | replaced, function.__name__)
     copy.__module__, copy.__qualname__, copy.__doc__ = function.__module__, function.__qualname__, function.__doc__
     copy.__annotations__ = function.__annotations__
-    return triton.jit(copy, do_not_specialize=kernel.do_not_specialize)
+    return triton.jit(copy, do_not_specialize=getattr(kernel, "do_not_specialize", None))  # interpreted: none
 
 
-def tested(backward: bool, product: bool):
-    """The kernel with the loop of a wait that suits states which nothing multiplies; with products or without."""
-    if not backward:
-        if not product:
-            return with_globals(
-                forward_kernel.forward, hidden_part=no_hidden_part, hidden_part_alone=no_hidden_part_alone
-            )
-        inner = with_globals(forward_kernel.hidden_part, until_written=until_tested)
-        return with_globals(forward_kernel.forward, hidden_part=inner)
-    left_out = {} if product else dict(multiply_held=nothing_held, multiply_streamed=nothing_streamed)
-    inner = with_globals(backward_kernel.through_gates, until_written=until_tested, **left_out)
-    left_out = {} if product else dict(through_gates_alone=no_gates_alone)
-    return with_globals(backward_kernel.backward, through_gates=inner, **left_out)
+@functools.cache
+def without_product(backward: bool):
+    """The kernel that waits for a state, and multiplies nothing with it."""
+    left_out = dict(multiply_held=nothing_held, multiply_streamed=nothing_streamed, await_held=await_unused)
+    if backward:
+        inner = with_globals(backward_kernel.through_gates, **left_out)
+        return with_globals(backward_kernel.backward, through_gates=inner, through_gates_alone=no_gates_alone)
+    inner = with_globals(forward_kernel.hidden_part, **left_out)
+    return with_globals(forward_kernel.forward, hidden_part=inner, hidden_part_alone=no_hidden_part_alone)
+
+
+@functools.cache
+def without_wait(backward: bool):
+    """The kernel that takes a state as it finds it."""
+    once = with_globals(await_vectors, await_assembly=read_assembly)
+    changed = {
+        name: with_globals(getattr(product, name), await_vectors=once) for name in ("await_held", "multiply_streamed")
+    }
+    if backward:
+        return with_globals(
+            backward_kernel.backward, through_gates=with_globals(backward_kernel.through_gates, **changed)
+        )
+    return with_globals(forward_kernel.forward, hidden_part=with_globals(forward_kernel.hidden_part, **changed))
+
+
+@functools.cache
+def publishing_through(backward: bool):
+    """The kernel that publishes by `.wt` stores."""
+    return with_globals(backward_kernel.backward if backward else forward_kernel.forward, publish=publish_through)
+
+
+KERNELS = {"wait": without_wait, "product": without_product, "write-through": publishing_through}
 
 
 def of(p: Plan) -> tuple[str, ...]:
@@ -168,8 +183,7 @@ def variant(stage: str | None, p: Plan):
     """Within this context the launcher, and resources.py, take the kernel of a plan without a stage, or in another way;
     None: as it is.
 
-    "stores": the caller passes saving="nothing" besides. Without the wait no error is raised for one that did not end,
-    neither here nor, the device having been waited for, at the next launch.
+    "stores": the caller passes saving="nothing" besides.
     """
     changes = []
 
@@ -181,14 +195,8 @@ def variant(stage: str | None, p: Plan):
     gated = CELLS[p.cell].gates > 1
     try:
         change(launch, _ready={})  # kernels that are ready to be launched again
-        if stage == "wait":
-            change(launch, WAIT_LIMIT=0, raise_if_late=lambda device: None)
-        elif stage in ("product", COMPARED["product"], "write-through"):
-            if stage == "write-through":
-                kernel = backward_kernel.backward if p.backward else forward_kernel.forward
-                kernel = with_globals(kernel, publish=publish_through)
-            else:
-                kernel = tested(p.backward, stage != "product")
+        if stage in KERNELS:
+            kernel = KERNELS[stage](p.backward)
             if p.backward:
                 change(launch, backward_kernel=types.SimpleNamespace(backward=kernel))
             else:
@@ -203,7 +211,5 @@ def variant(stage: str | None, p: Plan):
             change(resources, signature=lambda *arguments: whole(*arguments) | {"gates": None, "aux": None})
         yield
     finally:
-        if stage == "wait":
-            launch.forget()
         for module, name, value in reversed(changes):
             setattr(module, name, value)

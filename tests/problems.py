@@ -196,9 +196,9 @@ def _loop(problem: Problem) -> dict[str, Tensor]:
 
 
 def plans(
-    problem: Problem, alone: bool = False, device: Device = DEVICES["h200"], order: int | None = None, **changes
+    problem: Problem, alone: bool = False, device: Device = DEVICES["h200"], waits: int | None = None, **changes
 ) -> tuple[Plan, Plan]:
-    """The planner's plans forward and backward, with `changes` to both (see `changed`), and `order` to the backward.
+    """The planner's plans forward and backward, with `changes` to both (see `changed`), and `waits` to the backward.
 
     alone: one program may hold all units, and for the problems of these tests then does.
     """
@@ -209,8 +209,8 @@ def plans(
             backward, problem.precision, allow_alone=alone,
         )  # fmt: skip
         assert isinstance(p, Plan), f"no plan for {problem}: {p}"
-        if backward and order is not None and CELLS[problem.cell].gates > 1:
-            p = dataclasses.replace(p, order=order)
+        if backward and waits is not None and CELLS[problem.cell].gates > 1:
+            p = dataclasses.replace(p, waits=waits)
         found.append(changed(p, **changes) if changes else p)
     return found[0], found[1]
 

@@ -602,6 +602,81 @@ def test_inline_assembly():
             assembled[(1,)](x, out, "lg2.approx.ftz.f32 $0, $1;", 8)
 
 
+# Each thread adds up the numbers from its own on, downwards, while they are above 3; odd ones alone.
+SUM_DOWN = """{
+.reg .b32 n, odd;
+.reg .pred q;
+mov.b32 $0, 0;
+mov.b32 n, $PACK;
+AGAIN:
+and.b32 odd, n, 0x1;
+setp.ne.b32 q, odd, 0;
+@q sub.s32 $0, $0, n;
+@!q bra NEXT;
+@q or.b32 $0, $0, 0;
+NEXT: sub.s32 n, n, 1;
+setp.gt.s32 q, n, 3;
+@q bra AGAIN;
+}"""
+
+
+@triton.jit
+def branch(x, out, ASSEMBLY: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr):
+    n = tl.arange(0, N)
+    y = tl.inline_asm_elementwise(ASSEMBLY, "=r," * PACK + ",".join("r" * PACK), [tl.load(x + n)], tl.int32, True, PACK)
+    tl.store(out + n, y)
+
+
+def test_inline_assembly_that_branches():
+    """Catches threads that all take one branch, predicates that are ignored, and elements of a pack mixed up."""
+    x = torch.tensor([2, 9, 5, 4, -3, 8, 7, 12], dtype=torch.int32)
+    expected = [-sum(n for n in range(max(4, value + 1)) if n > 3 and n <= value and n % 2) for value in x.tolist()]
+    expected[0], expected[4] = 0, 3  # looked at once, whatever they are
+    out = torch.empty_like(x)
+    with concurrent_programs():
+        branch[(1,)](x, out, SUM_DOWN.replace("$PACK", "$1"), 8, 1)
+        assert out.tolist() == expected
+        second = SUM_DOWN.replace("$PACK", "$3").replace("$0", "$1").replace("AGAIN", "MORE").replace("NEXT", "ON")
+        branch[(1,)](x, out, SUM_DOWN.replace("$PACK", "$2")[:-1] + second.split("q;", 1)[1], 8, 2)
+        assert out.tolist() == expected
+
+
+WAIT = """AGAIN:
+ld.relaxed.gpu.global.b32 $0, [$1+4];
+setp.eq.s32 q, $0, 0;
+@q bra AGAIN;"""
+
+
+@triton.jit
+def pass_on(board, out, ASSEMBLY: tl.constexpr, N: tl.constexpr):
+    """Each program waits for the N numbers of the next one (the last: for some that are there), and stores its own."""
+    place = board + tl.program_id(0) * N + tl.arange(0, N)
+    seen = tl.inline_asm_elementwise(ASSEMBLY, "=r,l", [place + N - 1], tl.int32, is_pure=False, pack=1)
+    tl.store(place, seen + 1)
+    tl.store(out + tl.program_id(0) * N + tl.arange(0, N), seen)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_inline_assembly_that_waits(torn):
+    """Catches a load of assembly that never lets others run, or that sees a torn store whole. Control: without the loop
+    somebody comes too early.
+    """
+    n = torch.arange(N, dtype=torch.int32)
+    expected = torch.stack([n + 4, n + 3, n + 2, n + 1])
+    early = 0
+    for seed in SEEDS:
+        for assembly in (WAIT, WAIT.split("setp")[0]):
+            board, out = torch.zeros(5, N, dtype=torch.int32), torch.zeros(4, N, dtype=torch.int32)
+            board[4] = n + 1
+            with concurrent_programs(seed, torn=torn):
+                pass_on[(4,)](board, out, assembly, N)
+            if assembly is WAIT:
+                assert torch.equal(out, expected), f"seed {seed}"
+            else:
+                early += not torch.equal(out, expected)
+    assert early > 6
+
+
 @triton.jit
 def either(a, b):
     return a | b

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from rnn_gpu import reference
-from rnn_gpu.kernels import exchange, launch
+from rnn_gpu.kernels import exchange, interpreter, launch
 from rnn_gpu.kernels.spec import CELLS
 from tests.interpreter import concurrent_programs
 from tests.problems import (
@@ -75,7 +76,7 @@ def covering_sample() -> list:
     """Every cell x type x direction; sizes, ways to cut and schedules dealt evenly over them."""
     draw = random.Random("a covering sample")
     hidden_sizes, batches, times = Deck(draw, 1, 7, 33, 40), Deck(draw, 1, 5, 17), Deck(draw, 1, 2, 2, 9)
-    alone, torn, order = Deck(draw, False, False, True), Deck(draw, False, True), Deck(draw, 0, 1, 2)
+    alone, torn, waits = Deck(draw, False, False, True), Deck(draw, False, True), Deck(draw, 1, 2, 4)
     units, slices = Deck(draw, 8, 16, 32), Deck(draw, 1, 2, 2)
     cases = []
     for cell, (dtype, precision), (sets, reversed_sets) in itertools.product(CELLS, KINDS, SETS):
@@ -84,7 +85,7 @@ def covering_sample() -> list:
         if alone.deal():
             cut = dict(alone=True)
         else:
-            cut = dict(order=order.deal(), units=units.deal(), slices=slices.deal())
+            cut = dict(waits=waits.deal(), units=units.deal(), slices=slices.deal())
         name = f"{problem}-" + "-".join(f"{key}{value}" for key, value in cut.items())
         cases.append(pytest.param(problem, cut, torn.deal(), id=name))
     return cases
@@ -112,8 +113,8 @@ CUTS = {
     "tiles in turn, several launches": (7, 37, dict(slices=2, batch_slices=1)),
     "tiles in turn, weights streamed": (150, 11, dict(slices=2, warps=4, registers=0, units=32)),
     "wide tiles": (33, 21, dict(slices=1, rows=16)),
-    "8 units": (40, 5, dict(units=8, order=1)),
-    "32 units": (150, 5, dict(units=32, order=0)),
+    "8 units": (40, 5, dict(units=8, waits=4)),
+    "32 units": (150, 5, dict(units=32, waits=1)),
     "64 units": (150, 3, dict(units=64)),
     "more units than there are": (7, 5, dict(units=32)),
     "gates one by one": (40, 5, dict(units=16, gates_per_tile=1)),
@@ -121,9 +122,9 @@ CUTS = {
     "weights in shared memory": (150, 5, dict(warps=4, registers=0, shared=9, units=32)),
     "weights in both": (200, 5, dict(warps=4, registers=1, shared=9, units=32)),
     "weights in both and streamed": (200, 5, dict(warps=4, registers=1, shared=1, units=32)),
-    "weights streamed": (150, 5, dict(warps=4, registers=0, shared=0, units=32, order=1)),
+    "weights streamed": (150, 5, dict(warps=4, registers=0, shared=0, units=32, waits=4)),
     "one chunk for 8 warps": (33, 5, dict(warps=8)),
-    "several chunks for 8 warps": (300, 3, dict(warps=8, units=64, order=2)),
+    "several chunks for 8 warps": (300, 3, dict(warps=8, units=64, waits=2)),
     "one warp": (40, 5, dict(warps=1)),
 }
 
@@ -267,14 +268,14 @@ def test_two_halves_with_passed_state_are_the_whole(cell, dtype, precision, reve
 # ---- Schedules -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cell", "dtype", "precision", "order"), [
-    ("lstm", torch.bfloat16, None, 0), ("lstm", torch.float32, "tf32", 2), ("gru", torch.float16, None, 1),
-    ("gru", torch.float32, "ieee", 2), ("rnn_tanh", torch.float16, None, 0),
+@pytest.mark.parametrize(("cell", "dtype", "precision", "waits"), [
+    ("lstm", torch.bfloat16, None, 1), ("lstm", torch.float32, "tf32", 2), ("gru", torch.float16, None, 3),
+    ("gru", torch.float32, "ieee", 2), ("rnn_tanh", torch.float16, None, 1),
 ])  # fmt: skip
-def test_every_schedule_gives_the_same_bits(cell, dtype, precision, order):
+def test_every_schedule_gives_the_same_bits(cell, dtype, precision, waits):
     """Catches a result that depends on who comes first: a tile used before it is whole, in some order of events."""
     problem = Problem(cell, 33, 3, 3, dtype, precision)
-    both = plans(problem, order=order, units=16)
+    both = plans(problem, waits=waits, units=16)
     expected = None
     for seed in range(8):
         with concurrent_programs(seed, torn=seed % 2 == 1):
@@ -470,19 +471,17 @@ def test_a_left_out_program_spoils_only_its_own_group(monkeypatch):
     assert spoiled_rows.tolist() == [[False, False]] * 8 + [[False, True]]
 
 
-@triton.jit
-def first_word_written(words, BITS: tl.constexpr):
-    """A wrong `unwritten`: looks at the first tile of the words it waits for."""
-    return tl.reduce((words[0] == -1).to(tl.int32), None, exchange.either)
+def edited(monkeypatch, pattern: str, replacement: str, least: int = 1) -> None:
+    """From now on every wait has another text."""
+    whole = exchange.await_assembly
 
+    @triton.constexpr_function
+    def other(*arguments):
+        text, count = re.subn(pattern, replacement, whole(*arguments))
+        assert count >= least, f"not in the text of a wait: {pattern}"
+        return text
 
-@triton.jit
-def low_halves_written(words, BITS: tl.constexpr):
-    """A wrong `unwritten`: looks at the lower of the two values in each word."""
-    found = ((words[0] & 0xFFFF) == 0xFFFF).to(tl.int32)
-    for i in tl.static_range(1, len(words)):
-        found |= ((words[i] & 0xFFFF) == 0xFFFF).to(tl.int32)
-    return tl.reduce(found, None, exchange.either)
+    monkeypatch.setattr(exchange, "await_assembly", other)
 
 
 def is_found(problem: Problem, plan, torn: bool, seeds) -> bool:
@@ -498,12 +497,12 @@ def is_found(problem: Problem, plan, torn: bool, seeds) -> bool:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
-def test_control_a_reader_that_tests_the_first_tile_only_is_found(cell, monkeypatch):
+def test_control_a_reader_that_tests_its_first_vector_only_is_found(cell, monkeypatch):
     """Catches schedules so tame that a reader finds all of its data wherever it finds some."""
     problem = Problem(cell, 200, 3, 4, torch.float16)
     forward_plan, _ = plans(problem, warps=4, units=32)
     assert not is_found(problem, forward_plan, False, range(1))
-    monkeypatch.setattr(exchange, "unwritten", first_word_written)
+    edited(monkeypatch, r"or\.pred some, some, p[1-9]\d*;", "")
     assert is_found(problem, forward_plan, False, range(8))
 
 
@@ -513,36 +512,79 @@ def test_control_a_reader_that_tests_half_of_each_word_is_found_by_torn_stores(d
     problem = Problem("rnn_tanh", 40, 3, 8, dtype)
     forward_plan, _ = plans(problem, units=16)
     assert not is_found(problem, forward_plan, True, range(1))
-    monkeypatch.setattr(exchange, "unwritten", low_halves_written)
+    edited(monkeypatch, "0x80008000", "0x8000")
     assert not is_found(problem, forward_plan, False, range(2)), "found without tearing: the control shows nothing"
     assert is_found(problem, forward_plan, True, range(40))
+
+
+@every_kind
+def test_control_a_reader_that_does_not_look_again_is_found(dtype, precision, monkeypatch):
+    """Catches programs that run one after another, so that whoever reads finds what it needs."""
+    problem = Problem("gru", 33, 3, 4, dtype, precision)
+    forward_plan, _ = plans(problem, units=16)
+    edited(monkeypatch, "@!some bra DONE;", "bra DONE;")
+    assert is_found(problem, forward_plan, False, range(8))
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["", "control"])
+def test_after_one_wait_gave_up_all_others_end_soon(looks, monkeypatch):
+    """Catches a launch that takes the bound again at every step. Control: it does where no wait looks at the word."""
+    problem = Problem("lstm", 33, 5, 8, torch.float16)
+    forward_plan, _ = plans(problem, units=16)
+    limit, polls = 500, 0
+    monkeypatch.setattr(launch, "WAIT_LIMIT", limit)
+    if not looks:
+        edited(monkeypatch, r"ld\.volatile\.global\.b32 t, \[\S+\];", "mov.b32 t, 0;")
+    execute = interpreter._Assembly.execute
+
+    def counted(self, name, operands, active):
+        nonlocal polls
+        polls += name.startswith("ld.relaxed")
+        execute(self, name, operands, active)
+
+    monkeypatch.setattr(interpreter._Assembly, "execute", counted)
+    missing = dict(seed=3, leave_out=lambda name, index: name == "forward" and index == (0, 0, 0))
+    forward_that_fails(problem, monkeypatch, forward_plan, missing)
+    # Two programs of three run: each step that the third one misses takes the whole bound, or one look at the word.
+    waits = 2 * (problem.time - 1)
+    assert (polls < 2 * (limit + 2) + waits * (exchange.LOOK_EVERY + 2)) == looks
+    assert looks or polls >= (waits - 2) * limit
 
 
 # ---- The exchange's words --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def unwritten_kernel(words, out, N: tl.constexpr, BITS: tl.constexpr):
-    """`unwritten` of two rows of N words each, given as two tiles, for each program its own."""
-    at = tl.program_id(0) * 2 * N + tl.arange(0, N)
-    tl.store(out + tl.program_id(0), exchange.unwritten((tl.load(words + at), tl.load(words + at + N)), BITS))
+def await_kernel(words, out, status, limit, HALVES: tl.constexpr):
+    """Each program waits for a vector of its own, and stores what it took it for."""
+    n = tl.program_id(0)
+    p = words + 4 * n + tl.arange(0, 1)
+    text, operands = exchange.await_assembly(1, 1, 4, 4, False, HALVES, 1), [p, 4, status + n, limit, n + 1]
+    seen = tl.inline_asm_elementwise(text, exchange.await_constraints(1, 1), operands, exchange.words_of(1), True, 1)
+    for i in tl.static_range(4):
+        tl.store(out + 4 * n + i + tl.arange(0, 1), seen[i])
 
 
+@pytest.mark.parametrize("limit", [0, 1, 200])
 @pytest.mark.parametrize("width", [16, 32])
-def test_unwritten_is_exact(width):
-    """Catches a test for "unwritten" that misses a value next to others, or takes another value for it."""
+def test_a_wait_is_exact(width, limit):
+    """Catches a test for "unwritten" that misses a value next to others, or takes another value for it, an error of
+    another launch's number or none, and a lost word that rounding to tf32 would make a zero.
+    """
     patterns = [0, 1, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF, 0x7F80, 0xFF80]
-    words, expected = [], []
+    words, lost = [], []
     for low, high in itertools.product(patterns, patterns):
         for place in range(4):
             row = [0x3C003C00] * 4
             row[place] = low | high << 16
             words.append([word - (1 << 32) if word >> 31 else word for word in row])
-            expected.append(0xFFFF in (low, high) if width == 16 else low == high == 0xFFFF)
-    out = torch.zeros(len(words), dtype=torch.int32)
-    bits_of = tl.int16 if width == 16 else tl.int32
-    unwritten_kernel[(len(words),)](torch.tensor(words, dtype=torch.int32), out, 2, bits_of)
-    assert (out != 0).tolist() == expected
+            lost.append(0xFFFF in (low, high) if width == 16 else low == high == 0xFFFF)
+    words = torch.tensor(words, dtype=torch.int32)
+    out, status = torch.zeros_like(words), torch.zeros(len(words), dtype=torch.int32)
+    with concurrent_programs():
+        await_kernel[(len(words),)](words, out, status, limit, width == 16)
+    assert status.tolist() == [n + 1 if is_lost else 0 for n, is_lost in enumerate(lost)]
+    assert torch.equal(out, words if width == 16 else words.masked_fill(words == -1, 0x7FC00000))
 
 
 @triton.jit

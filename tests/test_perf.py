@@ -567,7 +567,7 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     cell = "rnn_tanh" if backward else "lstm"  # the backward of the others takes long to compile
     p = plan(cell, 512 if backward else 256, 8, 1, "bfloat16", DEVICES["h200"], backward)
     assert not p.alone
-    before = launch.WAIT_LIMIT, launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
+    before = launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
 
     def compiled(stage):
         with variants.variant(stage, p):
@@ -577,16 +577,17 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     assert whole.count(*resources.TENSOR_CORE) > 0
     no_product = compiled("product")
     assert no_product.count(*resources.TENSOR_CORE) == 0 and no_product.count("MUFU") == whole.count("MUFU")
-    assert sum(map(resources.is_poll, no_product.step)) > 0, "it must wait still"
+    polls = sum(map(resources.is_poll, whole.step))
+    assert sum(map(resources.is_poll, no_product.step)) == polls > 0, "it must wait still"
+    no_wait = compiled("wait")
+    assert sum(map(resources.is_poll, no_wait.step)) == polls and no_wait.count() < whole.count()
     no_equations = compiled("equations")
     # not fewer in all: the RNN's equation is two multiplications, as many as other scheduling moves
     assert no_equations.count("MUFU") == 0 and no_equations.step != whole.step
     assert no_equations.count(*resources.TENSOR_CORE) == whole.count(*resources.TENSOR_CORE)
     with pytest.raises(ValueError, match="no loop that publishes"):  # that is, by `.cg` stores
         compiled("write-through")
-    with variants.variant("wait", p):
-        assert launch.WAIT_LIMIT == 0
-    now = launch.WAIT_LIMIT, launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
+    now = launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
     assert all(a is b for a, b in zip(before, now, strict=True))
 
 
@@ -615,7 +616,7 @@ def test_candidates_hold_the_choice_and_what_it_loses_is_told(shape, backward):
     device = DEVICES["h200"]
     found, own = tune.candidates(*shape, device, backward), plan(*shape, device, backward)
     assert len(found) > 3 and any(tune.same_plan(p, own) for p in found)
-    key = "alone", "units", "rows", "slices", "warps", "order", "registers"
+    key = "alone", "units", "rows", "slices", "warps", "waits", "registers"
     assert len({tuple(getattr(p, name) for name in key) for p in found}) == len(found)
     assert any(p.registers == 0 < p.shared for p in found), "weights in shared memory, where they could be in registers"
     times = [(p, 3.0 if tune.same_plan(p, own) else 2.0 + i) for i, p in enumerate(found)]

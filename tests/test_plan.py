@@ -58,7 +58,7 @@ def assert_fits(p: Plan, name: str, cap: int | None = None, allow_alone: bool = 
         # A tile of weights has 16 rows at least, the narrower side of a matrix instruction.
         assert (1 if p.backward else p.gates_per_tile) * p.units >= 16
         if CELLS[p.cell].gates == 1:
-            assert p.order == 0, "one slot cannot be awaited in two parts"
+            assert p.waits == 1, "one slot cannot be awaited in two parts"
     assert 0 < p.microseconds < math.inf
     assert p.reason and not p.reason.endswith("."), "explain puts it into a sentence"
     assert str(p.programs) in str(p)

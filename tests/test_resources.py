@@ -37,10 +37,28 @@ def all_in_registers(p: Plan) -> bool:
     return not p.alone and p.shared == p.streamed == 0
 
 
-def waits(p: Plan) -> int:
-    """Awaited groups of tiles in a step."""
+def polled_vectors(p: Plan) -> int:
+    """Vectors that a thread awaits in a step: of the chunks that are held, and, for each weight tile, in a loop that
+    counts once, of one that stands for the rest.
+    """
     gates = CELLS[p.cell].gates
-    return p.slices * (1 if not p.backward else {0: 1, 1: gates, 2: 2, 3: gates}[p.order])
+    streams = -(-gates // p.gates_per_tile) * bool(p.streamed)
+    slots = gates if p.backward else 1
+    return (slots * (p.registers + p.shared) + streams) * p.slices * (p.rows // 8)
+
+
+def loads_that_polls_wait_for(r: Resources) -> list[str]:
+    """Plain loads on their way in a scoreboard while what was polled is waited for in the same one: the wait is for
+    both.
+    """
+    found, on_their_way = [], {}
+    for instruction, (sets, waits) in zip(r.step * 2, r.scoreboards * 2, strict=True):  # twice: round the loop's end
+        for scoreboard in (scoreboard for scoreboard in range(6) if waits >> scoreboard & 1):
+            loads = on_their_way.pop(scoreboard, [])
+            found += [load for load in loads if not is_poll(load)] if any(map(is_poll, loads)) else []
+        if resources.name_of(instruction) == "LDG" and "STRONG.SYS" not in instruction:
+            on_their_way.setdefault(sets, []).append(instruction)
+    return found
 
 
 def published_before_the_next_poll(before, step) -> bool:
@@ -66,13 +84,14 @@ def assert_sound(p: Plan, r: Resources) -> None:
         assert not any(map(is_poll, r.step)), "one program has nobody to wait for"
         return
     assert published_before_the_next_poll(r.before, r.step), "a poll stands before what it may be waiting for"
+    assert sum(map(is_poll, r.step)) == polled_vectors(p), "a wait has copies, or is left out"
+    if p.precision != "ieee":
+        assert r.count("BAR") <= 2 * p.slices, "more barriers than those of the sum over the warps"
+    if not p.streamed:
+        assert not loads_that_polls_wait_for(r), "a wait for the neighbours is one for memory, too"
     if all_in_registers(p):
         assert r.count("LDSM") == 0, "an operand goes through shared memory in every step"
-        assert r.count("SHFL") <= 3 * waits(p), (
-            "the load's layout is not that of the matrix instruction (LAYOUT in tiles.py)"
-        )
-        # Each wait has its barriers (3), and so has the sum over the warps of each tile (2).
-        assert r.count("BAR") <= 3 * waits(p) + 2 * p.slices
+        assert r.count("SHFL") == 0, "the load's layout is not that of the matrix instruction (LAYOUT in tiles.py)"
 
 
 # Every architecture: cell, type, precision, hidden size, batch; each forward and backward. One program (H 64), one
@@ -146,28 +165,26 @@ def test_streamed_weights_do_not_spill(arch, cell, dtype, hidden_size, backward)
     assert r.count(*resources.TENSOR_CORE) == (p.registers + p.shared + 1) * chunk
 
 
-@pytest.mark.parametrize(
-    ("backward", "most", "barriers"), [(False, 300, 5), (True, 480, 8)], ids=["forward", "backward"]
-)
-def test_the_step_of_the_main_case_stays_short(backward, most, barriers):
+@pytest.mark.parametrize(("backward", "most"), [(False, 290), (True, 540)], ids=["forward", "backward"])
+def test_the_step_of_the_main_case_stays_short(backward, most):
     """Catches a change that makes a step of the LSTM with 1024 units issue more: a conversion, a barrier, a reload."""
     p = planned(90, "lstm", "bfloat16", 1024, 8, backward)
     assert (p.units, p.rows, p.slices, p.warps) == (16, 8, 1, 8) and all_in_registers(p)
     r = compiled(p, 90)
     assert_sound(p, r)
     assert r.count() <= most
-    assert r.count("BAR") == barriers
+    assert r.count("BAR") == 2
     assert r.count("LDSM") == 0 and r.count("LDS") <= 12
     assert r.count("HMMA") == 32
 
 
 @pytest.mark.parametrize(("cell", "hidden_size", "forward", "backward"), [
-    ("lstm", 64, 335, 299),
-    ("lstm", 128, 367, 339),
-    ("gru", 64, 249, 259),
-    ("gru", 128, 272, 302),
-    ("rnn_tanh", 64, 116, 86),
-    ("rnn_tanh", 128, 138, 109),
+    ("lstm", 64, 348, 327),
+    ("lstm", 128, 376, 380),
+    ("gru", 64, 249, 305),
+    ("gru", 128, 272, 350),
+    ("rnn_tanh", 64, 128, 109),
+    ("rnn_tanh", 128, 147, 131),
 ])  # fmt: skip
 def test_the_step_of_a_lone_program_stays_short(cell, hidden_size, forward, backward):
     """Catches weights that fall back to shared memory, and tiles that are converted between product and memory."""
@@ -217,7 +234,7 @@ def test_2048_units_stay_on_the_chip_of_the_main_device(backward):
 
 def test_weights_beyond_the_registers_are_reported_as_spilling():
     """Control: catches a report that finds no spill where there must be some."""
-    p = planned(90, "lstm", "bfloat16", 1536, 8, backward=True, order=2, registers=6, shared=0)
+    p = planned(90, "lstm", "bfloat16", 1536, 8, backward=True, waits=1, registers=6, shared=0)
     r = compiled(p, 90)
     assert r.spills > 0 and r.stack > 0
     assert "spills" in r.problem
@@ -257,9 +274,22 @@ def test_a_poll_ahead_of_a_publish_is_noticed():
     assert not published_before_the_next_poll(r.before, tuple(i for i in r.step if not is_publish(i)))
 
 
+def test_a_load_beside_the_polls_is_noticed():
+    """Control: catches a check of the scoreboards that none can fail."""
+    r = compiled(planned(90, "lstm", "bfloat16", 1024, 8), 90)
+    assert not loads_that_polls_wait_for(r)
+    shared = next(sets for i, (sets, _) in zip(r.step, r.scoreboards, strict=True) if is_poll(i))
+    first = next(n for n, i in enumerate(r.step) if is_poll(i))
+    step = (*r.step[:first], "LDG.E.U16 R18, desc[UR14][R168.64]", *r.step[first:])
+    scoreboards = (*r.scoreboards[:first], (shared, 0), *r.scoreboards[first:])
+    found = loads_that_polls_wait_for(dataclasses.replace(r, step=step, scoreboards=scoreboards))
+    assert found == ["LDG.E.U16 R18, desc[UR14][R168.64]"] * 2
+
+
 def test_instructions_are_told_apart():
     """Catches a pattern that takes another load for a poll, or another store for a publish."""
-    assert is_poll("LDG.E.128.STRONG.SYS R28, desc[UR18][R160.64]")
+    assert is_poll("LDG.E.128.STRONG.GPU R28, desc[UR18][R160.64]")
+    assert not is_poll("LDG.E.STRONG.SYS R28, desc[UR18][R160.64]")
     assert not is_poll("LDG.E.128 R28, desc[UR18][R160.64]") and not is_poll("LDS.128 R28, [R9]")
     assert is_publish("@P0 STG.E.U16.STRONG.GPU desc[UR18][R26.64], R163")
     assert not is_publish("@P0 STG.E.U16 desc[UR18][R28.64], R31")
