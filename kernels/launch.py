@@ -258,9 +258,9 @@ def begin(
     count: int,
     h0: Tensor | None,
     weight_hh: Sequence[Tensor],
-    weight_ih: Sequence[Tensor] = (),
-    bias_ih: Sequence[Tensor] = (),
-    bias_hh: Sequence[Tensor] = (),
+    weight_ih: Sequence[Tensor] | None = None,
+    bias_ih: Sequence[Tensor] | None = None,
+    bias_hh: Sequence[Tensor] | None = None,
 ) -> Begun:
     """Make the buffers of a forward and what must stand in them; count: R. h0 [N, B, H], None for zeros.
 
@@ -273,19 +273,19 @@ def begin(
     device, dtype = like.device, like.dtype
     y = torch.empty((batch + count + batch, sets, size), dtype=dtype, device=device)
     bias = bias_hn = input_weight = None
-    if bias_ih:
+    if bias_ih is not None:
         apart = sets * hidden_size if cell.bias_apart else 0
         bias = torch.empty((sets * width + apart,), dtype=dtype, device=device)
         if apart:
             bias, bias_hn = bias[:-apart], bias[-apart:].view(sets, hidden_size)
-    both = len(weight_ih) == 2
+    both = weight_ih is not None and len(weight_ih) == 2
     if both:
         input_weight = torch.empty((2 * width, weight_ih[0].shape[1]), dtype=dtype, device=device)
     recurrent = whole(weight_hh, size)
     copied = recurrent is None
     if copied:
         recurrent = torch.empty((sets, width, size), dtype=dtype, device=device)
-    of_sets = [_aligned(weight) for weight in weight_hh] if copied else (None, None)
+    of_sets = [_aligned(weight) for weight in weight_hh] if copied else None
     jobs = (
         0 if plan.alone else count * sets * size * itemsize(plan.dtype) // 4,
         batch * sets * size,
@@ -301,17 +301,20 @@ def begin(
         sum(programs),
         (
             y, _dense(h0), *_two(bias_ih), *_two(bias_hh), bias, bias_hn, *_two(of_sets), recurrent if copied else None,
-            *_two([_aligned(weight) for weight in weight_ih] if both else ()), input_weight, count, batch,
+            *_two([_aligned(weight) for weight in weight_ih] if both else None), input_weight, count, batch,
             weight_ih[0].shape[1] if both else 0, *programs[:4],
         ),
     )  # fmt: skip
-    return Begun(y, recurrent, input_weight if both else weight_ih[0] if weight_ih else None, bias, bias_hn)
+    if not both and weight_ih is not None:
+        (input_weight,) = weight_ih
+    return Begun(y, recurrent, input_weight, bias, bias_hn)
 
 
-def _two(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def _two(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     """The tensors of two sets, None where there is none."""
-    first = tensors[0] if len(tensors) > 0 else None
-    return first, tensors[1] if len(tensors) > 1 else None
+    if tensors is None:
+        return None, None
+    return tensors[0], tensors[1] if len(tensors) > 1 else None
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -16,6 +16,8 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import aten, backends
+from rnn_gpu.call import Call, Inputs, for_operator
+from rnn_gpu.rows import Rows
 
 CELLS = ("LSTM", "GRU", "RNN")
 CALLS = 50  # of one sample
@@ -49,10 +51,11 @@ def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -
     if device.type == "cpu":
         states = state if cell == "LSTM" else (state, None)
         weights = [weight.detach().unsqueeze(0) for weight in ours._flat_weights]
-        tensors = input[0], *weights, None, *states, None, None, None
-        how = 1, backends.CELL_OF_MODE[ours.mode], 0
-        calls["ATen, called directly"] = lambda: aten.layer(*tensors, *how)
-        calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, *how)
+        inputs, rows = Inputs(input[0], *weights, None, None, *states), Rows(1, batch_size)
+        call = Call(backends.CELL_OF_MODE[ours.mode], 1, 0)
+        tensors = for_operator(inputs, rows)
+        calls["ATen, called directly"] = lambda: aten.layer(inputs, rows, call)
+        calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, call.cell, call.reversed_sets)
     return calls
 
 

@@ -8,19 +8,18 @@ Shapes as in operators.py, and P, the size of a projected state: H where there i
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import onnx
-from .kernels.spec import CELLS, runs_backwards
-from .second_order import projected_reference_layer, save_for_second, second_backward
+from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
+from .kernels.spec import CELLS
+from .rows import Rows
+from .second_order import save_for_second, second_backward
 
-CALL = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
-
-# The tensors of `layer`, in order: those with a gradient, and those that say where rows lie.
-INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "h0", "c0")
-ROWS = ("lengths", "offsets", "resets")
+FUNCTION = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 # cuDNN warns of weights that lie apart, which nobody can mend here. One filter, of this module alone: to set it for a
 # call and take it back would make every warning that Python shows once come again, in all threads.
@@ -29,49 +28,29 @@ warnings.filterwarnings(
 )
 
 
-def layer(
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, all directions, on ATen.
+def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, all directions, on ATen. Without `start`, which is for the kernels.
 
-    input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, P]; bias_ih, bias_hh [N, G*H] or None; weight_hr
-    [N, P, H] or None; h0 [N, B, P]; c0 [N, B, H] (LSTM) or None; lengths int32 [B], offsets int64 [T+1], resets int8
-    [T, B] or None. N: 1 with reversed_sets 0 or 1, or 2 with reversed_sets 2.
     -> y [R, N, P], h_n [N, B, P], c_n [N, B, H] or None. On a GPU masks are copied to the host.
     """
-    sets, batch = weight_ih.shape[0], h0.shape[1]
-    weights = [
-        [w[n] for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None] for n in range(sets)
-    ]
-    states = (h0,) if c0 is None else (h0, c0)
+    input, sets, cell, dense = inputs.input, call.sets, call.cell, rows.lengths is None and rows.resets is None
+    kinds = [weight for weight in inputs[1:6] if weight is not None]
+    weights = [[weight[n] for weight in kinds] for n in range(sets)]
+    has_biases, states = inputs.bias_ih is not None, tuple(state for state in inputs[-2:] if state is not None)
     with torch.autocast(input.device.type, enabled=False):  # everything has its type already
-        if lengths is None and resets is None and reversed_sets != 1:
-            steps = input.view(time, batch, input.shape[-1])
-            y, *final = _call(cell, steps, None, states, weights, bias_ih is not None)
-            y = y.view(time * batch, sets, h0.shape[-1])
-        elif offsets is not None and resets is None and reversed_sets != 1:
-            sizes = (offsets[1:] - offsets[:-1]).cpu()
-            y, *final = _call(cell, input, sizes, states, weights, bias_ih is not None)
-            y = y.view(input.shape[0], sets, h0.shape[-1])
+        if dense and call.reversed_sets != 1:
+            steps = input.view(rows.time, rows.batch, input.shape[-1])
+            y, *final = _call(cell, steps, None, states, weights, has_biases)
+            y = y.view(rows.time * rows.batch, sets, states[0].shape[-1])
+        elif rows.offsets is not None and rows.resets is None and call.reversed_sets != 1:
+            sizes = (rows.offsets[1:] - rows.offsets[:-1]).cpu()
+            y, *final = _call(cell, input, sizes, states, weights, has_biases)
+            y = y.view(input.shape[0], sets, states[0].shape[-1])
         else:
             found = []
             for n in range(sets):
-                cut = _stretches(time, batch, lengths, offsets, resets, runs_backwards(reversed_sets, n))
-                mine = [state[n] for state in states]
-                found.append(_by_stretches(cell, input, mine, weights[n], bias_ih is not None, *cut))
+                cut = _stretches(*rows, call.backwards(n))
+                found.append(_by_stretches(cell, input, [state[n] for state in states], weights[n], has_biases, *cut))
             y, *final = (torch.stack(parts, 1 if i == 0 else 0) for i, parts in enumerate(zip(*found, strict=True)))
     return y, final[0], final[1] if len(final) == 2 else None
 
@@ -83,8 +62,8 @@ def _call(cell, input, batch_sizes, states, weights, has_biases):
     training = torch.is_grad_enabled()  # in eval mode too: cuDNN then keeps what a backward needs
     how = has_biases, 1, 0.0, training, len(weights) == 2
     if batch_sizes is None:
-        return CALL[cell](input, state, flat, *how, False)
-    return CALL[cell](input, batch_sizes, state, flat, *how)
+        return FUNCTION[cell](input, state, flat, *how, False)
+    return FUNCTION[cell](input, batch_sizes, state, flat, *how)
 
 
 def _by_stretches(cell, input, states, weights, has_biases, rows, sizes, owner, begins, last, empty):
@@ -136,29 +115,23 @@ def _stretches(time, batch, lengths, offsets, resets, backwards):
 # ---- As an opaque operator -------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rnn_gpu::aten_layer", mutates_args=())
-def aten_layer(
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "rnn_gpu::aten_layer",
+    mutates_args=(),
+    schema=f"({TENSORS}, str cell, int reversed_sets) -> (Tensor, Tensor, Tensor)",
+)
+def aten_layer(*arguments):
     """`layer`, opaque; c_n is empty for cells without c."""
-    y, h_n, c_n = layer(
-        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
-        reversed_sets,
-    )  # fmt: skip
-    return y.contiguous(), _own(h_n, h0), input.new_empty(0) if c_n is None else _own(c_n, c0)
+    inputs, rows, call = _taken(arguments)
+    y, h_n, c_n = layer(inputs, rows, call)
+    return y.contiguous(), _own(h_n, inputs.h0), y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
+
+
+def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
+    """What both operators are given."""
+    *tensors, cell, reversed_sets = arguments
+    inputs, rows = taken_by_operator(tensors)
+    return inputs, rows, Call(cell, inputs.h0.shape[0], reversed_sets)
 
 
 def _own(state: Tensor, given: Tensor) -> Tensor:
@@ -167,47 +140,34 @@ def _own(state: Tensor, given: Tensor) -> Tensor:
 
 
 @aten_layer.register_fake
-def _(
-    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
-    reversed_sets,
-):  # fmt: skip
+def _(*arguments):
+    inputs, rows, call = _taken(arguments)
     if torch.onnx.is_in_onnx_export():
-        onnx.refuse_operator(cell, weight_hr, offsets, resets)
-    y = input.new_empty(input.shape[0], h0.shape[0], h0.shape[2])
+        onnx.refuse_operator(inputs, rows, call)
+    new, h0, c0 = inputs.input.new_empty, inputs.h0, inputs.c0
     return (
-        y,
+        new(inputs.input.shape[0], h0.shape[0], h0.shape[2]),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
-        (input.new_empty(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format)),
+        new(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format),
     )
 
 
-@torch.library.custom_op("rnn_gpu::aten_layer_backward", mutates_args=())
-def aten_layer_backward(
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of INPUTS, empty where `need` says no: the forward again, with autograd, then ATen's backward."""
-    given = input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0
+@torch.library.custom_op(
+    "rnn_gpu::aten_layer_backward",
+    mutates_args=(),
+    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, str cell, int reversed_sets, bool[] need) -> "
+    f"({', '.join(['Tensor'] * COUNT)})",
+)
+def aten_layer_backward(d_y, d_h_n, d_c_n, *arguments):
+    """The gradients of a layer's inputs, empty where `need` says no: the forward again, with autograd, then ATen's
+    backward.
+    """
+    *arguments, need = arguments
+    given, rows, call = _taken(arguments)
     # An operator's body runs below autograd; this one needs it.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(given, need, strict=True)]
-        results = layer(*leaves, lengths, offsets, resets, time, cell, reversed_sets)
+        results = layer(Inputs(*leaves), rows, call)
         pairs = [(r, d) for r, d in zip(results, (d_y, d_h_n, d_c_n), strict=True) if d is not None and r.requires_grad]
         wanted = [leaf for leaf, n in zip(leaves, need, strict=True) if n]
         outputs, gradients = zip(*pairs, strict=True) if pairs else ((), ())
@@ -215,7 +175,7 @@ def aten_layer_backward(
     result = []
     for tensor, n in zip(given, need, strict=True):
         gradient = next(found, None) if n else None
-        result.append(input.new_empty(0) if not n else _dense(gradient, tensor))
+        result.append(given.input.new_empty(0) if not n else _dense(gradient, tensor))
     return tuple(result)
 
 
@@ -224,45 +184,56 @@ def _dense(gradient: Tensor | None, tensor: Tensor) -> Tensor:
 
 
 @aten_layer_backward.register_fake
-def _(
-    d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time,
-    cell, reversed_sets, need,
-):  # fmt: skip
-    given = input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0
-    return tuple(t.new_empty(t.shape) if n else input.new_empty(0) for t, n in zip(given, need, strict=True))
+def _(d_y, d_h_n, d_c_n, *arguments):
+    *arguments, need = arguments
+    given, *_ = _taken(arguments)
+    return tuple(t.new_empty(t.shape) if n else given.input.new_empty(0) for t, n in zip(given, need, strict=True))
 
 
 class AtenLayer(torch.autograd.Function):
-    """`layer` for torch.compile, torch.export and torch.func: the operators above, differentiable twice."""
+    """`layer` for torch.compile, torch.export and torch.func: the operators above, differentiable twice. (call,
+    *inputs, *rows) -> y, h_n, and c_n, empty for cells without c.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
     def forward(
-        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
-        reversed_sets,
+        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, time, batch, lengths, offsets,
+        resets,
     ):  # fmt: skip
-        """See `layer`; c_n is empty for cells without c."""
+        """See `layer`."""
         return aten_layer(
-            input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
-            reversed_sets,
+            input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, lengths, offsets, resets, time,
+            call.cell, call.reversed_sets,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save the inputs: the backward runs the forward again."""
-        ctx.save_for_backward(*inputs[: len(INPUTS) + len(ROWS)])
-        ctx.how = inputs[len(INPUTS) + len(ROWS) :]
+        ctx.call, *tensors = inputs
+        given, rows = taken(tensors)
+        ctx.save_for_backward(*given, *rows[2:])
+        ctx.sizes = rows[:2]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, d_y, d_h_n, d_c_n):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
-        gradients = AtenLayerBackward.apply if torch.is_grad_enabled() else aten_layer_backward
-        need = list(ctx.needs_input_grad[: len(INPUTS)])
-        d_c_n = d_c_n if CELLS[ctx.how[1]].carry == "c" else None
-        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, *ctx.how, need)
-        return *(g if n else None for g, n in zip(found, need, strict=True)), *[None] * (len(ROWS) + 3)
+        gradients = AtenLayerBackward.apply if torch.is_grad_enabled() else aten_gradients
+        need = list(ctx.needs_input_grad[1 : 1 + COUNT])
+        d_c_n = d_c_n if CELLS[ctx.call.cell].carry == "c" else None
+        saved = ctx.saved_tensors
+        inputs, masks = saved[:COUNT], saved[COUNT:]
+        found = gradients(ctx.call, need, d_y, d_h_n, d_c_n, *inputs, *ctx.sizes, *masks)
+        found = [gradient if n else None for gradient, n in zip(found, need, strict=True)]
+        return None, *found, *[None] * len(Rows._fields)
+
+
+def aten_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, *arguments) -> tuple[Tensor, ...]:
+    """`aten_layer_backward` of inputs and rows."""
+    tensors = for_operator(*taken(arguments))
+    return aten_layer_backward(d_y, d_h_n, d_c_n, *tensors, call.cell, call.reversed_sets, list(need))
 
 
 class AtenLayerBackward(torch.autograd.Function):
@@ -272,8 +243,8 @@ class AtenLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        """See `aten_layer_backward`."""
-        return aten_layer_backward(*arguments)
+        """See `aten_gradients`."""
+        return aten_gradients(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -283,4 +254,4 @@ class AtenLayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_gradients):
         """By the readable loops."""
-        return second_backward(ctx, projected_reference_layer, d_gradients)
+        return second_backward(ctx, d_gradients)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import aten, backends, operators
+from .call import Inputs
 
 MASKS = {"lengths": "lengths", "offsets": "offsets", "resets": "resets"}
 RECURRENCE = {"x_part": "rows", "weight_hh": "weight", "bias_hn": "weight", "h0": "state", "c0": "state"} | MASKS
@@ -28,7 +29,7 @@ RECURRENCE_BACKWARD = (
     | {"weight_hh": "weight", "gates": "rows", "aux": "rows", "y": "rows", "h0": "state", "c0": "state"}
     | MASKS
 )
-ATEN = dict(zip(aten.INPUTS, ["input", *["weight"] * 5, "state", "state"], strict=True)) | MASKS
+ATEN = dict(zip(Inputs._fields, ["input", *["weight"] * 5, *["state"] * 3], strict=True)) | MASKS
 
 
 def _members(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:

@@ -16,7 +16,9 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, distributed, onnx
+from .call import Call
 from .functional import recurrent_stack
+from .operators import directly
 from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end
 
@@ -345,23 +347,20 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
             input, states = input.to(dtype), [state.to(dtype) for state in states]
             weights = [weight.to(dtype) for weight in weights]
+        tensors = input, *states, *weights
+        if route == "kernels" and directly(tensors):
+            route = "direct"
+        saving, transformed = "nothing", backends.transforming()
+        if transformed:  # who differentiates does not show here, and cannot make the gates again
+            saving = "full"
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            saving = self.memory or backends.current_memory()
+        cell, (sets, reversed_sets) = backends.CELL_OF_MODE[self.mode], (2, 2) if self.bidirectional else (1, 0)
+        how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
         h0, c0 = (*states, None, None)[:2]
-        output, h_n, c_n = recurrent_stack(
-            backends.CELL_OF_MODE[self.mode],
-            input,
-            h0,
-            c0,
-            weights,
-            rows,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.proj_size > 0,
-            route,
-            self.memory or backends.current_memory(),
-        )
+        dropout = self.dropout if self.training else 0.0
+        call = Call(cell, sets, reversed_sets, *how)
+        output, h_n, c_n = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
         return output, (h_n,) if c_n is None else (h_n, c_n)
 
     def _unbatched_masks(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None):

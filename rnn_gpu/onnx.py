@@ -10,33 +10,22 @@ import warnings
 import torch
 from torch import Tensor
 
+from .call import Call, Inputs
 from .kernels.spec import CELLS
+from .rows import Rows
 
 OPERATOR = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
 
 
-def layer(
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `aten.layer`. RuntimeError for what ONNX's operators do not know: resets, packed input.
 
     With a projection (weight_hr) the operator runs on the combined recurrent weight, and h0 must be zero.
     """
-    refuse_masks(cell, offsets, resets)
+    refuse_masks(rows, call)
+    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, h0, c0 = inputs
+    cell, time, lengths = call.cell, rows.time, rows.lengths
     directions, batch = h0.shape[0], h0.shape[1]
     if weight_hr is not None:
         weight_hh, h0 = weight_hh @ weight_hr, h0.new_zeros(directions, batch, weight_hr.shape[-1])
@@ -44,7 +33,7 @@ def layer(
     bias = None
     if bias_ih is not None:
         bias = torch.cat([_reordered(bias_ih, cell), _reordered(bias_hh, cell)], 1)
-    inputs = [
+    given = [
         input.view(time, batch, input.shape[-1]),
         _reordered(weight_ih, cell),
         _reordered(weight_hh, cell),
@@ -60,7 +49,7 @@ def layer(
     states = [(directions, batch, hidden_size)] * (2 if c0 is not None else 1)
     y, h_n, *c_n = torch.onnx.ops.symbolic_multi_out(
         OPERATOR[cell],
-        inputs if c0 is None else [*inputs, c0],
+        given if c0 is None else [*given, c0],
         attributes,
         dtypes=[input.dtype] * (1 + len(states)),
         shapes=[(time, directions, batch, hidden_size), *states],
@@ -75,20 +64,20 @@ def layer(
 NO_PROJECTION = "ONNX's LSTM has no projection: with proj_size, export without initial states (docs/limits.md)"
 
 
-def refuse_masks(cell: str, offsets: Tensor | None, resets: Tensor | None) -> None:
+def refuse_masks(rows: Rows, call: Call) -> None:
     """RuntimeError for packed input and resets, which ONNX's operators do not know."""
-    if resets is not None:
-        refuse(f"ONNX's {OPERATOR[cell]} has no resets: export the model without them (docs/limits.md)")
-    if offsets is not None:
-        refuse(f"ONNX's {OPERATOR[cell]} has no packed input: give padded input and lengths (docs/limits.md)")
+    if rows.resets is not None:
+        refuse(f"ONNX's {OPERATOR[call.cell]} has no resets: export the model without them (docs/limits.md)")
+    if rows.offsets is not None:
+        refuse(f"ONNX's {OPERATOR[call.cell]} has no packed input: give padded input and lengths (docs/limits.md)")
 
 
-def refuse_operator(cell: str, weight_hr: Tensor | None, offsets: Tensor | None, resets: Tensor | None) -> None:
+def refuse_operator(inputs: Inputs, rows: Rows, call: Call) -> None:
     """RuntimeError where the operator that stands for a layer meets an export to ONNX, which does not know it: in the
     second attempt, in which no layer can see that it is one, or in a program that torch.export has made.
     """
-    refuse_masks(cell, offsets, resets)
-    if weight_hr is not None:
+    refuse_masks(rows, call)
+    if inputs.weight_hr is not None:
         refuse(NO_PROJECTION)
     refuse("torch.onnx.export takes rnn_gpu's layers from a model, not from a program that torch.export has made")
 

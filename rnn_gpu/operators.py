@@ -9,17 +9,17 @@ Where rows lie is said by four arguments everywhere: time (T), lengths, offsets,
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
+from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.plan import Plan
-from .kernels.spec import CELLS, padded, runs_backwards
+from .kernels.spec import CELLS, padded
 from .products import full_product
 from .rows import Rows, first_rows, rows_before, starts_anew
-from .second_order import reference_layer, save_for_second, second_backward
+from .second_order import save_for_second, second_backward
 
 # What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
 # one product ("lean"); or the gates too, in the memory of the input part ("full").
@@ -30,16 +30,17 @@ SAVING = ("nothing", "lean", "full")
 _plans: dict[tuple, Plan] = {}
 
 
-def _plan(cell: str, hidden_size: int, like: Tensor, batch: int, sets: int, backward: bool, ragged: bool, limits):
+def _plan(call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool, ragged: bool) -> Plan:
     """The plan of one pass; RuntimeError where there is none."""
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
-    key = cell, hidden_size, like.dtype, like.device, batch, sets, backward, ragged, *limits, precision
+    key = call.cell, hidden_size, like.dtype, like.device, batch, call.sets, backward, ragged, call.limits, precision
     plan = _plans.get(key)
     if plan is None:
         name, device = backends.name_of(like.dtype), backends.device_of(like.device)
-        plan = backends.plan_for(cell, hidden_size, batch, sets, name, device, backward, ragged, limits)
+        problem = call.cell, hidden_size, batch, call.sets, name, device, backward, ragged
+        plan = backends.plan_for(*problem, call.limits)
         if isinstance(plan, str):
-            raise RuntimeError(f"rnn_gpu: no plan for {cell}: {plan}")
+            raise RuntimeError(f"rnn_gpu: no plan for {call.cell}: {plan}")
         if like.device.index is not None or like.device.type != "cuda":
             _plans[key] = plan
     return plan
@@ -77,7 +78,8 @@ def recurrence(
 
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets)
-    plan = _plan(cell, weight_hh.shape[-1], x_part, batch, sets, False, rows.ragged, (max_programs, alone))
+    call = Call(cell, sets, reversed_sets, limits=(max_programs, alone))
+    plan = _plan(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving)
     empty = x_part.new_empty(0)
     return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
@@ -200,117 +202,97 @@ def _(
     return d_gates, y.new_empty((batch, sets, size), dtype=torch.float32)[..., :hidden_size].transpose(0, 1)
 
 
-# The tensors of Layer.forward, in order: those with a gradient, and those that say where rows lie.
-LAYER_INPUTS = ("input", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "start", "h0", "c0")
-ROWS = ("lengths", "offsets", "resets")
-
-
 class Layer(torch.autograd.Function):
-    """One layer, all directions: (input, weights, biases, states) -> (y, h_n, c_n), and what the backward needs.
+    """One layer, all directions: (call, *inputs, *rows) -> (y, h_n, c_n), and what the backward needs.
 
-    input [R, I]; weight_ih [N, G*H, I]; weight_hh [N, G*H, H]; bias_ih, bias_hh [N, G*H] or None; start [N, B, G*H]
-    or None: added to the gate sums of each row's first step; h0 [N, B, H]; c0 [N, B, H] or None. functional: write into
-    no tensor that is not new, for torch.func.
+    inputs, rows: `call.Inputs` without weight_hr, and `Rows`.
     -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not
     differentiable.
     """
 
     generate_vmap_rule = True
 
-    @staticmethod
+    @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
     def forward(
-        input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets, functional, limits,
-        saving, time, cell, reversed_sets,
+        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, time, batch, lengths, offsets,
+        resets,
     ):  # fmt: skip
         """The input product, then the recurrence."""
-        gates, bias_hn = input_part(
-            input, weight_ih, bias_ih, bias_hh, start, lengths, offsets, functional, cell, reversed_sets
-        )
-        arguments = weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, *limits, saving
-        if functional:
-            y, h_n, c_n, aux, gates = recurrence_functional(gates, *arguments)
+        inputs = Inputs(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0)
+        rows = Rows(time, batch, lengths, offsets, resets)
+        gates, bias_hn = input_part(inputs, rows, call)
+        how = time, call.cell, call.reversed_sets, *call.limits, call.saving
+        if call.functional:
+            *results, gates = recurrence_functional(gates, weight_hh, bias_hn, h0, c0, *rows[2:], *how)
         else:
-            y, h_n, c_n, aux = recurrence(gates, *arguments)
-        if not (saving == "full" and CELLS[cell].saves_gates):
+            results = recurrence(gates, weight_hh, bias_hn, h0, c0, *rows[2:], *how)
+        y, h_n, c_n, aux = results
+        if not (call.saving == "full" and CELLS[call.cell].saves_gates):
             gates = gates.new_empty(0)
         return y, h_n, c_n.to(y.dtype), gates, aux
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
-        *tensors, _, ctx.limits, _, ctx.time, ctx.cell, ctx.reversed_sets = inputs
+        ctx.call, *tensors = inputs
+        given, rows = taken(tensors)
         y, _, _, gates, aux = output
-        ctx.save_for_backward(*tensors, y, gates, aux)
+        ctx.save_for_backward(*given, *rows[2:], y, gates, aux)
+        ctx.sizes = rows[:2]
         ctx.mark_non_differentiable(gates, aux)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, d_y, d_h_n, d_c_n, _gates, _aux):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint makes them again, and each once
+        inputs, (*masks, y, gates, aux) = saved[:COUNT], saved[COUNT:]
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
-        need = ctx.needs_input_grad[: len(LAYER_INPUTS)]
-        how = ctx.limits, ctx.time, ctx.cell, ctx.reversed_sets, need
-        found = gradients(d_y, d_h_n, d_c_n, *ctx.saved_tensors, *how)
-        return *found, *[None] * (len(ROWS) + 6)
+        need = ctx.needs_input_grad[1 : 1 + COUNT]
+        found = gradients(ctx.call, need, d_y, d_h_n, d_c_n, *inputs, *ctx.sizes, *masks, y, gates, aux)
+        return None, *found, *[None] * len(Rows._fields)
 
 
-def input_part(input, weight_ih, bias_ih, bias_hh, start, lengths, offsets, functional, cell, reversed_sets):
+def input_part(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor | None]:
     """The input's part of the gates [R, N, G*H] with every bias but the GRU's b_hn, and that, [N, H] or None."""
-    sets, rows = len(weight_ih), weight_ih[0].shape[0]
-    weight_ih = weight_ih if isinstance(weight_ih, Tensor) else stacked(weight_ih)
+    weight_ih = inputs.weight_ih if isinstance(inputs.weight_ih, Tensor) else stacked(inputs.weight_ih)
     bias, bias_hn = None, None
-    if bias_ih is not None:
-        bias, bias_hn = zip(*map(reference.fold_biases, [cell] * sets, bias_ih, bias_hh), strict=True)
+    if inputs.bias_ih is not None:
+        pairs = zip(inputs.bias_ih, inputs.bias_hh, strict=True)
+        bias, bias_hn = zip(*(reference.fold_biases(call.cell, *pair) for pair in pairs), strict=True)
         bias, bias_hn = torch.cat(bias), None if bias_hn[0] is None else torch.stack(bias_hn)
-    gates = torch.nn.functional.linear(input, weight_ih.flatten(0, 1), bias)
-    gates = gates.view(-1, sets, rows)
-    if start is not None:
-        if functional:  # where start is mapped by vmap and the gates are not, they could not be written into
-            gates = gates + torch.zeros_like(start[0]).sum(0)
-        add_start(gates, start, Rows(0, start.shape[1], lengths, offsets), reversed_sets)
+    gates = torch.nn.functional.linear(inputs.input, weight_ih.flatten(0, 1), bias)
+    gates = gates.view(-1, *weight_ih.shape[:2])
+    if inputs.start is not None:
+        if call.functional:  # where start is mapped by vmap and the gates are not, they could not be written into
+            gates = gates + torch.zeros_like(inputs.start[0]).sum(0)
+        add_start(gates, inputs.start, rows, call)
     return gates, bias_hn
 
 
-def add_start(gates: Tensor, start: Tensor, rows: Rows, reversed_sets: int) -> None:
+def add_start(gates: Tensor, start: Tensor, rows: Rows, call: Call) -> None:
     """Add start [N, B, G*H] to the gate sums [R, N, G*H] of each row's first step, in place."""
     for n in range(start.shape[0]):
-        backwards = runs_backwards(reversed_sets, n)
-        gates[first_rows(rows.batch, rows.lengths, rows.offsets, gates.shape[0], backwards), n] += start[n]
+        gates[first_rows(rows, gates.shape[0], call.backwards(n)), n] += start[n]
 
 
-def gates_again(
-    input,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    start,
-    h0,
-    batch,
-    lengths,
-    offsets,
-    resets,
-    y,
-    aux,
-    cell,
-    reversed_sets,
-) -> tuple[Tensor, Tensor]:
+def gates_again(inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
     """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from the outputs: lean memory."""
-    sums, bias_hn = input_part(input, weight_ih, bias_ih, bias_hh, start, lengths, offsets, False, cell, reversed_sets)
+    sums, bias_hn = input_part(inputs, rows, call)
     count, sets, hidden_size = y.shape
-    before, after = rows_before(batch, offsets, count), slice(batch, count)
-    if CELLS[cell].aux == "q":
+    before, after = rows_before(rows, count), slice(rows.batch, count)
+    cell, weight_hh = CELLS[call.cell], inputs.weight_hh
+    if cell.aux == "q":
         aux = y.new_zeros(count, sets, padded(hidden_size, backends.name_of(y.dtype)))
     for n in range(sets):
-        backwards = runs_backwards(reversed_sets, n)
-        later, earlier = (before, after) if backwards else (after, before)
+        later, earlier = (before, after) if call.backwards(n) else (after, before)
         state = torch.zeros_like(y[:, n])
         state[later] = y[earlier, n]
-        if h0 is not None:
-            state[first_rows(batch, lengths, offsets, count, backwards)] = h0[n]
-        if resets is not None:
-            state = state.masked_fill(starts_anew(resets, slice(None)), 0)
-        if CELLS[cell].aux == "q":
+        if inputs.h0 is not None:
+            state[first_rows(rows, count, call.backwards(n))] = inputs.h0[n]
+        if rows.resets is not None:
+            state = state.masked_fill(starts_anew(rows.resets, slice(None)), 0)
+        if cell.aux == "q":
             split = sums.shape[-1] - hidden_size
             aux[:, n, :hidden_size] = torch.nn.functional.linear(
                 state, weight_hh[n][split:], None if bias_hn is None else bias_hn[n]
@@ -318,7 +300,7 @@ def gates_again(
             sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight_hh[n][:split].t())
         else:
             sums[:, n] = torch.addmm(sums[:, n], state, weight_hh[n].t())
-    ACTIVATE[cell](sums.chunk(CELLS[cell].gates, -1), aux)
+    ACTIVATE[call.cell](sums.chunk(cell.gates, -1), aux)
     return sums, aux
 
 
@@ -346,141 +328,121 @@ def _in_a_batch(gradient: Tensor | None) -> bool:
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def layer_gradients(
-    d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
-    y, gates, aux, limits, time, name, reversed_sets, need,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of LAYER_INPUTS, None where not needed: the recurrence backwards, then products with its gate
-    gradients.
-    """
+def layer_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, *arguments) -> tuple[Tensor | None, ...]:
+    """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux."""
+    inputs, rows = taken(arguments)
+    y, gates, aux = arguments[-3:]
     if not torch.compiler.is_compiling() and any(map(_in_a_batch, (d_y, d_h_n, d_c_n))):
-        found = layer_backward(
-            d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
-            y, gates, aux, *limits, time, name, reversed_sets, list(need),
-        )  # fmt: skip
+        how = call.cell, call.reversed_sets, *call.limits, list(need)
+        found = layer_backward(d_y, d_h_n, d_c_n, *for_operator(inputs, rows), y, gates, aux, *how)
         return tuple(gradient if n else None for gradient, n in zip(found, need, strict=True))
-    tensors = input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0
-    rows = Rows(time, h0.shape[1], lengths, offsets, resets)
-    saved, how = (y, gates, aux), (limits, name, reversed_sets)
-    found = gradients_by_set(recurrence_backward, (d_y, d_h_n, d_c_n), tensors, rows, saved, how, need)
+    saved = y, gates, aux
+    found = gradients_by_set(recurrence_backward, call, need, (d_y, d_h_n, d_c_n), inputs, rows, saved)
     return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
 
 
-def gradients_by_set(backward: Callable, d_outputs: tuple, tensors: tuple, rows: Rows, saved: tuple, how: tuple, need):
-    """`layer_gradients`, those of weights and biases as a list with one for each set.
+def gradients_by_set(
+    backward: Callable, call: Call, need: Sequence[bool], d_outputs: tuple, inputs: Inputs, rows: Rows, saved: tuple
+) -> tuple[Tensor | list[Tensor] | None, ...]:
+    """The gradients of a layer's inputs, those of weights and biases as a list with one for each set, None where not
+    needed: the recurrence backwards, then products with its gate gradients.
 
-    backward: the operator, or the function that is its body. tensors: LAYER_INPUTS; weights and biases may be sequences
-    with one tensor for each set; h0 and c0 None for zeros. saved: y, gates, aux. how: limits, cell, reversed_sets.
+    backward: the operator, or the function that is its body. saved: y, gates, aux.
     """
-    d_y, d_h_n, d_c_n = d_outputs
-    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0 = tensors
-    (_, batch, lengths, offsets, resets), (y, gates, aux), (limits, name, reversed_sets) = rows, saved, how
-    cell, need = CELLS[name], dict(zip(LAYER_INPUTS, need, strict=True))
+    (y, gates, aux), cell, (lengths, resets) = saved, CELLS[call.cell], (rows.lengths, rows.resets)
+    wanted = Inputs(*need)
     if cell.saves_gates and gates.numel() == 0 < y.numel():
-        place = lengths, offsets, resets
-        gates, aux = gates_again(
-            input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, batch, *place, y, aux, name, reversed_sets
-        )
-    states = d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0
-    d_gates, d_carry_0 = backward(d_y, *states, lengths, offsets, resets, rows.time, name, reversed_sets, *limits)
-    sets, count, size = len(weight_hh), y.shape[0], cell.gates * y.shape[2]
+        gates, aux = gates_again(inputs, rows, call, y, aux)
+    how = rows.time, call.cell, call.reversed_sets, *call.limits
+    h0, d_h_n = inputs.h0, d_outputs[1]
+    d_gates, d_carry_0 = backward(*d_outputs, inputs.weight_hh, gates, aux, y, h0, inputs.c0, *rows[2:], *how)
+    (count, sets, _), size = y.shape, cell.gates * y.shape[2]
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
-    before, after = rows_before(batch, offsets, count), slice(batch, count)
-    found = {key: None for key in LAYER_INPUTS}
+    before, after = rows_before(rows, count), slice(rows.batch, count)
+    found = {key: None for key in Inputs._fields}
     for key in ("weight_ih", "weight_hh", "start", "h0"):
-        found[key] = [] if need[key] else None
+        found[key] = [] if getattr(wanted, key) else None
     for n in range(sets):
         slots = d_gates[:, n].flatten(1)  # [R, E*H]; a copy only where H is padded
         hidden, inner = slots[:, :size], slots[:, slots.shape[-1] - size :]
-        backwards = runs_backwards(reversed_sets, n)
-        first = None
-        if need["start"] or need["h0"] or (need["weight_hh"] and h0 is not None):
-            first = first_rows(batch, lengths, offsets, count, backwards)
+        first = d_first = state = None
+        if wanted.start or wanted.h0 or (wanted.weight_hh and h0 is not None):
+            first = first_rows(rows, count, call.backwards(n))
             d_first, state = hidden[first], None if h0 is None else h0[n]
-            if lengths is not None and h0 is not None:  # a row without a step has gradients of zero: times a NaN, NaN
+            if lengths is not None and state is not None:  # a row without a step has gradients of zero: times NaN, NaN
                 state = state.masked_fill((lengths == 0).unsqueeze(1), 0)
             if resets is not None:  # nothing of before reaches a step whose row starts anew
                 anew = starts_anew(resets, first)
-                d_first, state = d_first.masked_fill(anew, 0), None if h0 is None else state.masked_fill(anew, 0)
-        if need["input"]:
-            found["input"] = inner @ weight_ih[n] if n == 0 else torch.addmm(found["input"], inner, weight_ih[n])
-        if need["weight_ih"]:
-            found["weight_ih"].append(inner.t() @ input)
-        if need["weight_hh"]:
-            later, earlier = (before, after) if backwards else (after, before)
+                d_first, state = d_first.masked_fill(anew, 0), None if state is None else state.masked_fill(anew, 0)
+        if wanted.input:
+            weight = inputs.weight_ih[n]
+            found["input"] = inner @ weight if n == 0 else torch.addmm(found["input"], inner, weight)
+        if wanted.weight_ih:
+            found["weight_ih"].append(inner.t() @ inputs.input)
+        if wanted.weight_hh:
+            later, earlier = (before, after) if call.backwards(n) else (after, before)
             d_later, h_earlier = hidden[later], y[earlier, n]
             if resets is not None:
                 anew = starts_anew(resets, later)
                 d_later, h_earlier = d_later.masked_fill(anew, 0), h_earlier.masked_fill(anew, 0)
-            if h0 is None:
+            if state is None:
                 product = d_later.t() @ h_earlier
             else:
                 product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
             found["weight_hh"].append(_reordered(product, by_gate))
-        if need["start"]:
+        if wanted.start:
             found["start"].append(inner[first])
-        if need["h0"]:
+        if wanted.h0:
             # In full: one step's product, whose error in tf32 no sum over steps makes small.
-            d_h0 = full_product(d_first, _reordered(weight_hh[n], cell.slot_order))
+            d_h0 = full_product(d_first, _reordered(inputs.weight_hh[n], cell.slot_order))
             d_h0 = d_h0 if cell.carry != "h" else (d_h0 + d_carry_0[n]).to(h0.dtype)
             if lengths is not None and d_h_n is not None:  # an empty sequence ends in the state it began with
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
             found["h0"].append(d_h0)
-    if need["bias_ih"] or need["bias_hh"]:
+    if wanted.bias_ih or wanted.bias_hh:
         summed = d_gates.sum(0)  # [N, E, H], all slots of both biases at once
         inner = summed[:, cell.slots - cell.gates :].flatten(1)
-        if need["bias_hh"]:  # memory of its own: gradients are changed in place
+        if wanted.bias_hh:  # memory of its own: gradients are changed in place
             pieces = [summed[:, slots] for slots in pieces_of(by_gate)]
             found["bias_hh"] = [*torch.cat(pieces, 1).flatten(1)] if len(pieces) > 1 else [*inner.clone()]
-        if need["bias_ih"]:
+        if wanted.bias_ih:
             found["bias_ih"] = [*inner]
     for key in ("start", "h0"):
         found[key] = None if found[key] is None else torch.stack(found[key]) if sets > 1 else found[key][0].unsqueeze(0)
-    if need["c0"] and cell.carry == "c":
-        found["c0"] = d_carry_0.to(c0.dtype)
+    if wanted.c0 and cell.carry == "c":
+        found["c0"] = d_carry_0.to(inputs.c0.dtype)
     return tuple(found.values())
 
 
-def pieces_of(order: list[int] | tuple[int, ...]) -> list[slice]:
+def pieces_of(order: Sequence[int]) -> list[slice]:
     """An order as slices, as few as will do. An index made of a Python list would be copied to the device each time."""
     begins = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1] + [len(order)]
     return [slice(order[begin], order[begin] + end - begin) for begin, end in itertools.pairwise(begins)]
 
 
-@torch.library.custom_op("rnn_gpu::layer_backward", mutates_args=())
-def layer_backward(
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    start: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    aux: Tensor,
-    max_programs: int,
-    alone: bool,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Rows [G*H, ...] with their G parts in another order; as they are where it is the same."""
+    pieces, size = pieces_of(order), rows.shape[0] // len(order)
+    if len(pieces) == 1:
+        return rows
+    return torch.cat([rows[piece.start * size : piece.stop * size] for piece in pieces])
+
+
+@torch.library.custom_op(
+    "rnn_gpu::layer_backward",
+    mutates_args=(),
+    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, Tensor y, Tensor gates, Tensor aux, str cell, "
+    f"int reversed_sets, int max_programs, bool alone, bool[] need) -> ({', '.join(['Tensor'] * COUNT)})",
+)
+def layer_backward(d_y, d_h_n, d_c_n, *arguments):
     """`layer_gradients`, empty where not needed, as one operator: `torch.autograd.grad(is_grads_batched=True)` and
     `jacobian(vectorize=True)` know few operators, and run any other once for each of their gradients.
     """
-    found = layer_gradients(
-        d_y, d_h_n, d_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets,
-        y, gates, aux, (max_programs, alone), time, cell, reversed_sets, need,
-    )  # fmt: skip
+    *tensors, y, gates, aux, cell, reversed_sets, max_programs, alone, need = arguments
+    inputs, rows = taken_by_operator(tensors)
+    call = Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone))
+    found = layer_gradients(call, need, d_y, d_h_n, d_c_n, *inputs, *rows, y, gates, aux)
     return tuple(y.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
@@ -502,29 +464,12 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_gradients):
         """Differentiate the gradients of the reference by everything they depend on."""
-        return second_backward(ctx, reference_layer, d_gradients)
-
-
-def _reordered(rows: Tensor, order) -> Tensor:
-    """Rows [G*H, ...] with their G parts in another order; as they are where it is the same."""
-    pieces, size = pieces_of(order), rows.shape[0] // len(order)
-    if len(pieces) == 1:
-        return rows
-    return torch.cat([rows[piece.start * size : piece.stop * size] for piece in pieces])
+        return second_backward(ctx, d_gradients)
 
 
 # The eager way --------------------------------------------------------------------------------------------------------
 
-
-class Way(NamedTuple):
-    """How a layer runs, but for its tensors. directions: N; biases: whether there are any."""
-
-    cell: str
-    directions: int
-    reversed_sets: int
-    biases: bool
-    saving: str
-    limits: tuple[int, bool]
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def directly(tensors: Sequence[Tensor]) -> bool:
@@ -540,26 +485,21 @@ def directly(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def run_directly(way: Way, rows: Rows, input: Tensor, h0, c0, start, weights: Sequence[Tensor]):
-    """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux.
-
-    h0, c0 [N, B, H], None for zeros; start as in `Layer`; weights: weight_ih of each direction, then weight_hh and, if
-    there are biases, bias_ih and bias_hh.
+def run_directly(inputs: Inputs, rows: Rows, call: Call):
+    """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux. inputs: weights and biases
+    as one tensor of each set.
     """
     from .kernels import launch
 
-    cell, sets, reversed_sets, _, saving, limits = way
-    weight_ih, weight_hh = weights[:sets], weights[sets : 2 * sets]
-    bias_ih, bias_hh = weights[2 * sets : 3 * sets], weights[3 * sets :]
-    plan = _plan(cell, weight_hh[0].shape[1], input, rows.batch, sets, False, rows.ragged, limits)
-    begun = launch.begin(plan, rows, input.shape[0], h0, weight_hh, weight_ih, bias_ih, bias_hh)
-    gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (sets, -1))
-    if start is not None:
-        add_start(gates, start, rows, reversed_sets)
-    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, h0, c0, rows, reversed_sets, saving)
+    input, weight_hh = inputs.input, inputs.weight_hh
+    plan = _plan(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
+    begun = launch.begin(
+        plan, rows, input.shape[0], inputs.h0, weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh
+    )
+    gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (call.sets, -1))
+    if inputs.start is not None:
+        add_start(gates, inputs.start, rows, call)
+    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, inputs.h0, inputs.c0, rows, call.reversed_sets, call.saving)
     return y, h_n, None if c_n is None else c_n.to(y.dtype), gates, aux
 
 
@@ -570,56 +510,62 @@ def recurrence_backward_directly(
     """The body of the operator of that name."""
     from .kernels import launch
 
-    spec, batch = CELLS[cell], y.shape[0] // time if offsets is None else lengths.shape[0]
-    gates = gates if spec.saves_gates else None
-    rows = Rows(time, batch, lengths, offsets, resets)
-    plan = _plan(cell, y.shape[2], y, batch, y.shape[1], True, rows.ragged, (max_programs, alone))
+    batch = y.shape[0] // time if offsets is None else lengths.shape[0]
+    rows, call = (
+        Rows(time, batch, lengths, offsets, resets),
+        Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone)),
+    )
+    plan = _plan(call, y.shape[2], y, batch, True, rows.ragged)
+    gates = gates if CELLS[cell].saves_gates else None
     return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
 
 
 class EagerLayer(torch.autograd.Function):
-    """`Layer` for eager calls: (way, rows, input, h0, c0, start, *weights) as in `run_directly` -> (y, h_n, c_n).
+    """`Layer` for eager calls: (call, rows, input, start, h0, c0, *weights) -> (y, h_n, c_n). weights: weight_ih of
+    each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
 
     No `setup_context`: with it, every call would ask Python for the signature of `forward`.
     """
 
     @staticmethod
-    def forward(ctx, way: Way, rows: Rows, input, h0, c0, start, *weights):
+    def forward(ctx, call: Call, rows: Rows, input, start, h0, c0, *weights):
         """The input product, then the recurrence."""
-        y, h_n, c_n, gates, aux = run_directly(way, rows, input, h0, c0, start, weights)
-        kept = gates if way.saving == "full" and CELLS[way.cell].saves_gates else None
-        ctx.save_for_backward(*rows[2:], y, kept, aux, input, h0, c0, start, *weights)
-        ctx.way, ctx.time, ctx.batch = way, rows.time, rows.batch
+        by_kind = _by_kind(weights, call.sets)
+        y, h_n, c_n, gates, aux = run_directly(Inputs(input, *by_kind, None, start, h0, c0), rows, call)
+        kept = gates if call.saving == "full" and CELLS[call.cell].saves_gates else None
+        ctx.save_for_backward(*rows[2:], y, kept, aux, input, start, h0, c0, *weights)
+        ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n):
+    def backward(ctx, *d_outputs):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
-        lengths, offsets, resets, y, gates, aux, input, h0, c0, start, *weights = ctx.saved_tensors
-        cell, sets, reversed_sets, biases, _, limits = ctx.way
-        rows = Rows(ctx.time, ctx.batch, lengths, offsets, resets)
-        by_input, by_h0, by_c0, by_start, *by_weights = ctx.needs_input_grad[2:]
-        first_ones = range(0, len(weights), sets)
-        kinds = [weights[first : first + sets] for first in first_ones] + ([] if biases else [None, None])
-        by_kind = [any(by_weights[first : first + sets]) for first in first_ones] + ([] if biases else [False, False])
-        need = by_input, *by_kind, by_start, by_h0, by_c0
-        if gates is None:
-            gates = y.new_empty(0)
-        d_outputs = d_y, d_h_n, d_c_n
+        *masks, y, gates, aux, input, start, h0, c0 = (kept := ctx.saved_tensors)[:10]
+        call, rows, by_kind = ctx.call, Rows(*ctx.sizes, *masks), _by_kind(kept[10:], ctx.call.sets)
+        by_input, by_start, by_h0, by_c0, *by_weight = ctx.needs_input_grad[2:]
+        need = by_input, *(kind is not None and any(kind) for kind in _by_kind(by_weight, call.sets))
+        need = *need, False, by_start, by_h0, by_c0
+        saved = y, y.new_empty(0) if gates is None else gates, y.new_empty(0) if aux is None else aux
         if torch.is_grad_enabled() or any(map(_in_a_batch, d_outputs)):
-            kinds = [None if kind is None else stacked(kind) for kind in kinds]
-            h0 = y.new_zeros(sets, rows.batch, y.shape[2]) if h0 is None else h0
-            c0 = torch.zeros_like(h0) if c0 is None and CELLS[cell].carry == "c" else c0
-            tensors = input, *kinds, start, h0, c0, *rows[2:], y, gates, y.new_empty(0) if aux is None else aux
+            kinds = [None if kind is None else stacked(kind) for kind in by_kind]
+            h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
+            c0 = torch.zeros_like(h0) if c0 is None and CELLS[call.cell].carry == "c" else c0
             gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
-            found = gradients(*d_outputs, *tensors, limits, rows.time, cell, reversed_sets, need)
+            found = gradients(call, need, *d_outputs, input, *kinds, None, start, h0, c0, *rows, *saved)
         else:
-            tensors, saved, how = (input, *kinds, start, h0, c0), (y, gates, aux), (limits, cell, reversed_sets)
-            found = gradients_by_set(recurrence_backward_directly, d_outputs, tensors, rows, saved, how, need)
-        d_input, *d_weights, d_start, d_h0, d_c0 = found
-        d_weights = [None if d is None else d[n] for d in d_weights[: len(weights) // sets] for n in range(sets)]
-        return None, None, d_input, d_h0, d_c0, d_start, *d_weights
+            inputs = Inputs(input, *by_kind, None, start, h0, c0)
+            found = gradients_by_set(recurrence_backward_directly, call, need, d_outputs, inputs, rows, saved)
+        d_input, *d_kinds, _, d_start, d_h0, d_c0 = found
+        count = len(by_weight) // call.sets
+        d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]
+        return None, None, d_input, d_start, d_h0, d_c0, *d_weights
+
+
+def _by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:
+    """weight_ih, weight_hh, bias_ih and bias_hh of all sets, one kind after another -> those of each kind, or None."""
+    kinds = [weights[first : first + sets] for first in range(0, len(weights), sets)]
+    return kinds + [None] * (4 - len(kinds))
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

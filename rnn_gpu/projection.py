@@ -7,30 +7,29 @@ sums of each row's first step alone. N weight sets, B rows, H hidden units, P pr
 import torch
 from torch import Tensor
 
-from .kernels.spec import runs_backwards
+from .call import Call, Inputs
 from .rows import Rows, first_rows, past_the_end, starts_anew
 
 
-def combined(
-    weight_hh: Tensor, weight_hr: Tensor, h0: Tensor | None, rows: Rows, count: int, reversed_sets: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """weight_hh [N, G*H, P], weight_hr [N, P, H], h0 [N, B, P] or None for zeros; count: R.
-
-    -> the recurrent weight on m [N, G*H, H], start [N, B, G*H], which is added to the gate sums of each row's first
-    step, and m before the first step, zeros [N, B, H]; both None where h0 is.
+def combined(inputs: Inputs, rows: Rows, call: Call) -> Inputs:
+    """The layer with its projection taken into the recurrent weight: no weight_hr, the recurrent weight on m [N, G*H,
+    H], start [N, B, G*H], which is added to the gate sums of each row's first step, and for h0 m before the first step,
+    zeros [N, B, H]; start and h0 None where h0 was. inputs: weights as one tensor [N, ...].
     """
+    weight_hh, weight_hr, h0 = inputs.weight_hh, inputs.weight_hr, inputs.h0
+    whole = inputs._replace(weight_hh=weight_hh @ weight_hr, weight_hr=None)
     if h0 is None:
-        return weight_hh @ weight_hr, None, None
+        return whole
     # A row that has no step, or starts anew at once, knows no initial state: cleared before the product, because zero
     # gradients times a NaN would reach the weight.
     if rows.lengths is not None:
         h0 = h0.masked_fill((rows.lengths == 0).unsqueeze(1), 0)
     if rows.resets is not None:
-        backwards = [runs_backwards(reversed_sets, n) for n in range(h0.shape[0])]
-        first = [first_rows(rows.batch, rows.lengths, rows.offsets, count, back) for back in backwards]
+        count = inputs.input.shape[0]
+        first = [first_rows(rows, count, call.backwards(n)) for n in range(h0.shape[0])]
         h0 = h0.masked_fill(torch.stack([starts_anew(rows.resets, one) for one in first]), 0)
     start = h0 @ weight_hh.transpose(1, 2)
-    return weight_hh @ weight_hr, start, h0.new_zeros(*h0.shape[:2], weight_hr.shape[-1])
+    return whole._replace(start=start, h0=h0.new_zeros(*h0.shape[:2], weight_hr.shape[-1]))
 
 
 def projected(y: Tensor, h_n: Tensor, weight_hr: Tensor, h0: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:

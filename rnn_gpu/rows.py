@@ -48,8 +48,11 @@ def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
     return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
 
-def first_rows(batch: int, lengths: Tensor | None, offsets: Tensor | None, count: int, backwards: bool):
-    """Where the B rows of each sequence's first step in the direction of flow lie among all R: a slice or an index."""
+def first_rows(rows: Rows, count: int, backwards: bool):
+    """Where the B rows of each sequence's first step in the direction of flow lie among all R: a slice or an index.
+    count: R.
+    """
+    batch, lengths, offsets = rows.batch, rows.lengths, rows.offsets
     if not backwards:
         return slice(0, batch)
     if lengths is None:
@@ -59,10 +62,11 @@ def first_rows(batch: int, lengths: Tensor | None, offsets: Tensor | None, count
     return row + (last * batch if offsets is None else offsets[last])
 
 
-def rows_before(batch: int, offsets: Tensor | None, count: int):
+def rows_before(rows: Rows, count: int):
     """For the rows from B on, where the rows of the same sequences one step before lie: a slice, or an index of R -
     B.
     """
+    batch, offsets = rows.batch, rows.offsets
     if offsets is None:
         return slice(0, count - batch)
     sizes = offsets[1:] - offsets[:-1]  # a row of step t stands as many rows later as step t - 1 has

@@ -10,58 +10,44 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .kernels.spec import runs_backwards
+from .call import COUNT, Call, Inputs, taken
 from .projection import combined, projected
 from .rows import Rows, first_rows
 
 Results = tuple[Tensor, Tensor, Tensor | None]
 
 
-def reference_layer(
-    input, weight_ih, weight_hh, bias_ih, bias_hh, start, h0, c0, lengths, offsets, resets, time, cell, reversed_sets
-) -> Results:
-    """Outputs y [R, N, H], h_n and c_n [N, B, H] of `operators.Layer`, by the loop of reference.py."""
-    batch, place = h0.shape[1], None
+def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
+    """Outputs y [R, N, P], h_n [N, B, P] and c_n [N, B, H] or None, by the loop of reference.py."""
+    if inputs.weight_hr is not None:
+        y, h_n, c_n = reference_layer(combined(inputs, rows, call), rows, call)
+        return *projected(y, h_n, inputs.weight_hr, inputs.h0, rows), c_n
+    input, (time, batch, lengths, offsets, resets), place = inputs.input, rows, None
     if offsets is not None:  # packed: spread over [T, B], and gathered again below
         sizes = offsets[1:] - offsets[:-1]
         step = torch.repeat_interleave(torch.arange(time, device=input.device), sizes, output_size=input.shape[0])
         place = step * batch + torch.arange(input.shape[0], device=input.device) - offsets[step]
     results = []
-    for n in range(weight_ih.shape[0]):
-        biases = (None, None) if bias_ih is None else (bias_ih[n], bias_hh[n])
-        bias, bias_hn = reference.fold_biases(cell, *biases)
-        x_part = torch.nn.functional.linear(input, weight_ih[n], bias)
-        backwards = runs_backwards(reversed_sets, n)
-        if start is not None:
-            index = first_rows(batch, lengths, offsets, input.shape[0], backwards)
+    for n in range(call.sets):
+        biases = (None, None) if inputs.bias_ih is None else (inputs.bias_ih[n], inputs.bias_hh[n])
+        bias, bias_hn = reference.fold_biases(call.cell, *biases)
+        x_part = torch.nn.functional.linear(input, inputs.weight_ih[n], bias)
+        if inputs.start is not None:
+            index = first_rows(rows, input.shape[0], call.backwards(n))
             index = torch.arange(input.shape[0], device=input.device)[index]
-            x_part = x_part.index_add(0, index, start[n])
+            x_part = x_part.index_add(0, index, inputs.start[n])
         if place is not None:
             x_part = x_part.new_zeros(time * batch, x_part.shape[1]).index_copy(0, place, x_part)
         x_part = x_part.view(time, batch, x_part.shape[-1])
-        states = h0[n], None if c0 is None else c0[n]
+        states = inputs.h0[n], None if inputs.c0 is None else inputs.c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
-        y, h_n, c_n = reference.recurrence(cell, x_part, weight_hh[n], bias_hn, *states, reverse=backwards, **masks)
+        y, h_n, c_n = reference.recurrence(
+            call.cell, x_part, inputs.weight_hh[n], bias_hn, *states, reverse=call.backwards(n), **masks
+        )
         y = y.flatten(0, 1)
         results.append((y if place is None else y[place], h_n, c_n))
     y, h_n, c_n = zip(*results, strict=True)
-    return torch.stack(y, 1), torch.stack(h_n), None if c0 is None else torch.stack(c_n)
-
-
-def projected_reference_layer(
-    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths, offsets, resets, time, cell,
-    reversed_sets,
-) -> Results:  # fmt: skip
-    """The same with the arguments and results of `aten.layer`: weight_hr [N, P, H] or None, h0 [N, B, P]."""
-    start, state, weight = None, h0, weight_hh
-    rows = Rows(time, h0.shape[1], lengths, offsets, resets)
-    if weight_hr is not None:
-        weight, start, state = combined(weight_hh, weight_hr, h0, rows, input.shape[0], reversed_sets)
-    tensors = input, weight_ih, weight, bias_ih, bias_hh, start, state, c0
-    y, h_n, c_n = reference_layer(*tensors, lengths, offsets, resets, time, cell, reversed_sets)
-    if weight_hr is not None:
-        y, h_n = projected(y, h_n, weight_hr, h0, rows)
-    return y, h_n, c_n
+    return torch.stack(y, 1), torch.stack(h_n), None if inputs.c0 is None else torch.stack(c_n)
 
 
 def second_gradients(
@@ -104,20 +90,22 @@ def second_gradients(
     return [None if t is None else found[i].to(t.dtype) for i, t in enumerate(given)]
 
 
-def save_for_second(ctx, inputs: tuple) -> None:
+def save_for_second(ctx, arguments: tuple) -> None:
     """Save of a backward Function's arguments what its own derivative needs.
 
-    inputs: d_y, d_h_n, d_c_n, the layer's eight inputs, the three tensors that say where rows lie; whatever else;
-    time, cell, reversed_sets, need.
+    arguments: call, need; d_y, d_h_n, d_c_n, inputs, rows; whatever else.
     """
-    ctx.save_for_backward(*inputs[:14])
-    ctx.time, ctx.cell, ctx.reversed_sets, ctx.need = inputs[-4:]
-    ctx.rest = len(inputs) - 11
+    ctx.call, ctx.need, *tensors = arguments
+    inputs, rows = taken(tensors[3:])
+    ctx.save_for_backward(*tensors[:3], *inputs, *rows[2:])
+    ctx.sizes, ctx.rest = rows[:2], len(tensors) - 3 - COUNT
     ctx.set_materialize_grads(False)
 
 
-def second_backward(ctx, layer: Callable[..., Results], d_gradients: tuple) -> tuple[Tensor | None, ...]:
-    """The backward of a Function that was prepared with `save_for_second`; layer: one of the two above."""
-    tensors, rows = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
-    run = lambda inputs: layer(*inputs, *rows, ctx.time, ctx.cell, ctx.reversed_sets)
-    return *second_gradients(run, tensors[:3], tensors[3:], ctx.need, d_gradients), *[None] * ctx.rest
+def second_backward(ctx, d_gradients: tuple) -> tuple[Tensor | None, ...]:
+    """The backward of a Function that was prepared with `save_for_second`."""
+    saved = ctx.saved_tensors
+    d_outputs, inputs, masks = saved[:3], saved[3 : 3 + COUNT], saved[3 + COUNT :]
+    run = lambda leaves: reference_layer(Inputs(*leaves), Rows(*ctx.sizes, *masks), ctx.call)
+    found = second_gradients(run, d_outputs, inputs, ctx.need, d_gradients)
+    return None, None, *found, *[None] * ctx.rest

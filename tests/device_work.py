@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnn_gpu import backends, functional, modules, operators
+from rnn_gpu import backends, modules, operators
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import DEVICES
 
@@ -109,8 +109,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch, given: Iterable[Tensor]) -> Iter
         patch.setattr(backends, "choose", lambda *_, **__: backends.Choice("triton", "pretended"))
         patch.setattr(backends, "device_of", lambda device: DEVICES["h200"])
         patch.setattr(launch, "_start", instead)
-        patch.setattr(operators, "directly", lambda tensors: not torch._C._are_functorch_transforms_active())
-        patch.setattr(functional, "directly", operators.directly)
+        patch.setattr(modules, "directly", lambda tensors: not torch._C._are_functorch_transforms_active())
         with work:
             yield work
 

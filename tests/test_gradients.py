@@ -7,7 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
-from rnn_gpu import aten, backends, operators
+from rnn_gpu import backends, operators
+from rnn_gpu.call import Inputs
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, outcome, pair, same
 from tests.tolerances import assert_close_to_oracle
 
@@ -153,7 +154,7 @@ def test_what_is_frozen_costs_no_product(monkeypatch):
     layer.weight_ih_l0.requires_grad_(False)
     layer(torch.randn(TIME, BATCH, 3))[0].sum().backward()
     (found,) = asked
-    present = {name for name, g in zip(operators.LAYER_INPUTS, found, strict=True) if g is not None}
+    present = {name for name, g in zip(Inputs._fields, found, strict=True) if g is not None}
     assert present == {"weight_hh", "bias_ih", "bias_hh"}
 
 
@@ -256,9 +257,9 @@ def test_operators_around_atens_kernels_keep_the_rules_of_torch_library(cell, ga
     )
     weights = [torch.randn(N, gates * H, size) for size in (4, H)] + [torch.randn(N, gates * H) for _ in range(2)]
     states = torch.randn(N, B, H), torch.randn(N, B, H) if cell == "lstm" else None
-    given = torch.randn(T * B, 4), *weights, None, *states, lengths, None, resets, T, cell, 2
+    given = torch.randn(T * B, 4), *weights, None, None, *states, lengths, None, resets, T, cell, 2
     torch.library.opcheck(torch.ops.rnn_gpu.aten_layer.default, given)
     d_y, d_h_n, d_c_n = torch.ops.rnn_gpu.aten_layer(*given)
-    need = [t is not None for t in given[: len(aten.INPUTS)]]
+    need = [t is not None for t in given[: len(Inputs._fields)]]
     backward = d_y, d_h_n, d_c_n if cell == "lstm" else None, *given, need
     torch.library.opcheck(torch.ops.rnn_gpu.aten_layer_backward.default, backward)

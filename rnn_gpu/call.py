@@ -1,0 +1,75 @@
+"""What a call of a layer is, decided once where it begins (modules.py) and handed on as three things: its tensors
+(`Inputs`), where its rows lie (`Rows`), and everything else (`Call`). Each route takes all three.
+
+T steps, B rows of the batch, R rows of all steps, I input features, N weight sets (directions), G gates, H hidden
+units, P the size of a projected state (H where there is no projection).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .kernels.rows import Rows
+from .kernels.spec import runs_backwards
+
+Weights = Tensor | Sequence[Tensor]  # one tensor [N, ...], or one of each set
+
+# The schema of an operator that takes a layer's tensors, and where its rows lie (B is told by h0).
+TENSORS = (
+    "Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
+    "Tensor? start, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? offsets, Tensor? resets, SymInt time"
+)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a layer that have a gradient, all of one dtype."""
+
+    input: Tensor  # [R, I]
+    weight_ih: Weights  # [N, G*H, I]
+    weight_hh: Weights  # [N, G*H, P]
+    bias_ih: Weights | None  # [N, G*H]
+    bias_hh: Weights | None
+    weight_hr: Weights | None  # [N, P, H]: the projection of an LSTM; the kernels know none (projection.py)
+    start: Tensor | None  # [N, B, G*H], added to the gate sums of each row's first step: for the kernels alone
+    h0: Tensor | None  # [N, B, P]; None for zeros, but only where the launchers are called directly
+    c0: Tensor | None  # [N, B, H] for the LSTM; as h0
+
+
+class Call(NamedTuple):
+    """Everything else: no tensor, the same for all layers of a stack, and constant in a graph."""
+
+    cell: str  # "lstm", "gru", "rnn_tanh", "rnn_relu"
+    sets: int  # N
+    reversed_sets: int  # 0: no set runs backwards in time; 1: all; 2: every second one
+    biases: bool = True
+    projected: bool = False
+    route: str = "kernels"  # functional.ROUTES
+    saving: str = "nothing"  # operators.SAVING
+    limits: tuple[int, bool] = (0, True)  # of plans: backends.limits
+    functional: bool = False  # write into no tensor that is not new, for torch.func
+
+    def backwards(self, n: int) -> bool:
+        """Whether set n runs backwards in time."""
+        return runs_backwards(self.reversed_sets, n)
+
+
+COUNT = len(Inputs._fields)
+
+
+def taken(arguments: Sequence) -> tuple[Inputs, Rows]:
+    """`*inputs, *rows`, as the autograd Functions take them, as what they are."""
+    return Inputs(*arguments[:COUNT]), Rows(*arguments[COUNT : COUNT + len(Rows._fields)])
+
+
+def taken_by_operator(arguments: Sequence) -> tuple[Inputs, Rows]:
+    """The same of TENSORS."""
+    inputs = Inputs(*arguments[:COUNT])
+    lengths, offsets, resets, time = arguments[COUNT : COUNT + 4]
+    assert inputs.h0 is not None
+    return inputs, Rows(time, inputs.h0.shape[1], lengths, offsets, resets)
+
+
+def for_operator(inputs: Inputs, rows: Rows) -> tuple:
+    """The arguments of TENSORS."""
+    return *inputs, rows.lengths, rows.offsets, rows.resets, rows.time
