@@ -120,7 +120,8 @@ def test_onnx_says_what_it_cannot_hold():
             onnx_program(model, torch.randn(5, 2, 3), *arguments)
         assert said in str(raised.value)
     program = torch.export.export(Model(rnn_gpu.GRU(3, 5)).eval(), (torch.randn(5, 2, 3),))
-    with pytest.raises(torch.onnx.OnnxExporterError, match="from a model, not from a program"):
+    said = "from a model, not from a program"
+    with pytest.warns(UserWarning, match=said), pytest.raises(torch.onnx.OnnxExporterError, match=said):
         torch.onnx.export(program, dynamo=True, verbose=False)
 
 
