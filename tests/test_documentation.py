@@ -119,6 +119,15 @@ def test_links_lead_somewhere(page):
         assert (ROOT / name).exists() or name.startswith("perf/results/new"), name
 
 
+def test_names_that_the_page_on_cells_gives_exist():
+    """Catches: an instruction that was true once."""
+    text = (ROOT / "docs" / "cells.md").read_text("utf-8")
+    found = re.findall(r"`(aten|functional|onnx|operators|reference|second_order)\.(\w+)`", text)
+    assert len(found) >= 9
+    for module, name in found:
+        assert hasattr(importlib.import_module(f"rnn_gpu.{module}"), name), f"{module}.{name}"
+
+
 def test_every_page_is_in_the_index():
     """Catches: a page that nobody finds."""
     listed = re.findall(r"^[a-z_]+$", (ROOT / "docs" / "index.md").read_text("utf-8"), re.MULTILINE)
