@@ -151,12 +151,12 @@ def backward(
         BACKWARD=True, WAITS=WAITS,
     )  # fmt: skip
     me = this_program(begin, B, C)
-    W = hold_weights(weight + me.n * (C.HS * C.G * C.HS), me.unit, C)
+    W = hold_weights(weight + me.n.to(tl.int64) * (C.HS * C.G * C.HS), me.unit, C)
     left = Left(d_y=d_y, gates=gates, aux=aux, history=history, history_0=history_0)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     then = moment_after(now, ahead, steps > 1, B, offsets)
     bound = Bound(limit=limit, status=status, launch=launch)
-    d_gates += B * (C.N * C.E * C.WORDS)  # to the first of the R rows; seen from there, the zeros begin at row -B
+    d_gates = (d_gates.to(tl.int64) + B.to(tl.int64) * (C.N * C.E * C.WORDS * 4)).to(tl.pointer_type(tl.int32))  # x
     out = d_gates.to(tl.pointer_type(C.DTYPE))
     zeros = me.first - B
     before = zeros  # where the step before, which is the later one in time, begins

@@ -116,10 +116,10 @@ def forward(
         G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, PER=PER
     )
     me = this_program(begin, B, C)
-    W = hold_weights(weight + me.n * (C.G * C.H * C.HS), me.unit, C)
+    W = hold_weights(weight + me.n.to(tl.int64) * (C.G * C.H * C.HS), me.unit, C)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     bound = Bound(limit=limit, status=status, launch=launch)
-    y += B * (C.N * C.WORDS)  # to the first output; seen from there, h0 begins at row -B or R
+    y += B.to(tl.int64) * (C.N * C.WORDS)  # to the first output; seen from there, h0 begins at row -B or R
     out = y.to(tl.pointer_type(C.DTYPE))
     h0 = me.first + tl.where(me.reverse, rows_before(T, B, offsets), -B)
     before = h0  # where the step before begins

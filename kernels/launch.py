@@ -432,6 +432,8 @@ def backward(
     count, sets, hidden_size = y.shape
     dtype, device, batch = y.dtype, y.device, rows.batch
     size = padded(hidden_size, plan.dtype)
+    if batch * sets * cell.slots * size * dtype.itemsize >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
+        raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
     d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
     weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
     state_0 = history_0 = None

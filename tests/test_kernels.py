@@ -656,3 +656,18 @@ def test_a_status_word_made_in_inference_mode(monkeypatch):
     with pytest.raises(RuntimeError, match="launch 7"):
         launch.raise_if_late(torch.device("cpu"))
     assert word.item() == 0
+
+
+def test_a_batch_whose_gradients_no_32_bits_can_count_is_refused():
+    """Catches: an offset that wraps round, where one step's gradients take more than 8 GB."""
+    problem = Problem("lstm", 128, 8, 1, torch.bfloat16)
+    _, backward_plan = plans(problem, alone=True)
+    rows = 1 << 23
+    y, h0 = (
+        torch.empty(1, 1, 128, dtype=torch.bfloat16).expand(rows, 1, 128),
+        torch.empty(1, 1, 128).expand(1, rows, 128),
+    )
+    with pytest.raises(RuntimeError, match="split the batch"):
+        launch.backward(
+            backward_plan, None, None, None, torch.empty(1, 512, 128), None, None, y, h0, h0, launch.Rows(1, rows), 0
+        )
