@@ -156,7 +156,8 @@ def backward(
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     then = moment_after(now, ahead, steps > 1, B, offsets)
     bound = Bound(limit=limit, status=status, launch=launch)
-    d_gates = (d_gates.to(tl.int64) + B.to(tl.int64) * (C.N * C.E * C.WORDS * 4)).to(tl.pointer_type(tl.int32))  # x
+    # In 32 bits: launch.py refuses what they do not hold, and with 64 a step has 40 instructions more (sm_90).
+    d_gates += B * (C.N * C.E * C.WORDS)  # to the first of the R rows; seen from there, the zeros begin at row -B
     out = d_gates.to(tl.pointer_type(C.DTYPE))
     zeros = me.first - B
     before = zeros  # where the step before, which is the later one in time, begins
