@@ -23,7 +23,7 @@ unexport RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
 # One thread a worker, so that the workers do not fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
-.PHONY: help demo test test-oldest test-newest test-slow test-gpu lint format docs package clean
+.PHONY: help demo test test-oldest test-newest test-slow test-machine test-gpu lint format docs package clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,11 +31,16 @@ help:  ## list the commands
 demo: $(READY)  ## train a character language model on real text (about 75 seconds)
 	$(BIN)/python examples/char_language_model.py $(DEMO)
 
-# Two runs, because compiled and interpreted kernels cannot share a process.
-test: $(READY)  ## all tests but the slow ones, compiled and then interpreted
-	@echo "All tests: about 10 minutes on two cores, 3 on eight. A GPU is not needed; what needs one is skipped without."
-	@$(TEST) -q --span 0:60 -m "not interpreted and not slow"
-	@TRITON_INTERPRET=1 $(TEST) -q --span 60:100 -m "interpreted and not slow"
+# Three runs, because compiled and interpreted kernels cannot share a process, and the machine's tests are interpreted
+# ones on compiled kernels: a sample of them, and all of them in test-slow.
+ON_MACHINE := RNN_GPU_TEST_MACHINE=1
+MACHINE_TESTS := tests/test_kernels.py tests/test_sequences.py tests/test_layers_interpreted.py
+
+test: $(READY)  ## all tests but the slow ones: compiled, interpreted, and on the machine for PTX
+	@echo "All tests: about 13 minutes on two cores, 4 on eight. A GPU is not needed; what needs one is skipped without."
+	@$(TEST) -q --span 0:50 -m "not interpreted and not slow"
+	@TRITON_INTERPRET=1 $(TEST) -q --span 50:80 -m "interpreted and not slow"
+	@$(ON_MACHINE) $(TEST) -q --span 80:100 -m "interpreted and not slow" $(MACHINE_TESTS)
 
 test-oldest:  ## `make test` with the oldest PyTorch and Triton that are tested (about 5 GB to set up)
 	@$(MAKE) test SET=oldest
@@ -46,6 +51,10 @@ test-newest:  ## `make test` with the newest ones (about 5 GB to set up)
 test-slow: $(READY)  ## the long sweeps
 	$(TEST) -m "slow and not interpreted"
 	TRITON_INTERPRET=1 $(TEST) -m "slow and interpreted"
+	$(ON_MACHINE) $(TEST) -m "slow and interpreted" $(MACHINE_TESTS)
+
+test-machine: $(READY)  ## the compiled kernels on the machine for PTX, all of it
+	$(ON_MACHINE) $(TEST) -m interpreted $(MACHINE_TESTS)
 
 test-gpu: $(READY)  ## only what needs a GPU
 	$(TEST) -m gpu

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backward as backward_kernel
-from . import cells, interpreter, prepare
+from . import cells, interpreter, machine, prepare
 from . import forward as forward_kernel
 from .direct import Prepared
 from .plan import Plan
@@ -173,7 +173,7 @@ def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, te
 
 
 def _start(prepared: Prepared, device: torch.device, grid: tuple[int, int, int], arguments: tuple) -> None:
-    """Launch on the current stream of `device`, or in the interpreter."""
+    """Launch on the current stream of `device`, in the interpreter, or on the machine for PTX."""
     if device.type == "cuda":
         index = torch.cuda.current_device()
         if device.index is None or device.index == index:
@@ -184,6 +184,8 @@ def _start(prepared: Prepared, device: torch.device, grid: tuple[int, int, int],
     elif interpreter.interpreting():
         with interpreter.concurrent_programs():
             prepared.launch(grid, None, arguments)
+    elif machine.running():
+        prepared.launch(grid, None, arguments)
     else:
         raise RuntimeError(
             "rnn_gpu: Triton kernels need CUDA tensors (or TRITON_INTERPRET=1, set before Python starts)"

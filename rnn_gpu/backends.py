@@ -25,6 +25,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from .kernels import machine
 from .kernels import plan as planning
 from .kernels.spec import CELLS, choice_from_environment, integer_from_environment
 
@@ -239,8 +240,9 @@ def triton_missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, so that they take CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
+    """Whether Triton's interpreter runs the kernels, or the machine for PTX, so that they take CPU tensors."""
+    as_triton_reads_it = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return as_triton_reads_it or machine.running()
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 RNN_GPU_TEST_SEED=5 pytest ...    other random data everywhere; 0 unless set
 """
 
+import collections
 import os
 import random
 import zlib
@@ -10,11 +11,14 @@ import zlib
 import pytest
 import torch
 
+from rnn_gpu.kernels.machine import on_machine
 from tests import progress
+from tests.interpreter import ARCH, ON_MACHINE
 
 BASE_SEED = int(os.environ.get("RNN_GPU_TEST_SEED", "0"))
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 SEED = pytest.StashKey[int]()
+SAMPLE = 8  # of so many cases of a test, `make test` runs one on the machine
 
 
 def pytest_addoption(parser):
@@ -29,7 +33,7 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    triton_mode = "interpreted" if INTERPRETING else "compiled"
+    triton_mode = "interpreted" if INTERPRETING else f"on the machine, sm_{ARCH}" if ON_MACHINE else "compiled"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return (
         f"rnn_gpu: RNN_GPU_TEST_SEED={BASE_SEED}, torch {torch.__version__}, CUDA device: {cuda}, kernels {triton_mode}"
@@ -38,6 +42,10 @@ def pytest_report_header(config):
 
 def why_not(item) -> str | None:
     """Why a test cannot run here, by its markers."""
+    if ON_MACHINE and INTERPRETING:
+        return "RNN_GPU_TEST_MACHINE=1 runs compiled kernels: must not be set with TRITON_INTERPRET=1"
+    if ON_MACHINE:
+        return None if on_the_machine(item) else "not a test of what the compiled kernels do on CPU tensors"
     if item.get_closest_marker("interpreted") and not INTERPRETING:
         return "runs the kernels in Triton's interpreter: needs TRITON_INTERPRET=1, set before Python starts"
     if item.get_closest_marker("compiled") and INTERPRETING:
@@ -50,11 +58,44 @@ def why_not(item) -> str | None:
     return None
 
 
+def on_the_machine(item) -> bool:
+    """Whether a test runs on the machine for PTX, too (RNN_GPU_TEST_MACHINE=1)."""
+    return bool(item.get_closest_marker("interpreted")) and not item.get_closest_marker("interpreter_only")
+
+
+def beyond_the_sample(items) -> list:
+    """The tests that only `make test-slow` runs on the machine: all but every SAMPLE-th case of each test, and one at
+    least.
+    """
+    by_test = collections.defaultdict(list)
+    for item in items:
+        by_test[item.nodeid.partition("[")[0]].append(item)
+    rest = []
+    for cases in by_test.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        rest += cases[-(-len(cases) // SAMPLE) :]
+    return rest
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         reason = why_not(item)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if ON_MACHINE:
+        for item in beyond_the_sample([item for item in items if why_not(item) is None]):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_machine(request):
+    """Launches outside of any other schedule get one of the test's own."""
+    if not ON_MACHINE or why_not(request.node) is not None:
+        yield
+        return
+    with on_machine(ARCH, request.node.stash[SEED]):
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,5 +1,32 @@
-"""Schedules for tests: `with concurrent_programs(seed):` around any call of a layer that runs interpreted."""
+"""How the kernels run on CPU tensors in this process, and schedules for them: `with concurrent_programs(seed):` around
+any call of a layer or a launcher.
 
-from rnn_gpu.kernels.interpreter import concurrent_programs, interpreting
+    TRITON_INTERPRET=1        in Triton's interpreter (kernels/interpreter.py)
+    RNN_GPU_TEST_MACHINE=1    compiled, on the machine for PTX (kernels/machine); RNN_GPU_TEST_ARCH=80: for that
+    architecture
+"""
 
-__all__ = ["concurrent_programs", "interpreting"]
+import contextlib
+import os
+
+from rnn_gpu.kernels import interpreter, machine
+from rnn_gpu.kernels.interpreter import interpreting
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_MACHINE = os.environ.get("RNN_GPU_TEST_MACHINE") == "1"
+ARCH = int(os.environ.get("RNN_GPU_TEST_ARCH", "90"))
+
+__all__ = ["ARCH", "INTERPRETED", "ON_MACHINE", "concurrent_programs", "interpreting"]
+
+
+@contextlib.contextmanager
+def concurrent_programs(seed: int = 0, torn: bool = False, leave_out=()):
+    """Schedules drawn from a seed, by whatever runs the kernels here. On the machine every store is torn; `torn` makes
+    it later.
+    """
+    if ON_MACHINE:
+        with machine.on_machine(ARCH, seed, delay=0.05 if torn else 0.3, leave_out=leave_out):
+            yield
+    else:
+        with interpreter.concurrent_programs(seed, torn, leave_out):
+            yield

@@ -2,8 +2,6 @@
 both.
 """
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +9,12 @@ from torch import Tensor
 import rnn_gpu
 from rnn_gpu import reference
 from rnn_gpu.backends import CELL_OF_MODE
+from tests import interpreter
 from tests.problems import RoundedProducts, round_to_tf32
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreter.INTERPRETED or interpreter.ON_MACHINE  # the kernels run on CPU tensors
 BACKEND = "triton" if INTERPRETED else "torch"
-# `pytestmark` of files whose tests run twice: once on torch, and with TRITON_INTERPRET=1 on the kernels.
+# `pytestmark` of files whose tests run twice: once on torch, and once on the kernels (tests/interpreter.py).
 ON_BOTH_BACKENDS = [pytest.mark.interpreted] if INTERPRETED else []
 
 STATES = {"LSTM": 2, "GRU": 1, "RNN": 1}

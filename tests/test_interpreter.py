@@ -23,7 +23,7 @@ from triton.runtime.errors import InterpreterError
 from rnn_gpu.kernels import interpreter as implementation
 from tests.interpreter import concurrent_programs
 
-pytestmark = [pytest.mark.interpreted]
+pytestmark = [pytest.mark.interpreted, pytest.mark.interpreter_only]
 
 N = 8  # numbers a program publishes in the kernels of this file
 SEEDS = range(12)

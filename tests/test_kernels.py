@@ -1,21 +1,24 @@
-"""The kernels against the oracle, in Triton's interpreter: programs run concurrently, in orders drawn from seeds.
+"""The kernels against the oracle, in Triton's interpreter or on the machine for PTX: programs run concurrently, in
+orders drawn from seeds.
 
     TRITON_INTERPRET=1 pytest tests/test_kernels.py
+    RNN_GPU_TEST_MACHINE=1 pytest tests/test_kernels.py
 
 What the interpreter cannot show (layouts, registers, real memory) is in test_resources.py and test_gpu.py.
 """
 
 import dataclasses
 import itertools
-import os
 import random
 import re
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1, set before Python starts", allow_module_level=True)
+from tests.interpreter import INTERPRETED, ON_MACHINE, concurrent_programs
+
+if not INTERPRETED and not ON_MACHINE:
+    pytest.skip("needs TRITON_INTERPRET=1 or RNN_GPU_TEST_MACHINE=1, set before Python starts", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -23,7 +26,6 @@ import triton.language as tl
 from rnn_gpu import reference
 from rnn_gpu.kernels import exchange, interpreter, launch
 from rnn_gpu.kernels.spec import CELLS
-from tests.interpreter import concurrent_programs
 from tests.problems import (
     Poison,
     Problem,
@@ -496,6 +498,7 @@ def is_found(problem: Problem, plan, torn: bool, seeds) -> bool:
     return False
 
 
+@pytest.mark.interpreter_only
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
 def test_control_a_reader_that_tests_its_first_vector_only_is_found(cell, monkeypatch):
     """Catches schedules so tame that a reader finds all of its data wherever it finds some."""
@@ -506,6 +509,7 @@ def test_control_a_reader_that_tests_its_first_vector_only_is_found(cell, monkey
     assert is_found(problem, forward_plan, False, range(8))
 
 
+@pytest.mark.interpreter_only
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_control_a_reader_that_tests_half_of_each_word_is_found_by_torn_stores(dtype, monkeypatch):
     """Catches stores that are torn in too few ways: as a whole they hide this mistake, so tearing is what finds it."""

@@ -1,0 +1,56 @@
+"""A machine for PTX: compiled Triton kernels run on a CPU, instruction by instruction, against chance.
+
+    with on_machine(arch=90, seed=3):
+        kernel[grid](...)              # or anything above it: a layer, a training step, on CPU tensors
+
+Triton's interpreter runs the program that was written. What the compiler made of it, inline assembly, layouts, shared
+memory, barriers, and what the programs of a launch see of each other's stores, it cannot show. This runs the very PTX
+that a GPU of architecture `arch` would be given: every program, warp and lane, under random schedules, with stores that
+arrive late and in any order. A `Fault` tells of races, addresses out of bounds or misaligned, barriers that some miss,
+plain loads of what others write and waits that never end; it names program, warp, lanes, instruction, the line of
+Python that it came from, and the seed that repeats it.
+
+    parse.py      PTX text -> statements             decode.py     statements -> closures over registers
+    values.py     types and rounding                 memory.py     memory, late stores, races
+    arithmetic.py, conversion.py, lanes.py, access.py, control.py  the instructions
+    schedule.py   warps that step together           library.py    `on_machine`: Triton's launches on this machine
+
+What it does not model: time, machine code (ptxas may reorder what PTX leaves open), caches beyond what memory.py says,
+textures, tensor memory and bulk copies, clusters. An instruction that is not known is a Fault that names it, never a
+guess. Nothing heavy is imported before the first use, and importing this package does not need Triton.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from .parse import Fault
+
+__all__ = ["Fault", "on_machine", "running"]
+
+_open: list = []  # contexts of `on_machine`, the innermost last
+
+
+def running() -> bool:
+    """Whether launches run on the machine now."""
+    return bool(_open)
+
+
+@contextlib.contextmanager
+def on_machine(arch: int = 90, seed: int = 0, edit=None, **schedule: Any) -> Iterator[list]:
+    """Within this context every launch of a compiled Triton kernel runs on the machine, on CPU tensors -> a list that
+    each launch appends its (name of the kernel, `schedule.Counts`) to.
+
+    arch: the architecture that kernels are compiled for, 80 to 120. seed: draws the schedules; successive launches of
+    one context get different ones, the same ones each time. edit: a function PTX -> PTX, to plant a mistake. schedule:
+    further fields of `schedule.Schedule`. RuntimeError where kernels are interpreted (TRITON_INTERPRET=1).
+    """
+    from .library import Launches
+
+    launches = Launches(arch, seed, edit, schedule)
+    with launches.instead_of_a_gpu():
+        _open.append(launches)
+        try:
+            yield launches.log
+        finally:
+            _open.remove(launches)

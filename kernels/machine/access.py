@@ -1,0 +1,194 @@
+"""Loads, stores, atomics and asynchronous copies. (PTX ISA 9.7.9.8 to 9.7.9.27, 9.7.13.6, 9.7.13.7)
+
+What memory makes of them stands in memory.py. An address is of global or of shared memory by its instruction; generic
+addresses are not known.
+"""
+
+import operator
+
+import numpy as np
+
+from .decode import Decoder, Instruction, instruction
+from .parse import WIDTH, Statement, split
+from .values import SIGNED, UNSIGNED, stored, typed
+
+STRONG = ("volatile", "relaxed", "acquire", "release", "mmio")
+HINTS = (
+    "weak gpu sys cta cg ca cs cv lu wb wt nc v2 v4 v8 L1::evict_last L1::evict_first L1::no_allocate L1::evict_normal "
+    "L1::evict_unchanged L2::cache_hint L2::64B L2::128B L2::256B"
+)
+
+
+def space_of(s: Statement) -> str:
+    """The memory that an instruction names."""
+    space = s.one_of("global", "shared")
+    if space is None:
+        raise ValueError("generic addresses")
+    return space
+
+
+def extended(values: np.ndarray, kind: str, width: int) -> np.ndarray:
+    """Bits of a type in a register of `width` bytes, which may be wider: with the sign, or zeros in front."""
+    if values.itemsize == width:
+        return values
+    if kind[0] == "s":
+        return values.view(SIGNED[values.itemsize]).astype(SIGNED[width]).view(UNSIGNED[width])
+    return values.astype(UNSIGNED[width])
+
+
+def vector(text: str) -> list[str]:
+    """`{a, b}` -> a, b."""
+    return split(text[1:-1]) if text.startswith("{") else [text]
+
+
+@instruction("ld", "param global shared volatile relaxed acquire mmio " + HINTS)
+def ld(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.8."""
+    kind, width = s.op[-1], WIDTH[s.op[-1]]
+    if s.has("param"):
+        return _parameter(d, s)
+    space, strong = space_of(s), s.has(*STRONG)
+    base, offset = d.address(s.operands[1])
+    targets = [d.target(name) for name in vector(s.operands[0])]
+    holders = [width if target < 0 else d.widths[target] for target in targets]
+
+    def load(run, mask):
+        values = run.load(space, run.address(base, offset), width, len(targets), mask, strong, s.has("acquire"))
+        for i, (target, holder) in enumerate(zip(targets, holders)):
+            run.put(target, extended(values[..., i], kind, holder), mask)
+
+    return d.act(load, asks=strong and space == "global")
+
+
+def _parameter(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.8: a parameter of the kernel, in its lower bits if it is read narrower."""
+    kind, width = s.op[-1], WIDTH[s.op[-1]]
+    name, _, offset = s.operands[1].strip("[] ").partition("+")
+    number = list(d.kernel.parameters).index(name.strip())
+    target, shift = d.target(s.operands[0]), 8 * int(offset or "0", 0)
+    holder = d.widths[target]
+
+    def load(run, mask):
+        value = (run.launch.arguments[number] >> shift) & ((1 << 8 * width) - 1)
+        run.put(target, extended(np.full((1, 1), value, UNSIGNED[width]), kind, holder), mask)
+
+    return d.act(load)
+
+
+@instruction("st", "global shared volatile relaxed release mmio " + HINTS)
+def st(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.11."""
+    width, space = WIDTH[s.op[-1]], space_of(s)
+    base, offset = d.address(s.operands[0])
+    sources = [d.source(name, width) for name in vector(s.operands[1])]
+    strong, releases = s.has(*STRONG), s.has("release")
+
+    def store(run, mask):
+        shape = run.warps, 32
+        values = np.stack(
+            [np.broadcast_to(run.frame[i].astype(UNSIGNED[width], copy=False), shape) for i in sources], -1
+        )
+        if releases:
+            run.fence(mask)
+        run.store(space, run.address(base, offset), values, mask, strong, releases)
+
+    return d.act(store, tells=space == "global")
+
+
+@instruction("prefetch prefetchu", "global L1 L2 L2::evict_last L2::evict_normal")
+def prefetch(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.16: an address outside of all allocations is counted; hardware ignores it."""
+    base, offset = d.address(s.operands[0])
+
+    def look(run, mask):
+        run.launch.counts.prefetched_outside += run.outside(run.address(base, offset), mask)
+
+    return d.act(look)
+
+
+@instruction("discard applypriority", "global L2 L2::evict_normal")
+def hint(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.17, 9.7.9.18."""
+    return d.act(lambda run, mask: None)
+
+
+@instruction("createpolicy", "fractional L2::evict_last L2::evict_first L2::evict_unchanged L2::evict_normal")
+def createpolicy(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.19: policies are hints."""
+    return d.value(s.operands[0], lambda f: np.zeros((1, 1), np.uint64))
+
+
+_ATOMIC = {
+    "add": operator.add,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "min": min,
+    "max": max,
+    "exch": lambda old, new: new,
+    "inc": lambda old, most: old.dtype.type(0) if old >= most else old + old.dtype.type(1),
+    "dec": lambda old, most: most if old == 0 or old > most else old - old.dtype.type(1),
+}
+
+
+@instruction(
+    "atom red",
+    "global add and or xor min max exch cas inc dec relaxed acquire release acq_rel gpu sys cta noftz L2::cache_hint",
+)
+def atom(d: Decoder, s: Statement) -> Instruction:
+    """9.7.13.6, 9.7.13.7: lane by lane, in random order. With no order named they are relaxed."""
+    operands = ["_", *s.operands] if s.op[0] == "red" else list(s.operands)
+    what, kind, width = s.one_of(*_ATOMIC, "cas"), s.op[-1], WIDTH[s.op[-1]]
+    if kind.endswith("x2") or len(vector(operands[2])) > 1:
+        raise ValueError("vectors")
+    base, offset = d.address(operands[1])
+    sources = [d.source(text, width) for text in operands[2 : 4 if what == "cas" else 3]]
+    target = d.target(operands[0])
+    acquires, releases = s.has("acquire", "acq_rel"), s.has("release", "acq_rel")
+
+    def step(given):
+        def change(i, old):
+            old = np.array(old, UNSIGNED[width])
+            if what == "cas":
+                return given[1][i] if old == given[0][i] else old
+            now = np.array(given[0][i], UNSIGNED[width])
+            return stored(np.asarray(_ATOMIC[what](typed(old[None], kind), typed(now[None], kind))), kind)[0]
+
+        return change
+
+    def act(run, mask):
+        if releases:
+            run.fence(mask)
+        values = [np.broadcast_to(run.frame[i].astype(UNSIGNED[width], copy=False), (run.warps, 32)) for i in sources]
+        run.put(target, run.atomic(run.address(base, offset), values, width, step, mask, acquires, releases), mask)
+
+    return d.act(act, asks=True, tells=True)
+
+
+@instruction(
+    "cp", "async ca cg shared global commit_group wait_group wait_all L2::cache_hint L2::64B L2::128B L2::256B"
+)
+def copy(d: Decoder, s: Statement) -> Instruction:
+    """9.7.9.25.3: asynchronous copies from global to shared memory, which count as this thread's once it has waited for
+    their group. The bytes past `source size` are zeros.
+    """
+    if s.has("commit_group"):
+        return d.act(lambda run, mask: run.commit_copies(mask))
+    if s.has("wait_group", "wait_all"):
+        left = 0 if s.has("wait_all") else int(s.operands[0], 0)
+        return d.act(lambda run, mask: run.wait_for_copies(left, mask))
+    to, to_offset = d.address(s.operands[0])
+    source, source_offset = d.address(s.operands[1])
+    size = int(s.operands[2], 0)
+    some = d.source(s.operands[3], 4) if len(s.operands) > 3 else d.constant(size, 4)
+
+    def begin(run, mask):
+        there = run.address(source, source_offset)
+        length = np.broadcast_to(run.frame[some], (run.warps, 32)).astype(np.int64)
+        if not np.isin(length, (0, size)).all():
+            run.fail("a copy of a part of its bytes", mask)
+        wanted = length > 0 if mask is None else (length > 0) & mask
+        values = run.load("global", there, 4, size // 4, wanted)
+        run.begin_copy(run.address(to, to_offset), np.where((length > 0)[..., None], values, np.uint32(0)), mask)
+
+    return d.act(begin)

@@ -1,0 +1,253 @@
+"""From statements to `Code`: instructions as closures over a frame, a list of arrays with a place for each register.
+
+What an instruction does stands in arithmetic.py, conversion.py, lanes.py and access.py, each function under the name of
+its instruction: `@instruction("add", "rn ftz")` registers one and names the modifiers it knows, types aside. Whatever
+is not registered, or has a modifier that is not named, is a Fault when the kernel is decoded, not when it runs.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .parse import WIDTH, Fault, Kernel, Statement, parse
+from .values import UNSIGNED
+
+# Registers that a lane has from the start, all of 32 bits. (PTX ISA 10)
+SPECIAL = (
+    "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
+    "%nctaid.y", "%nctaid.z", "%laneid", "%warpid",
+)  # fmt: skip
+# What an instruction is to the loop of schedule.py.
+VALUE, ACT, BRANCH, BARRIER, EXIT = range(5)
+
+
+@dataclass(slots=True)
+class Instruction:
+    """A decoded instruction.
+
+    VALUE: action(frame) -> the new contents of register `target`. ACT: action(run, mask) does all itself; mask [warps,
+    32] says which lanes execute it, None: all. BRANCH: `target` is the number of an instruction.
+    """
+
+    statement: Statement
+    kind: int
+    action: Callable | None = None
+    target: int = -1
+    guard: int = -1  # the predicate's register
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    together: bool = False  # all lanes of a warp must execute it together
+    asks: bool = False  # what it reads from memory may have come from another program just now
+    tells: bool = False  # writes global memory
+    spins: bool = False  # a branch back to polls, over nothing that tells: the loop of a wait
+
+
+HANDLERS: dict[str, tuple[Callable, frozenset]] = {}
+
+
+def instruction(names: str, modifiers: str = ""):
+    """Register a function (decoder, statement) -> Instruction for these names."""
+
+    def register(function):
+        for name in names.split():
+            HANDLERS[name] = function, frozenset(modifiers.split())
+        return function
+
+    return register
+
+
+class Decoder:
+    """Operands of the statements of a kernel as places in a frame: registers first, then what is special, then
+    constants.
+    """
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.slots = {name: i for i, name in enumerate([*kernel.registers, *SPECIAL])}
+        self.widths = [*kernel.registers.values(), *(4 for _ in SPECIAL)]
+        self.variables = len(self.widths)
+        self.constants: list[np.ndarray] = []
+        self.statement: Statement | None = None  # the one in hand
+        self._known: dict[tuple, int] = {}
+        self._reads: list[int] = []
+        self._writes: list[int] = []
+
+    def decode(self, s: Statement) -> Instruction:
+        """One statement."""
+        handler, modifiers = HANDLERS.get(s.op[0], (None, frozenset()))
+        strange = [part for part in s.op[1:] if part not in modifiers and part not in WIDTH]
+        if handler is None or strange:
+            what = f" ({'.'.join(strange)})" if handler and strange else ""
+            raise Fault(f"an instruction that this machine does not know{what}: {s.text}\n  from {s.where}")
+        self.statement, self._reads, self._writes = s, [], []
+        try:
+            found = handler(self, s)
+            if s.guard is not None:
+                found.guard = self.source(s.guard, 0)
+        except (KeyError, IndexError, ValueError, StopIteration) as error:
+            raise Fault(f"operands that this machine does not know: {s.text}\n  from {s.where} ({error!r})") from error
+        found.reads, found.writes = tuple(self._reads), tuple(self._writes)
+        return found
+
+    # Operands: each becomes a place in the frame.
+
+    def constant(self, value: int, width: int) -> int:
+        """A number for all lanes."""
+        key = value, width
+        if key not in self._known:
+            kind = bool if width == 0 else UNSIGNED[width]
+            self._known[key] = self.variables + len(self.constants)
+            self.constants.append(np.full((1, 1), value, kind))
+        return self._known[key]
+
+    def source(self, text: str, width: int) -> int:
+        """A register or a number that is read as `width` bytes."""
+        if text in self.slots:
+            slot = self.slots[text]
+            self._reads.append(slot)
+            return slot
+        if re.fullmatch(r"0[fF][0-9A-Fa-f]{8}|0[dD][0-9A-Fa-f]{16}", text):
+            return self.constant(int(text[2:], 16), 4 if text[1] in "fF" else 8)
+        if re.fullmatch(r"-?(0[xX][0-9A-Fa-f]+|0[bB][01]+|\d+)U?", text):
+            value = int(text.rstrip("U"), 0)
+            return self.constant(bool(value) if width == 0 else value & ((1 << 8 * width) - 1), width)
+        if text == "global_smem":
+            return self.constant(0, width)
+        raise KeyError(text)
+
+    def sources(self, texts, *kinds: str) -> list[int]:
+        """Operands of these types."""
+        return [self.source(text, WIDTH[kind]) for text, kind in zip(texts, kinds, strict=True)]
+
+    def target(self, text: str) -> int:
+        """A register that is written; "_", the sink: -1."""
+        if text == "_":
+            return -1
+        slot = self.slots[text]
+        self._writes.append(slot)
+        return slot
+
+    def address(self, text: str) -> tuple[int, int]:
+        """`[%r1 + 16]` -> a register (or a constant), and what is added to it."""
+        found = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\s*\w+))?\s*\]", text)
+        if found is None:
+            raise ValueError(text)
+        return self.source(found[1], 8), int(found[2] or "0", 0)
+
+    # What the functions of the other files return.
+
+    def value(self, target: str, action: Callable) -> Instruction:
+        """One register as a function of the frame."""
+        return Instruction(self.statement, VALUE, action, self.target(target))
+
+    def act(self, action: Callable, **what) -> Instruction:
+        """Anything else."""
+        return Instruction(self.statement, ACT, action, **what)
+
+
+class Code:
+    """A decoded kernel: what `Machine` runs. Registers are numbers from here on."""
+
+    def __init__(self, ptx: str):
+        from . import access, arithmetic, control, conversion, lanes  # noqa: F401 (they register the instructions)
+
+        self.kernel = parse(ptx)
+        decoder = Decoder(self.kernel)
+        self.code = [decoder.decode(s) for s in self.kernel.statements]
+        self.widths = decoder.widths
+        self.special = {name: decoder.slots[name] for name in SPECIAL}
+        self.blank = [None] * decoder.variables + decoder.constants  # a frame with nothing in its registers
+        # Shadows of memory have one entry for as many bytes as the narrowest access has.
+        self.grain = {space: self._grain(space) for space in ("global", "shared")}
+        self._needs: dict[tuple, tuple[int, ...]] = {}
+        self._find_waits()
+
+    def _grain(self, space: str) -> int:
+        widths = [WIDTH[s.op[-1]] for s in self.kernel.statements if s.has(space) and s.op[0] in ("st", "atom", "red")]
+        return min(widths, default=4)
+
+    def _find_waits(self) -> None:
+        for at, found in enumerate(self.code):
+            if found.kind == BRANCH and found.target <= at:
+                inside = self.code[found.target : at]
+                found.spins = any(x.asks for x in inside) and not any(x.tells for x in inside)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """For each instruction, one past the last of the straight line that begins there: a branch, a barrier, an exit,
+        or what stands before the target of a branch.
+        """
+        targets = {x.target for x in self.code if x.kind == BRANCH}
+        ends, end = [0] * len(self.code), len(self.code)
+        for at in range(len(self.code) - 1, -1, -1):
+            if at + 1 in targets or self.code[at].kind in (BRANCH, BARRIER, EXIT):
+                end = at + 1
+            ends[at] = end
+        return ends
+
+    def needs(self, begin: int, end: int, masked: bool) -> tuple[int, ...]:
+        """Registers that a straight line reads before it writes them; where not all lanes write, also those that it
+        writes.
+        """
+        key = begin, masked
+        if key not in self._needs:
+            found, made = dict.fromkeys(()), set()
+            for x in self.code[begin:end]:
+                some = masked or x.guard >= 0
+                for slot in (*x.reads, *(x.writes if some else ())):
+                    if slot not in made:
+                        found[slot] = None
+                made.update(x.writes)
+            self._needs[key] = tuple(found)
+        return self._needs[key]
+
+    @cached_property
+    def live(self) -> list[int]:
+        """For each instruction, which registers may be read from it on before they are written, as the bits of a
+        number.
+        """
+        code, n = self.code, len(self.code)
+        reads = [sum(1 << i for i in {*x.reads, *([x.guard] if x.guard >= 0 else [])}) for x in code]
+        kills = [0 if x.guard >= 0 else sum(1 << i for i in {*x.writes}) for x in code]
+        live, changed = [0] * (n + 1), True
+        while changed:
+            changed = False
+            for at in range(n - 1, -1, -1):
+                x = code[at]
+                after = 0 if x.kind == EXIT and x.guard < 0 else live[at + 1]
+                if x.kind == BRANCH:
+                    after = live[x.target] | (after if x.guard >= 0 else 0)
+                now = reads[at] | (after & ~kills[at])
+                if now != live[at]:
+                    live[at], changed = now, True
+        return live
+
+    def writable(self) -> set[str]:
+        """Parameters through whose address something may be written: from each one, follow the registers that are made
+        of it.
+        """
+        from_parameters: dict[int, set[str]] = {}
+        changed = True
+        while changed:
+            changed = False
+            for x in self.code:
+                s = x.statement
+                if s.op[0] == "ld" and s.has("param"):
+                    known = {s.operands[1].strip("[]").split("+")[0]}
+                elif s.op[0] in ("ld", "atom") or (x.kind != VALUE and s.op[0] != "mov"):
+                    continue  # no address comes out of memory
+                else:
+                    known = set().union(*(from_parameters.get(i, ()) for i in x.reads))
+                for i in x.writes:
+                    if not known <= from_parameters.get(i, set()):
+                        from_parameters[i] = from_parameters.get(i, set()) | known
+                        changed = True
+        found = set()
+        for x in self.code:
+            if x.tells:
+                base = x.reads[0]
+                found |= from_parameters.get(base, set(self.kernel.parameters))
+        return found

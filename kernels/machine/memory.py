@@ -1,0 +1,494 @@
+"""Memory as PTX's model allows it to be (PTX ISA 8), and what checks each access.
+
+Global memory. What a program stores is seen by itself at once, by others late, element by element, in any order
+(`commit` makes some of it visible); an aligned element is never torn, a vector is. A fence, or a release, makes all of
+it visible. A weak load (plain, `.ca`, `.cg`, `.nc`) of what another program writes in the launch is a fault, whichever
+comes first: it may be served from a cache for ever. A strong one (volatile, relaxed, acquire) is not. Programs that
+hand data on with atomics that release and acquire are known (`Order`), and what is ordered so may be loaded plainly.
+
+Within a program. Two threads may touch the same bytes, one of them writing, only with a barrier between them:
+`bar.sync` for threads of different warps, that or `bar.warp.sync` for lanes of one warp. Shared memory must be written
+before it is read.
+
+How it is found out: beside each memory lie shadows, one number for each `grain` of bytes, that say who wrote and who
+read there last. A thread is known by its key, `barriers * 1024 + thread`, barriers of its program so far: a key from
+before the last barrier is smaller than any from after it. Of many readers the first and the last thread are enough,
+because a writer is at odds with one of them if with any; where warps have barriers of their own, the two that read last
+of all are kept besides.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .parse import Fault
+from .values import SIGNED, UNSIGNED
+
+SEGMENT = 40  # bits of an address within an allocation
+VECTOR = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16", 32: "V32"}  # types that move so many bytes at once
+MANY = 1 << 30  # in place of a program's number: several
+IN_FLIGHT = (1 << 31) - 1  # in place of a key: an asynchronous copy that nobody has waited for
+
+
+@dataclass
+class Lanes:
+    """The lanes that execute an access, side by side."""
+
+    which: np.ndarray  # their numbers, 32 * row of the run + lane
+    address: np.ndarray
+    program: np.ndarray  # 1, 2, ...
+    key: np.ndarray  # int32, barriers of the program * 1024 + thread
+    fine: np.ndarray  # int64, barriers << 30 | barriers of the warp << 10 | thread
+
+    def some(self, chosen: np.ndarray) -> "Lanes":
+        """A part of them."""
+        return Lanes(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+class Shadow:
+    """Who wrote and who read each grain of memory last. 0: nobody.
+
+    fine: whether a kernel has bar.warp.sync; the arrays that know of it are not kept for nothing.
+    """
+
+    def __init__(self, size: int, grain: int, fine: bool):
+        self.grain, self.fine = grain, fine
+        count = -(-size // grain)
+        self.written, self.last, self.first = (np.zeros(count, np.int32) for _ in range(3))
+        if fine:
+            self.written_fine, self.last_fine, self.first_fine = (np.zeros(count, np.int64) for _ in range(3))
+
+    def places(self, offset: np.ndarray, size: int) -> np.ndarray:
+        """[lanes, grains of an access]."""
+        first = offset // self.grain
+        count = max(1, size // self.grain)
+        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+
+    @staticmethod
+    def _late(keys: np.ndarray, lanes: Lanes) -> np.ndarray:
+        """Which keys are of another thread, and since the last barrier of the program."""
+        key = lanes.key[:, None]
+        return (keys >= (key & ~np.int32(1023))) & ((keys ^ key) & 1023 != 0)
+
+    @staticmethod
+    def _late_in_warp(fine: np.ndarray, lanes: Lanes) -> np.ndarray:
+        """Which fine keys are of another lane of the warp, and since its last barrier."""
+        key = lanes.fine[:, None]
+        return (fine >= (key & ~np.int64(1023))) & ((fine ^ key) & 1023 != 0) & ((fine ^ key) & 0x3E0 == 0)
+
+    def writers_at_odds(self, places: np.ndarray, lanes: Lanes) -> tuple[np.ndarray, np.ndarray]:
+        """Who wrote the places last, and where that is another thread that no barrier separates from the lane."""
+        keys = self.written[places]
+        odd = self._late(keys, lanes)
+        if self.fine and odd.any():
+            other_warp = (keys ^ lanes.key[:, None]) & 0x3E0 != 0
+            odd &= other_warp | self._late_in_warp(self.written_fine[places], lanes)
+        return keys, odd
+
+    def readers_at_odds(self, places: np.ndarray, lanes: Lanes) -> np.ndarray:
+        """Which places another thread has read that no barrier separates from the lane."""
+        last, first = self.last[places], self.first[places] ^ 1023
+        odd_last, odd_first = self._late(last, lanes), self._late(first, lanes)
+        if self.fine and (odd_last.any() or odd_first.any()):
+            key = lanes.key[:, None]
+            odd_last &= (last ^ key) & 0x3E0 != 0
+            odd_first &= (first ^ key) & 0x3E0 != 0
+            for fine in (self.last_fine[places], self.first_fine[places] ^ 1023):
+                odd_last |= self._late_in_warp(fine, lanes)
+        return odd_last | odd_first
+
+    def note_read(self, places: np.ndarray, lanes: Lanes) -> None:
+        """Keep the first and the last reader."""
+        arrays = [(self.last, self.first, lanes.key)]
+        if self.fine:
+            arrays.append((self.last_fine, self.first_fine, lanes.fine))
+        at = places.ravel()
+        for last, first, keys in arrays:  # of equal places in one assignment the last one stays
+            key = np.broadcast_to(keys[:, None], places.shape).ravel()
+            last[at] = np.maximum(last[at], key)
+            back, mirrored = at[::-1], (key ^ 1023)[::-1]
+            first[back] = np.maximum(first[back], mirrored)
+
+    def note_write(self, places: np.ndarray, lanes: Lanes) -> np.ndarray | None:
+        """Keep the writer -> which lanes of this very store lost a place to another one; None: none did."""
+        self.written[places] = lanes.key[:, None]
+        if self.fine:
+            self.written_fine[places] = lanes.fine[:, None]
+        lost = self.written[places] != lanes.key[:, None]
+        return lost if lost.any() else None
+
+
+class SharedMemory:
+    """The shared memory of all programs, side by side."""
+
+    def __init__(self, size: int, programs: int, grain: int, fine: bool, races: bool):
+        self.size, self.races = size, races
+        self.room = -(-size // 16) * 16
+        self.data = np.zeros(self.room * programs, np.uint8)
+        self.shadow = Shadow(self.room * programs, grain, fine) if races else None
+
+    def _offset(self, run, lanes: Lanes, size: int, what: str) -> np.ndarray:
+        """Bytes from the beginning of `data`; faults where an access is not within the program's own."""
+        at = lanes.address
+        if (at % size).any():
+            run.fail_at(f"a misaligned {what} of {size} bytes", lanes.which[at % size != 0])
+        outside = (at < 0) | (at + size > self.size)
+        if outside.any():
+            run.fail_at(
+                f"a {what} at byte {at[outside][0]} of {self.size} bytes of shared memory", lanes.which[outside]
+            )
+        return at + (lanes.program - 1).astype(np.int64) * self.room
+
+    def load(self, run, lanes: Lanes, width: int, count: int) -> np.ndarray:
+        """-> [lanes, count]."""
+        size = width * count
+        offset = self._offset(run, lanes, size, "load")
+        if self.races:
+            places = self.shadow.places(offset, size)
+            keys, odd = self.shadow.writers_at_odds(places, lanes)
+            if not keys.all():
+                run.fail_at("shared memory is read before it is written", lanes.which[(keys == 0).any(1)])
+            if odd.any():
+                on_its_way = (keys[odd] == IN_FLIGHT).any()
+                why = "an asynchronous copy to it was not waited for" if on_its_way else "and no barrier since"
+                run.fail_at(f"race: {_thread(keys[odd][0])} wrote this shared memory, {why}", lanes.which[odd.any(1)])
+            self.shadow.note_read(places, lanes)
+        return _elements(self.data.view(VECTOR[size])[offset // size], width, count)
+
+    def store(self, run, lanes: Lanes, values: np.ndarray, in_flight: bool = False) -> None:
+        """Values [lanes, count]. in_flight: they arrive later, only shadows change now."""
+        width = values.itemsize
+        size = width * values.shape[1]
+        offset = self._offset(run, lanes, size, "store")
+        if self.races:
+            shadow = self.shadow
+            places = shadow.places(offset, size)
+            _, odd = shadow.writers_at_odds(places, lanes)
+            if odd.any():
+                run.fail_at(
+                    "race: another thread wrote this shared memory, and no barrier since", lanes.which[odd.any(1)]
+                )
+            odd = shadow.readers_at_odds(places, lanes)
+            if odd.any():
+                run.fail_at(
+                    "race: another thread reads this shared memory, and no barrier since", lanes.which[odd.any(1)]
+                )
+            lost = shadow.note_write(places, lanes)
+            if in_flight:
+                shadow.written[places] = IN_FLIGHT
+        self._put(offset, values)
+        if self.races and lost is not None:
+            _check_lost(run, lanes, lost, shadow.written[places], values, self._get(offset, values), "shared memory")
+
+    def land(self, lanes: Lanes, size: int) -> None:
+        """An asynchronous copy of these lanes has been waited for."""
+        if self.races:
+            offset = lanes.address + (lanes.program - 1).astype(np.int64) * self.room
+            self.shadow.written[self.shadow.places(offset, size)] = lanes.key[:, None]
+
+    def _put(self, offset: np.ndarray, values: np.ndarray) -> None:
+        size = values.itemsize * values.shape[1]
+        self.data.view(VECTOR[size])[offset // size] = np.ascontiguousarray(values).view(VECTOR[size])[:, 0]
+
+    def _get(self, offset: np.ndarray, values: np.ndarray) -> np.ndarray:
+        size = values.itemsize * values.shape[1]
+        return _elements(self.data.view(VECTOR[size])[offset // size], values.itemsize, values.shape[1])
+
+
+class Segment:
+    """One allocation of global memory."""
+
+    def __init__(self, base: int, data: np.ndarray, name: str, grain: int):
+        self.base, self.data, self.name, self.grain = base, data, name, grain
+        self.size = data.size
+        self.writable = False  # whether an instruction of the kernel can write to it
+        self.loose = False  # whether races on it are meant
+        self.shadow: Shadow | None = None
+
+    def prepare(self, fine: bool) -> None:
+        """Make the shadows of memory that is written."""
+        self.writable, self.shadow = True, Shadow(self.size, self.grain, fine)
+        count = self.shadow.written.size
+        self.program, self.last, self.first, self.clock, self.read_clock = (np.zeros(count, np.int32) for _ in range(5))
+        room = -(-self.size // 32) * 32
+        self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
+        self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
+
+    def view(self, size: int) -> np.ndarray:
+        """The data as elements of so many bytes."""
+        return self.data[: self.size // size * size].view(VECTOR[size])
+
+
+@dataclass
+class Order:
+    """What programs know of each other by release and acquire: vector clocks."""
+
+    programs: int
+    known: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # program -> the clock of each other one that it has seen
+    released: dict[int, np.ndarray] = field(default_factory=dict)  # address -> the clocks that who acquires there gets
+    clock: dict[int, int] = field(default_factory=dict)
+
+    def of(self, program: int) -> int:
+        """The clock of a program, 1 at first."""
+        return self.clock.get(program, 1)
+
+    def release(self, program: int, address: int) -> None:
+        """`program` releases at an address."""
+        mine = self.known.setdefault(program, np.zeros(self.programs + 1, np.int32))
+        mine[program] = self.of(program)
+        there = self.released.setdefault(address, np.zeros(self.programs + 1, np.int32))
+        np.maximum(there, mine, out=there)
+        self.clock[program] = self.of(program) + 1
+
+    def acquire(self, program: int, address: int) -> None:
+        """`program` acquires at an address."""
+        if address in self.released:
+            mine = self.known.setdefault(program, np.zeros(self.programs + 1, np.int32))
+            np.maximum(mine, self.released[address], out=mine)
+
+    def clocks(self, programs: np.ndarray) -> np.ndarray:
+        """The clock of each."""
+        if not self.clock:
+            return np.ones_like(programs)
+        return np.array([self.of(int(p)) for p in programs], np.int32)
+
+    def unordered(self, program: np.ndarray, other: np.ndarray, clock: np.ndarray) -> np.ndarray:
+        """Which accesses of `other` at its `clock` the `program` cannot know to be over."""
+        if not self.known:
+            return np.ones(program.shape, bool)
+        seen = [
+            o != MANY and p in self.known and self.known[p][o] >= c
+            for p, o, c in zip(program.tolist(), other.tolist(), clock.tolist())
+        ]
+        return ~np.array(seen, bool)
+
+
+class GlobalMemory:
+    """All allocations of a launch."""
+
+    def __init__(self, grain: int, programs: int, races: bool):
+        self.grain, self.races, self.programs = grain, races, programs
+        self.segments: list[Segment] = []
+        self.order = Order(programs)
+        self.pending: list[tuple] = []  # segment, offsets, width, programs: what is not visible yet
+        self.version = 0  # counts what became visible
+        if programs >= 1 << (8 * grain - 1):
+            raise Fault(f"{programs} programs are too many for a kernel that stores {grain} bytes")
+
+    def add(self, data: np.ndarray, name: str) -> Segment:
+        """An allocation."""
+        self.segments.append(Segment((len(self.segments) + 1) << SEGMENT, data, name, self.grain))
+        return self.segments[-1]
+
+    def parts(self, run, lanes: Lanes, size: int, what: str):
+        """(segment, its lanes, offsets, which of all lanes) for each segment that is touched."""
+        at = lanes.address
+        if (at % size).any():
+            run.fail_at(f"a misaligned {what} of {size} bytes", lanes.which[at % size != 0])
+        number = at >> SEGMENT
+        least = int(number.min())
+        one = least == number.max()
+        for n in [least] if one else np.unique(number).tolist():
+            here = slice(None) if one else number == n
+            if not 1 <= n <= len(self.segments):
+                run.fail_at(f"a {what} outside of all allocations, at {int(at[here][0]):#x}", lanes.which[here])
+            segment = self.segments[n - 1]
+            offset = at[here] - segment.base
+            outside = offset + size > segment.size
+            if outside.any():
+                run.fail_at(
+                    f"a {what} outside of {segment.name}, at byte {offset[outside][0]} of {segment.size}",
+                    lanes.which[here][outside],
+                )
+            yield segment, lanes if one else lanes.some(here), offset, here
+
+    def load(self, run, lanes: Lanes, width: int, count: int, strong: bool) -> np.ndarray:
+        """-> [lanes, count]."""
+        size = width * count
+        out = np.empty((lanes.address.size, count), UNSIGNED[width])
+        for segment, some, offset, here in self.parts(run, lanes, size, "load"):
+            raw = segment.view(size)[offset // size]
+            if segment.shadow is not None:
+                if self.races and not strong and not segment.loose:
+                    self._check_load(run, segment, some, segment.shadow.places(offset, size))
+                owner = segment.owner
+                if self.pending:
+                    raw = self._own(segment, some, offset, size, raw, owner)
+            out[here] = _elements(raw, width, count)
+        return out
+
+    def _own(self, segment: Segment, lanes: Lanes, offset, size: int, raw, owner) -> np.ndarray:
+        """What a program has stored itself it sees, visible or not."""
+        if size < segment.grain:  # a part of what is stored at once
+            late = segment.late.view(VECTOR[size])[offset // size]
+            return np.where(owner[offset // segment.grain] == lanes.program, late, raw)
+        grain = SIGNED[segment.grain]
+        owners = _elements(owner.view(VECTOR[size])[offset // size], segment.grain, size // segment.grain).view(grain)
+        mine = owners == lanes.program[:, None].astype(grain)
+        if not mine.any():
+            return raw
+        late = _elements(segment.late.view(VECTOR[size])[offset // size], segment.grain, size // segment.grain)
+        found = np.where(mine, late, _elements(raw, segment.grain, size // segment.grain))
+        return np.ascontiguousarray(found).view(VECTOR[size])[:, 0]
+
+    def _check_load(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
+        program = lanes.program[:, None]
+        writer = segment.program[places]
+        foreign = (writer != 0) & (writer != program)
+        if foreign.any():
+            foreign[foreign] = self.order.unordered(
+                np.broadcast_to(program, places.shape)[foreign], writer[foreign], segment.clock[places][foreign]
+            )
+        if foreign.any():
+            who = _program(run, writer[foreign][0])
+            run.fail_at(f"a plain load of {segment.name}, which {who} in this launch", lanes.which[foreign.any(1)])
+        keys, odd = segment.shadow.writers_at_odds(places, lanes)
+        odd &= writer == program
+        if odd.any():
+            run.fail_at(
+                f"race: {_thread(keys[odd][0])} wrote this of {segment.name}, and no barrier since",
+                lanes.which[odd.any(1)],
+            )
+        segment.shadow.note_read(places, lanes)
+        number = np.broadcast_to(program, places.shape).ravel()
+        at = places.ravel()
+        segment.last[at] = np.maximum(segment.last[at], number)
+        segment.read_clock[at] = self.order.clocks(lanes.program).repeat(places.shape[1])
+        at, mirrored = at[::-1], MANY - number[::-1]
+        segment.first[at] = np.maximum(segment.first[at], mirrored)
+
+    def store(self, run, lanes: Lanes, values: np.ndarray, strong: bool) -> None:
+        """Values [lanes, count] -> pending."""
+        count, width = values.shape[1], values.itemsize
+        size = width * count
+        for segment, some, offset, here in self.parts(run, lanes, size, "store"):
+            self.prepare(run, segment, some)
+            places = segment.shadow.places(offset, size)
+            lost = None
+            if self.races:
+                if not strong and not segment.loose:
+                    self._check_store(run, segment, some, places)
+                lost = self._note_store(segment, some, places, strong)
+            data, late = segment.view(size), segment.late.view(VECTOR[size])
+            at = offset // size
+            if segment.owner[places].any():  # stores to one place keep their order
+                before = _elements(late[at], segment.grain, places.shape[1])
+                waiting = segment.owner[places] != 0
+                now = np.where(waiting, before, _elements(data[at], segment.grain, places.shape[1]))
+                data[at] = np.ascontiguousarray(now).view(VECTOR[size])[:, 0]
+            late[at] = np.ascontiguousarray(values[here]).view(VECTOR[size])[:, 0]
+            segment.owner[places] = some.program[:, None]
+            if lost is not None and not segment.loose and not strong:
+                there = _elements(late[at], width, count)
+                _check_lost(run, some, lost, segment.shadow.written[places], values[here], there, segment.name)
+            elements = offset[:, None] + width * np.arange(count)
+            self.pending.append((segment, elements.ravel() // width, width, np.repeat(some.program, count)))
+
+    def prepare(self, run, segment: Segment, lanes: Lanes) -> None:
+        """Before anything is written to a segment."""
+        if not segment.writable:
+            run.fail_at(f"a store to {segment.name}, which no address of this kernel's stores is made of", lanes.which)
+
+    def _check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
+        program = np.broadcast_to(lanes.program[:, None], places.shape)
+        writer = segment.program[places]
+        foreign = (writer != 0) & (writer != program)
+        if foreign.any():
+            foreign[foreign] = self.order.unordered(program[foreign], writer[foreign], segment.clock[places][foreign])
+        if foreign.any():
+            who = _program(run, writer[foreign][0])
+            run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[foreign.any(1)])
+        last, first = segment.last[places], segment.first[places]
+        first = np.where(first > 0, MANY - first, 0)
+        foreign = (last != 0) & ((last != program) | (first != program))
+        if foreign.any():
+            reader = np.where(last != program, last, first)
+            reader = np.where((last != first) & (last != program) & (first != program), MANY, reader)
+            foreign[foreign] = self.order.unordered(
+                program[foreign], reader[foreign], segment.read_clock[places][foreign]
+            )
+        if foreign.any():
+            run.fail_at(f"a store to {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
+        shadow = segment.shadow
+        odd, what = (writer == program) & shadow.writers_at_odds(places, lanes)[1], "wrote"
+        if not odd.any():
+            what, odd = "reads", (last == program) & shadow.readers_at_odds(places, lanes)
+        if odd.any():
+            run.fail_at(
+                f"race: another thread {what} this of {segment.name}, and no barrier since", lanes.which[odd.any(1)]
+            )
+
+    def _note_store(self, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
+        before, program = segment.program[places], lanes.program[:, None]
+        segment.program[places] = np.where((before != 0) & (before != program), MANY, program) if strong else program
+        segment.clock[places] = self.order.clocks(lanes.program)[:, None]
+        return segment.shadow.note_write(places, lanes)
+
+    def commit(self, chance: np.ndarray, random) -> None:
+        """Make each element that is pending visible with the chance of its program ([programs + 1])."""
+        kept = []
+        for segment, at, width, programs in self.pending:
+            now = random.random(at.size) < chance[programs]
+            if now.any():
+                self.version += 1
+                self._land(segment, at[now], width)
+            if not now.all():
+                left = ~now
+                kept.append((segment, at[left], width, programs[left]))
+        self.pending = kept
+
+    def _land(self, segment: Segment, at: np.ndarray, width: int) -> None:
+        places = segment.shadow.places(at * width, width)
+        mine = segment.owner[places[:, 0]] != 0  # what has landed with a later store to the same place is over
+        at = at[mine]
+        segment.view(width)[at] = segment.late.view(VECTOR[width])[at]
+        segment.owner[places[mine]] = 0
+
+    def atomic(self, run, lanes: Lanes, width: int, function, acquires: bool, releases: bool) -> np.ndarray:
+        """function(number of the lane, old) -> new for each lane in random order, on memory itself -> what was there
+        before.
+        """
+        old = np.zeros(lanes.address.size, UNSIGNED[width])
+        for segment, some, offset, here in self.parts(run, lanes, width, "atomic"):
+            self.prepare(run, segment, some)
+            if segment.owner[segment.shadow.places(offset, width)].any():
+                self.commit(np.ones(self.programs + 1), run.random)
+            view = segment.view(width)
+            numbers = np.arange(old.size)[here]
+            for i in run.random.permutation(numbers.size):
+                program, address, place = int(some.program[i]), int(some.address[i]), int(offset[i]) // width
+                old[numbers[i]] = view[place]
+                if acquires:
+                    self.order.acquire(program, address)
+                if releases:
+                    self.order.release(program, address)
+                view[place] = function(numbers[i], view[place])
+            if self.races and not segment.loose:
+                self._note_store(segment, some, segment.shadow.places(offset, width), True)
+        self.version += 1
+        return old
+
+
+def _elements(raw: np.ndarray, width: int, count: int) -> np.ndarray:
+    """Vectors [lanes] -> their elements [lanes, count]."""
+    return np.ascontiguousarray(raw).view(UNSIGNED[width]).reshape(raw.shape[0], count)
+
+
+def _thread(key: int) -> str:
+    return f"warp {(int(key) & 1023) // 32}, lane {int(key) & 31}"
+
+
+def _program(run, number: int) -> str:
+    return "several programs write" if number == MANY else f"program {run.launch.index[int(number) - 1]} writes"
+
+
+def _check_lost(run, lanes: Lanes, lost, keys, values, found, name: str) -> None:
+    """Two threads of one store at one place: of other warps a race; of one warp it must be the same value."""
+    other = lost & ((keys ^ lanes.key[:, None]) & 0x3E0 != 0)
+    if other.any():
+        run.fail_at(f"race: two warps write the same of {name}", lanes.which[other.any(1)])
+    unequal = lost.any(1) & (values != found).any(1)
+    if unequal.any():
+        run.fail_at(f"race: lanes of a warp write other values to the same place of {name}", lanes.which[unequal])
