@@ -370,7 +370,7 @@ class GlobalMemory:
             if self.races:
                 if not strong and not segment.loose:
                     self._check_store(run, segment, some, places)
-                lost = self._note_store(segment, some, places, strong)
+                lost = self._note_store(run, segment, some, places, strong)
             data, late = segment.view(size), segment.late.view(VECTOR[size])
             at = offset // size
             if segment.owner[places].any():  # stores to one place keep their order
@@ -420,10 +420,14 @@ class GlobalMemory:
                 f"race: another thread {what} this of {segment.name}, and no barrier since", lanes.which[odd.any(1)]
             )
 
-    def _note_store(self, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
+    def _note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
         before, program = segment.program[places], lanes.program[:, None]
         segment.program[places] = np.where((before != 0) & (before != program), MANY, program) if strong else program
         segment.clock[places] = self.order.clocks(lanes.program)[:, None]
+        lost = segment.program[places] != program
+        if lost.any() and not strong and not segment.loose:
+            who = _program(run, segment.program[places][lost][0])
+            run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[lost.any(1)])
         return segment.shadow.note_write(places, lanes)
 
     def commit(self, chance: np.ndarray, random) -> None:
@@ -466,7 +470,7 @@ class GlobalMemory:
                     self.order.release(program, address)
                 view[place] = function(numbers[i], view[place])
             if self.races and not segment.loose:
-                self._note_store(segment, some, segment.shadow.places(offset, width), True)
+                self._note_store(run, segment, some, segment.shadow.places(offset, width), True)
         self.version += 1
         return old
 

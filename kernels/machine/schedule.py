@@ -368,6 +368,8 @@ class Run:
     def _branch(self, x, mask, following: int, steps: int) -> int | None:
         """-> where all go on; None where they part, or wait."""
         launch, rows = self.launch, self.rows
+        if x.target < following and steps > launch.schedule.budget:  # a loop with no stop in it
+            self._count(steps)
         every = mask is None or (mask.all() if self.active is None else (mask == self.active).all())
         if every or not mask.any():
             if x.spins and every:

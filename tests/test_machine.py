@@ -1,0 +1,417 @@
+"""The machine for PTX as an adversary: its memory, its schedules, and the mistakes it must find, in small kernels and
+planted in those of this library. (Single instructions: test_machine_instructions.py)
+"""
+
+import re
+
+import pytest
+import torch
+
+from rnn_gpu.kernels.machine import Fault, on_machine, running
+from rnn_gpu.kernels.machine.library import MEANT
+from tests.problems import Problem, assert_right, plans, run
+from tests.ptx import launch
+
+pytestmark = [pytest.mark.compiled]
+
+
+def zeros(count: int = 64) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
+# ---- What programs see of each other ---------------------------------------------------------------------------------
+
+# Program 0 writes what program 1 reads, in two places; program 1 keeps what it saw, flag first. $...: what varies.
+PASS_ON = """
+.reg .pred first, again; .reg .b32 program, flag, data; .reg .b64 own;
+setp.ne.u32 first, tid, 0; @first bra END;
+mov.u32 program, %ctaid.x; setp.ne.u32 first, program, 0; @first bra READ;
+$STORE_DATA.b32 [%rd0], 42; $BETWEEN $STORE_FLAG.b32 [%rd0+128], 1; bra END;
+READ: $LOAD_FLAG.b32 flag, [%rd0+128]; setp.eq.u32 again, flag, 0; $AGAIN
+$LOAD_DATA.b32 data, [%rd0]; st.global.v2.b32 [%rd1], {flag, data};
+END:
+"""
+
+
+def passed_on(seed: int, again: bool = True, **parts: str) -> tuple[int, int]:
+    """Flag and data as program 1 saw them."""
+    known = dict(
+        store_data="st.global",
+        store_flag="st.global",
+        load_flag="ld.volatile.global",
+        between="",
+        load_data="ld.volatile.global",
+    )
+    code = PASS_ON.replace("$AGAIN", "@again bra READ;" if again else "")
+    for name, text in (known | parts).items():
+        code = code.replace(f"${name.upper()}", text)
+    buffer, out = zeros(), zeros(2)
+    launch(code, [buffer, out], grid=2, seed=seed)
+    return tuple(out.tolist())
+
+
+def test_stores_of_a_thread_are_seen_in_any_order():
+    """Catches a memory too kind: a reader that trusts a flag must be seen to fail."""
+    assert {passed_on(seed) for seed in range(30)} == {(1, 0), (1, 42)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"between": "fence.acq_rel.gpu;"},
+        {"between": "membar.gl;"},
+        {"store_flag": "st.release.gpu.global"},
+        {"store_flag": "red.release.gpu.global.add"},
+    ],
+    ids=lambda p: next(iter(p.values())),
+)
+def test_fences_and_releases_order_stores(parts):
+    """Catches a fence that does nothing."""
+    assert {passed_on(seed, **parts) for seed in range(30)} == {(1, 42)}
+
+
+def test_a_plain_load_of_what_another_program_writes_is_a_fault():
+    """Catches polls, or anything else, that a cache may serve: whichever comes first, the load or the store."""
+    for seed in range(5):
+        with pytest.raises(Fault, match="plain"):
+            passed_on(seed, load_data="ld.global")
+        with pytest.raises(Fault, match="plain"):
+            passed_on(seed, again=False, load_flag="ld.global.cg")
+
+
+def test_what_was_released_and_acquired_may_be_loaded_plainly():
+    """Catches false alarms where programs hand data on as PTX wants it."""
+    for seed in range(10):
+        assert passed_on(
+            seed, store_flag="st.release.gpu.global", load_flag="ld.acquire.gpu.global", load_data="ld.global"
+        ) == (1, 42)
+
+
+def test_a_program_sees_its_own_stores_at_once():
+    """Catches a delay where there must be none, in part of an element too."""
+    for seed in range(5):
+        out = zeros()
+        launch(
+            """
+            .reg .b32 x, y; .reg .b16 h; mad.wide.u32 offset, tid, 4, %rd0;
+            mov.b32 x, 0x12345678; st.global.b32 [offset], x;
+            ld.volatile.global.b32 y, [offset]; ld.global.b16 h, [offset+2];
+            cvt.u32.u16 x, h; xor.b32 x, x, y; st.global.b32 [offset], x;
+            """,
+            [out],
+            seed=seed,
+            delay=0.01,
+        )
+        assert (out[:32] == 0x12345678 ^ 0x1234).all()
+
+
+def test_a_vector_is_torn_between_its_elements_and_no_element_is():
+    """Catches vectors that land whole, so that a reader of one word seems to do."""
+    seen = set()
+    for seed in range(40):
+        buffer, out = zeros(), zeros(4)
+        launch(
+            """
+            .reg .pred p; .reg .b32 program, x<4>;
+            setp.ne.u32 p, tid, 0; @p bra END;
+            mov.u32 program, %ctaid.x; setp.ne.u32 p, program, 0; @p bra READ;
+            st.global.v4.b32 [%rd0], {-1, -1, -1, -1}; bra END;
+            READ: ld.volatile.global.v4.b32 {x0, x1, x2, x3}, [%rd0];
+            or.b32 program, x0, x1; or.b32 program, program, x2; or.b32 program, program, x3;
+            setp.eq.u32 p, program, 0; @p bra READ;
+            st.global.v4.b32 [%rd1], {x0, x1, x2, x3};
+            END:
+            """,
+            [buffer, out],
+            grid=2,
+            seed=seed,
+        )
+        assert set(out.tolist()) <= {0, -1}
+        seen.add(tuple(out.tolist()))
+    assert len(seen) > 4
+
+
+def test_two_programs_that_write_the_same_are_a_fault():
+    """Catches a tile that two programs own."""
+    with pytest.raises(Fault, match=r"which program .* writes too"):
+        launch("mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], tid;", [zeros()], grid=2)
+
+
+# ---- Within a program ------------------------------------------------------------------------------------------------
+
+EXCHANGE = """
+.reg .b32 mine, other, x; shl.b32 mine, tid, 2; xor.b32 other, mine, $DISTANCE;
+st.shared.b32 [mine], tid; $BARRIER ld.shared.b32 x, [other]; $AFTER st.shared.b32 [mine], x;
+mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], x;
+"""
+
+
+@pytest.mark.parametrize(("distance", "barrier"), [(128, "bar.sync 0;"), (4, "bar.warp.sync -1;"), (4, "bar.sync 0;")])
+def test_threads_with_a_barrier_between_them(distance, barrier):
+    """Catches false alarms, and barriers that do not wait."""
+    for seed in range(5):
+        out = zeros()
+        code = EXCHANGE.replace("$DISTANCE", str(distance)).replace("$BARRIER", barrier).replace("$AFTER", barrier)
+        launch(code, [out], warps=2, shared=256, seed=seed)
+        assert torch.equal(out, torch.arange(64, dtype=torch.int32) ^ (distance // 4))
+
+
+@pytest.mark.parametrize(
+    ("distance", "barrier", "after", "why"),
+    [
+        (128, "", "bar.sync 0;", "read before it is written|race"),
+        (128, "bar.warp.sync -1;", "bar.sync 0;", "read before it is written|race"),
+        (128, "bar.sync 0;", "", "race: another thread reads"),
+        (128, "bar.sync 0;", "bar.warp.sync -1;", "race: another thread reads"),
+        (4, "", "bar.sync 0;", "race: warp . lane"),
+        (4, "bar.sync 0;", "", "race: another thread reads"),
+    ],
+)
+def test_threads_without_one_are_a_fault(distance, barrier, after, why):
+    """Catches races between warps, and between the lanes of one warp, whichever order they happened to come in."""
+    code = EXCHANGE.replace("$DISTANCE", str(distance)).replace("$BARRIER", barrier).replace("$AFTER", after)
+    for seed in range(5):
+        with pytest.raises(Fault, match=why.replace("warp . lane", "warp ., lane")):
+            launch(code, [zeros()], warps=2, shared=256, seed=seed)
+
+
+def test_a_race_in_global_memory_within_a_program_is_a_fault():
+    """Catches a store that another warp reads with no barrier between."""
+    code = """
+    .reg .b32 x, y; mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], tid; $
+    xor.b32 y, tid, 32; mad.wide.u32 offset, y, 4, %rd0; ld.global.b32 x, [offset];
+    """
+    launch(code.replace("$", "bar.sync 0;"), [zeros()], warps=2)
+    for seed in range(5):
+        with pytest.raises(Fault, match="race: "):
+            launch(code.replace("$", ""), [zeros()], warps=2, seed=seed)
+
+
+def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
+    """Catches a wait_group that is left out, and one that leaves a group too many."""
+    code = """
+    .reg .b32 to, x; shl.b32 to, tid, 4; mad.wide.u32 offset, tid, 16, %rd0;
+    cp.async.cg.shared.global [to], [offset], 16; cp.async.commit_group; cp.async.commit_group; $
+    bar.sync 0; ld.shared.b32 x, [to];
+    """
+    launch(code.replace("$", "cp.async.wait_group 1;"), [zeros(128)], shared=512)
+    for wait in ("", "cp.async.wait_group 2;"):
+        with pytest.raises(Fault, match="not waited for"):
+            launch(code.replace("$", wait), [zeros(128)], shared=512)
+
+
+# ---- Addresses, barriers and waits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (
+            "mad.wide.u32 offset, tid, 8, %rd0; st.global.b32 [offset+4], tid;",
+            "store outside of argument 0, at byte 132 of 128",
+        ),
+        ("mad.wide.u32 offset, tid, 4, %rd0; ld.global.b32 x, [offset+-4];", "load outside of all allocations"),
+        ("mad.wide.u32 offset, tid, 4, %rd0; ld.global.v2.b32 {x, y}, [offset];", "misaligned load of 8 bytes"),
+        ("shl.b32 x, tid, 2; st.shared.b32 [x+4], tid;", "store at byte 128 of 128"),
+        ("mov.b32 x, 2; st.shared.b32 [x], tid;", "misaligned store of 4 bytes"),
+        ("atom.global.add.u32 x, [%rd0+128], 1;", "atomic outside of argument 0"),
+        ("ld.shared.b32 x, [global_smem];", "read before it is written"),
+        ("setp.lt.u32 p, tid, 5; @p bar.sync 0;", "lanes of a warp"),
+        ("setp.lt.u32 p, tid, 5; @p bra AWAY; bar.sync 0; AWAY:", "only some lanes"),
+        ("setp.lt.u32 p, tid, 5; @p shfl.sync.bfly.b32 x, tid, 1, 31, -1;", "only some lanes"),
+        (
+            "setp.lt.u32 p, tid, 5; @p bra ONE; vote.sync.any.pred p, p, -1; ONE: redux.sync.or.b32 x, tid, -1;",
+            "only some lanes",
+        ),
+        ("shfl.sync.bfly.b32 x, tid, 1, 31, 0xffff;", "mask of some lanes"),
+        (
+            "setp.lt.u32 p, tid, 32; @p bra AWAY; bar.sync 0; AWAY:",
+            "a barrier that some warps of the program never reach",
+        ),
+        ("AGAIN: ld.volatile.global.b32 x, [%rd0]; setp.eq.u32 p, x, 0; @p bra AGAIN;", "what nobody writes any more"),
+        ("AGAIN: add.s32 x, x, 1; bra AGAIN;", "no end after"),
+        ("trap;", "the kernel traps"),
+    ],
+)
+def test_faults(code, why):
+    """Catches a mistake that runs on, and a message that does not say what it is, where, and how to see it again."""
+    with pytest.raises(Fault, match=why) as error:
+        launch(
+            ".reg .pred p; .reg .b32 x, y;" + code, [zeros(32)], warps=2, shared=128, seed=7, budget=5000, patience=200
+        )
+    text = str(error.value)
+    assert "program (0, 0, 0), warp" in text and "kernel probe" in text and "seed=7" in text
+    named = re.search(r"warp \d.*?: (.*)\n  from", text)[1]
+    assert named == "ret" or named in code
+
+
+def test_lanes_that_part_meet_again():
+    """Catches divergence that loses lanes, loops of other lengths in each lane included."""
+    for seed in range(5):
+        out = zeros()
+        launch(
+            """
+            .reg .pred p; .reg .b32 n, sum; mov.b32 n, tid; mov.b32 sum, 0;
+            AGAIN: setp.eq.u32 p, n, 0; @p bra DONE; add.s32 sum, sum, n; sub.s32 n, n, 1; bra AGAIN;
+            DONE: shfl.sync.bfly.b32 n, sum, 1, 31, -1; mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], n;
+            """,
+            [out],
+            warps=2,
+            seed=seed,
+        )
+        expected = [(i ^ 1) * ((i ^ 1) + 1) // 2 for i in range(64)]
+        assert out.tolist() == expected
+
+
+# ---- Schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_a_launch():
+    """Catches a failure that cannot be seen again, and seeds that change nothing."""
+    problem = Problem("rnn_tanh", 40, 3, 3, torch.float16)
+    both = plans(problem, units=16)
+    logs = []
+    for seed in (1, 1, 2):
+        with on_machine(seed=seed) as log:
+            run(problem, both)
+        logs.append(log)
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_contexts_open_and_close(monkeypatch):
+    """Catches launches that stay on the machine after its context, and settings that are passed over."""
+    assert not running()
+    with on_machine():
+        assert running()
+        with on_machine(arch=80):
+            pass
+        assert running()
+    assert not running()
+    with pytest.raises(TypeError, match="unexpected"), on_machine(speed=3):
+        pass
+
+
+def test_what_is_meant_is_said():
+    """Catches a race that is excused without a reason."""
+    assert {m.argument for m in MEANT} <= {"status", "x_part"} and all(len(m.why) > 40 for m in MEANT)
+
+
+# ---- Mistakes planted in our kernels ---------------------------------------------------------------------------------
+
+PROBLEM = Problem("lstm", 64, 13, 4, torch.bfloat16)
+BARRIER = re.compile(r"\n\tbar\.sync[^;]*;")
+POLL = r"ld\.(?:volatile|relaxed\.gpu)\.global"
+
+
+def changed(text: str, pattern: str, replacement, count: int = 0) -> str:
+    """re.sub that must change something."""
+    result = re.sub(pattern, replacement, text, count=count)
+    if result == text:
+        raise LookupError(f"nothing in the PTX looks like {pattern!r}: plant the mistake in another way")
+    return result
+
+
+def loop_of(text: str) -> tuple[int, int]:
+    """The time loop: from the label that the last branch back goes to, to that branch."""
+    labels = {m[1]: m.start() for m in re.finditer(r"^(\$L__BB\w+):", text, re.M)}
+    spans = []
+    for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\w+);", text):
+        if labels.get(m[1], m.start()) < m.start():
+            spans.append((m.start() - labels[m[1]], labels[m[1]], m.start()))
+    return max(spans)[1:]
+
+
+def without_barrier(number: int):
+    def edit(text: str) -> str:
+        begin, end = loop_of(text)
+        found = [m for m in BARRIER.finditer(text) if begin < m.start() < end]
+        m = found[number % len(found)]
+        return text[: m.start()] + text[m.end() :]
+
+    return edit
+
+
+def first_words_lost(text: str) -> str:
+    """Every other publishing store writes the neighbour of its place."""
+    stores = list(re.finditer(r"st\.global\.cg\.b16 \[ (%rd\d+) \+ 0 \]|st\.global\.cg\.b16 \[(%rd\d+)\]", text))
+    if not stores:
+        raise LookupError("no publishing stores of 16 bits")
+    m = stores[0]
+    return text[: m.start()] + m[0].replace("]", "+2 ]").replace("+ 0 +2", "+ 2") + text[m.end() :]
+
+
+def publish_late(text: str) -> str:
+    """The publishing stores stand at the end of the step behind, that is: they never come before the next wait."""
+    begin, end = loop_of(text)
+    stores = re.findall(r"\n\t(?:@%p\d+ )?st\.global\.cg[^;]*;", text[begin:end])
+    if not stores:
+        raise LookupError("nothing is published in the loop")
+    body = text[begin:end]
+    for store in stores:
+        body = body.replace(store, "", 1)
+    return text[:begin] + body + text[end:]
+
+
+def swapped_rows(text: str) -> str:
+    return changed(text, r"(mma\.sync\S+ \{[^}]*\}, \{) ?(%r\d+), (%r\d+)", r"\1 \3, \2")
+
+
+MISTAKES = {  # name -> the mistake, and what is to be said of it
+    "barrier 0 of a step left out": (without_barrier(0), "race"),
+    "barrier 1 of a step left out": (without_barrier(1), "race"),
+    "the last barrier of a step left out": (without_barrier(-1), "race"),
+    "polls may be served by a cache": (lambda t: changed(t, POLL, "ld.global"), "plain"),
+    "half of what is published is lost": (first_words_lost, "Error|nobody writes|race|too"),
+    "published by nobody": (publish_late, "nobody writes"),
+    "rows of a fragment exchanged": (swapped_rows, "AssertionError"),
+    "a product in part of a warp": (lambda t: changed(t, r"\t(mma\.sync)", r"\t@%p1 \1", 1), "only some lanes"),
+    "a misaligned vector": (
+        lambda t: changed(t, POLL + r"(\.v4\.b32 [^\[]*\[ ?%rd\d+) ?(?:\+ ?0)? ?\]", r"ld.volatile.global\1+4]", 1),
+        "misaligned",
+    ),
+    "a store out of bounds": (
+        lambda t: changed(t, r"(st\.global\.cg\.\S+ \[ ?%rd\d+) ?(?:\+ ?0)? ?\]", r"\1+1073741824]", 1),
+        "store outside of",
+    ),
+}
+
+
+def outcome(edit, seed: int, problem: Problem = PROBLEM, **schedule) -> str:
+    """What the machine says of the kernels with a mistake in them: "right", or what is wrong."""
+    try:
+        with on_machine(seed=seed, edit=edit, budget=60_000, patience=500, **schedule):
+            assert_right(problem, run(problem, plans(problem, units=16)))
+    except (Fault, AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return "right"
+
+
+def only_ours(edit):
+    """An edit for the recurrence; the kernels that prepare for it stay as they are."""
+    return lambda text: edit(text) if re.search(r"\.entry (forward|backward)\(", text) else text
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_control_a_planted_mistake_is_found(name):
+    """Catches a machine that is too kind for this mistake."""
+    edit, said = MISTAKES[name]
+    found = [outcome(only_ours(edit), seed) for seed in range(2)]
+    assert any(re.search(said, text) for text in found), found
+
+
+def test_control_without_a_mistake_all_is_right():
+    """Catches controls that show nothing, because whatever runs in them fails."""
+    assert [outcome(None, seed) for seed in range(2)] == ["right", "right"]
+
+
+def test_a_bound_of_zero_and_a_program_that_is_left_out_are_found(monkeypatch):
+    """Catches waits that are not needed in these controls."""
+    from rnn_gpu.kernels import launch as launchers
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launchers, "WAIT_LIMIT", 0)
+        assert "did not end" in outcome(None, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(launchers, "WAIT_LIMIT", 200)
+        left_out = lambda name, index: name == "forward" and index == (1, 0, 0)
+        assert "did not end" in outcome(None, 1, leave_out=left_out)
