@@ -166,12 +166,13 @@ class Launch:
         idle = 0
         while (ready := np.flatnonzero(self.status == READY)).size:
             self.counts.draws += 1
-            rows, news = self._draw(ready)
-            version, before = self.memory.version, len(self.memory.pending)
+            rows = self._draw(ready)
+            before = self.memory.version, self.counts.barriers, ready.size
             Run(self, rows).go()
             if self.memory.pending:
                 self.memory.commit(self.chance, self.random)
-            idle = 0 if news or before or self.memory.version != version else idle + 1
+            now = self.memory.version, self.counts.barriers, int((self.status == READY).sum())
+            idle = idle + 1 if now == before and not self.memory.pending else 0
             if idle > self.schedule.patience:
                 raise Fault(
                     self.message("all warps wait for what nobody writes any more", rows[0], None, int(self.at[rows[0]]))
@@ -184,12 +185,11 @@ class Launch:
         self.memory.commit(np.ones(len(self.index) + 1), self.random)
         self.counts.most = int(self.count.max(initial=0))
 
-    def _draw(self, ready: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Warps that go on together, and whether they do more than wait."""
+    def _draw(self, ready: np.ndarray) -> np.ndarray:
+        """Warps that go on together; mostly such as do more than wait for news that there is not."""
         random = self.random
         fresh = ready[self.seen[ready] != self.memory.version]
-        news = fresh.size > 0
-        if news and random.random() < 0.98:
+        if fresh.size and random.random() < 0.98:
             ready = fresh
         part = 1.0 if random.random() < 0.5 else random.uniform(0.05, 1.0)
         chosen = random.random(len(self.index)) < part * self.pace
@@ -201,7 +201,7 @@ class Launch:
         # a place where many stand, or where those stand who are furthest behind
         leader = some[random.integers(some.size)] if random.random() < 0.5 else some[np.argmin(self.count[some])]
         same = (self.at[some] == self.at[leader]) & (self.parted[some] == self.parted[leader])
-        return some[same], news
+        return some[same]
 
     def settle(self, rows: np.ndarray) -> None:
         """Decide for warps whose lanes have parted where each goes on: together, where all lanes are at one place."""
