@@ -52,7 +52,7 @@ from .program import (
     within,
     zero_where,
 )
-from .tiles import lone_result, over_warps, side_by_side
+from .tiles import copies, lone_result, over_warps, side_by_side
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def hidden_part(W, p, bound, one, C: tl.constexpr):
     held, sums = (), ()
     for tile in tl.static_range(tile_count(C.G, C.PER)):
         zeros = tl.zeros((C.S, C.PER * C.UB, C.NB), tl.float32)
-        held = held + (multiply_held((zeros,), W, tile, 1, words, C),)
+        held = held + (multiply_held((zeros,), W, tile, 1, copies(words, tile), C),)
     for tile in tl.static_range(len(held)):
         sums = sums + multiply_streamed(held[tile], W, tile, 1, p, bound, one, C)
     sums = side_by_side(sums, len(sums), C.S, C.PER, C.UB, C.NB)

@@ -29,7 +29,7 @@ import triton.language as tl
 
 WORDS = 16  # 32-bit words of K a chunk and warp: 4 lanes x 16 bytes
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-LAYOUT = tl.constexpr(36 if _VERSION <= (3, 6) else 37 if _VERSION <= (3, 7) else 38)
+LAYOUT = tl.constexpr(36 if _VERSION <= (3, 6) else 37 if _VERSION <= (3, 7) else 38 if _VERSION <= (3, 8) else 39)
 
 
 @triton.constexpr_function
@@ -83,18 +83,24 @@ def chunk_columns(S: tl.constexpr, N: tl.constexpr):
     return along(S, 1, 4) * N + along(N, 3, 4)
 
 
+@triton.constexpr_function
+def wide(BITS):
+    """Whether operands that went through `tl.join` are twice as wide: 4 values of 16 bits, 2 of 32."""
+    return LAYOUT.value <= (38 if BITS == 16 else 37)
+
+
 @triton.jit
-def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr = LAYOUT != 38):
+def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, JOINED: tl.constexpr = True):
     """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction.
 
-    WIDE: operands are twice as wide, 4 values of 16 bits and 2 of 32. Weight and state must agree: lone tiles pass
-    False, because the compiler makes operands wide only where one of the two went through `tl.join`.
+    JOINED: the state went through `tl.join`. The compiler then makes operands twice as wide (`wide`); weight and state
+    must agree. Lone tiles pass False.
     """
-    if K == 16 and not WIDE:  # 32-bit values: lane, pair, half -> pair, half, lane
+    if K == 16 and not (JOINED and wide(32)):  # 32-bit values: lane, pair, half -> pair, half, lane
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 4, 2)
     elif K == 16:
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 2, 4)
-    elif not WIDE:
+    elif not (JOINED and wide(16)):
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
     else:
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5)
@@ -267,6 +273,23 @@ def to_tf32(x):
     bits set.
     """
     return tl.where(x == x, rounded_to_tf32(x.to(tl.int32, bitcast=True)), x)
+
+
+@triton.constexpr_function
+def copy_assembly(NUMBER):
+    """PTX: a move, of another text for each number."""
+    return f"{{ .reg .b32 copy{NUMBER}; mov.b32 $0, $1; }}"
+
+
+@triton.jit
+def copies(words, NUMBER: tl.constexpr):
+    """The words, as if they were others: Triton 3.8 would lay out anew, through shared memory, what a second product
+    uses. The assembler drops the moves.
+    """
+    out = ()
+    for i in tl.static_range(len(words)):
+        out = out + (tl.inline_asm_elementwise(copy_assembly(NUMBER), "=r,r", [words[i]], tl.int32, True, 1),)
+    return out
 
 
 @triton.jit
