@@ -8,33 +8,37 @@ compiled; most of a launch's time on the host. What it finds is called the same 
 import triton
 
 from .interpreter import interpreting
+from .machine_code import untested
 
-# Versions whose compiled kernels are called as below: seen in their source, and compared by a test with what Triton
-# itself hands over.
-KNOWN = ("3.6", "3.7", "3.8")
-_known = triton.__version__.rpartition(".")[0] in KNOWN and not interpreting()
+# Whether compiled kernels are called as below: seen in the source of the versions that the kernels were tried with, and
+# compared by a test with what Triton itself hands over.
+_known = not untested() and not interpreting()
 
 
 class Prepared:
     """A kernel with its compile-time arguments, and with the options it is compiled with.
 
     All launches of one `Prepared` must have arguments of the same types, None at the same places, the same device, and
-    addresses that are multiples of 16 where the kernel's are specialized on that.
+    addresses that are multiples of 16 where the kernel's are specialized on that. check: it is given
+    the compiled kernel before the first launch.
     """
 
-    def __init__(self, kernel, constants: dict, options: dict):
+    def __init__(self, kernel, constants: dict, options: dict, check=None):
         self.kernel, self.keywords = kernel, constants | options
         count = len(kernel.arg_names) - len(constants)
         assert set(kernel.arg_names[count:]) == set(constants), "compile-time arguments come last"
         self.names = tuple(kernel.arg_names[:count])
         self.tail = tuple(constants[name] for name in kernel.arg_names[count:])
-        self.compiled = None
+        self.compiled, self.check = None, check
 
     def launch(self, grid: tuple[int, int, int], stream: int | None, arguments: tuple) -> None:
         """Launch on a stream of the current device, None in the interpreter; arguments: all but the compile-time
         ones.
         """
         compiled = self.compiled
+        if self.check is not None:
+            self.check(self.kernel.warmup(*arguments, grid=grid, **self.keywords))
+            self.check = None
         if compiled is None or _hooked():
             compiled = self.kernel[grid](*arguments, **self.keywords)
             self.compiled = compiled if _known and _callable_directly(compiled) else None

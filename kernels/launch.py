@@ -6,6 +6,7 @@ padded H, E slots.
 """
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from . import backward as backward_kernel
 from . import cells, interpreter, machine, prepare
 from . import forward as forward_kernel
 from .direct import Prepared
+from .machine_code import complain, untested
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, WAIT_LIMIT, itemsize, padded, runs_backwards
@@ -146,7 +148,10 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
         (begin, (plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets))
         for begin in range(0, rows.batch, each * plan.batch_slices)
     )
-    return _Ready(plan, Prepared(kernel, constants(plan, reversed_sets), options(plan)), launches)
+    check = None
+    if untested() and not interpreter.interpreting():
+        check = functools.partial(complain, alone=plan.alone)
+    return _Ready(plan, Prepared(kernel, constants(plan, reversed_sets), options(plan), check), launches)
 
 
 def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict) -> None:

@@ -50,6 +50,9 @@ CELLS = {
     )
 }
 
+# Releases of Triton that all kernels have been compiled and counted with, on sm_80 to sm_120.
+TRITON_VERSIONS = ("3.6", "3.7", "3.8")
+
 DTYPES = ("float32", "float16", "bfloat16")  # what the kernels compute in
 
 

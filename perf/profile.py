@@ -58,6 +58,8 @@ def plans_of(case: Case, device, precision: str | None) -> list[Plan]:
 
 def static_split(p: Plan, arch: int) -> str:
     """What a warp issues in a time step of a plan's kernel, by kind, and what leaving out a stage saves."""
+    from rnn_gpu.kernels import machine_code
+
     from . import resources, variants
 
     whole = resources.compile_plan(p, arch)
@@ -70,7 +72,7 @@ def static_split(p: Plan, arch: int) -> str:
     for kind, names in KINDS.items():
         count = whole.count(*(names or resources.TENSOR_CORE))
         if kind == "polls":  # the other loads bring the input part, or what the forward has saved
-            polls = sum(map(resources.is_poll, whole.step))
+            polls = sum(map(machine_code.is_poll, whole.step))
             lines += [f"    {'polls':28}{polls:6}", f"    {'other loads':28}{count - polls:6}"]
         else:
             lines.append(f"    {kind:28}{count:6}")

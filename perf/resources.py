@@ -18,11 +18,10 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 
+from rnn_gpu.kernels.machine_code import machine_code, name_of, time_loop
 from rnn_gpu.kernels.plan import DEVICES, Plan, Problem, exchanging_plans, plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 
@@ -94,72 +93,9 @@ class Resources:
         }
 
 
-def is_poll(instruction: str) -> bool:
-    """A load at the scope of the GPU: one that asks whether a state has been published."""
-    return re.search(r"\bLDG\S*\.STRONG\.GPU", instruction) is not None
-
-
-def is_publish(instruction: str) -> bool:
-    """The store (`.cg`) that publishes."""
-    return re.search(r"\bSTG\S*\.STRONG\.GPU", instruction) is not None
-
-
 @functools.cache
 def _counts(instructions: tuple[str, ...]) -> collections.Counter:
     return collections.Counter(name_of(instruction) for instruction in instructions)
-
-
-def name_of(instruction: str) -> str:
-    """`@P0 LDG.E.128 R4, ...` -> `LDG`."""
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
-
-
-def machine_code(cubin: bytes) -> tuple[str, str]:
-    """The resource usage and the disassembly of a kernel, from the tools inside the Triton wheel."""
-    import triton
-
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        with open(path, "wb") as file:
-            file.write(cubin)
-        commands = ["cuobjdump", "--dump-resource-usage", path], ["nvdisasm", "-c", "-hex", path]
-        usage, code = (
-            subprocess.run([os.path.join(tools, c[0]), *c[1:]], capture_output=True, text=True, check=True).stdout
-            for c in commands
-        )
-    return usage, code
-
-
-def time_loop(disassembly: str) -> tuple[list[str], list[tuple[int, int]], int, int]:
-    """All instructions, their scoreboards (Resources), and the first and one past the last of the time loop.
-
-    A loop is what stands between a label and a branch back to it; the time loop is the shortest one with the most
-    publishing stores (the compiler may have taken the first step out of it). The loops inside it, which poll again,
-    hold copies of the polls, and those of streamed weights; all count once.
-    """
-    code, scoreboards, labels = [], [], {}
-    for line in disassembly.splitlines():
-        if line.startswith("."):
-            labels[line.strip().rstrip(":")] = len(code)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            code.append(found[1])
-        elif found := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", line):
-            # The upper half of an instruction; from bit 41 on: stall 4, yield 1, scoreboards set when the result is
-            # written 3 and when operands are read 3, mask of those waited for 6.
-            control = int(found[1], 16) >> 41
-            scoreboards.append((control >> 5 & 7, control >> 11 & 63))
-    spans = []
-    for last, instruction in enumerate(code):
-        target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction)
-        first = labels.get(target[1], last + 1) if target else last + 1
-        published = sum(map(is_publish, code[first : last + 1]))
-        if published:
-            spans.append((-published, last + 1 - first, first, last + 1))
-    if not spans:
-        raise ValueError("no loop that publishes in the machine code")
-    _, _, begin, end = min(spans)
-    return code, scoreboards, begin, end
 
 
 def signature(p: Plan, rows: str = "dense") -> dict:

@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from .kernels import machine
 from .kernels import plan as planning
-from .kernels.spec import CELLS, choice_from_environment, integer_from_environment
+from .kernels.spec import CELLS, TRITON_VERSIONS, choice_from_environment, integer_from_environment
 
 Backend = Literal["auto", "triton", "torch"]
 Memory = Literal["full", "lean"]
@@ -239,6 +239,27 @@ def triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
+@functools.cache
+def triton_untested() -> str | None:
+    """Why "auto" leaves the kernels alone with the Triton that is installed, or None; says so once.
+
+    Another version may lay tensors out in another way, which is slow, or move a wait, which would be an error. Backend
+    "triton" looks for both in the machine code of each kernel before its first launch.
+    """
+    if triton_missing():
+        return None
+    from .kernels import machine_code
+
+    if not machine_code.untested():
+        return None
+    tried = f"{TRITON_VERSIONS[0]} to {TRITON_VERSIONS[-1]}"
+    reason = f"its kernels have been tried with Triton {tried}, not with {machine_code.triton.__version__}"
+    logger.warning(
+        "rnn_gpu: PyTorch's own kernels serve all layers: %s. Backend 'triton' takes them all the same", reason
+    )
+    return reason
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, or the machine for PTX, so that they take CPU tensors."""
     as_triton_reads_it = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -387,7 +408,7 @@ def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wante
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
     the batch would be compiled anew for every size. wanted: the backend in force; "triton" compares with nothing.
     """
-    if missing := triton_missing():
+    if missing := triton_missing() or (wanted == "auto" and triton_untested()):
         return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
     choice = _weighed(problem, device, training=True, ragged=ragged)
@@ -434,7 +455,7 @@ def _choose(
     wanted: Backend, module: Any, input: Any, batch_size: int, dtype: torch.dtype, training: bool, ragged: bool
 ) -> Choice:
     """`choose` where nothing is compiled and Triton may be used."""
-    if missing := triton_missing():
+    if missing := triton_missing() or (wanted == "auto" and triton_untested()):
         choice = Choice("torch", missing)
     else:
         choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, ragged)

@@ -111,6 +111,8 @@ def explain(
         lines.append("Times are estimates of a model, not measured; docs/design.md explains it and the words above.")
     if backends.triton_missing():
         lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
+    elif untested := backends.triton_untested():
+        lines.append(f"Here nothing of this runs unless backend 'triton' is asked for: {untested}.")
     elif planned and not torch.cuda.is_available() and not backends.interpreting():
         lines.append("Here nothing of this runs: there is no CUDA device.")
     if (wanted := backends.current_backend()) != "auto":

@@ -531,6 +531,25 @@ def test_auto_says_once_that_it_falls_back(serves, level, monkeypatch, caplog):
     assert [record.levelname for record in caplog.records] == [level]
 
 
+def test_a_triton_that_nobody_has_tried_is_left_alone_and_named_once(monkeypatch, caplog):
+    """Catches: kernels compiled by an unknown Triton unasked, in silence, or with a warning at every call."""
+    module = pytest.importorskip("rnn_gpu.kernels.machine_code")
+    backends.triton_untested.cache_clear()
+    monkeypatch.setattr(module.triton, "__version__", "3.11.2")
+    try:
+        with caplog.at_level("INFO", logger="rnn_gpu"):
+            for _ in range(2):
+                assert "not with 3.11.2" in backends._why_not_compiled(
+                    ("lstm", 256, 1, 1, "float32"), "cpu", -1, False, "auto"
+                )
+        assert backends._why_not_compiled(("lstm", 256, 1, 1, "float32"), "cpu", -1, False, "triton") == ""
+        assert "asked for: its kernels" in str(rnn_gpu.explain(rnn_gpu.LSTM(8, 256), batch_size=4, device="h200"))
+    finally:
+        backends.triton_untested.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "3.6 to 3.8" in caplog.text and "3.11.2" in caplog.text
+
+
 def test_the_choice_under_compile_compares_for_one_row(monkeypatch):
     """Catches: "auto" under torch.compile that never asks which backend is faster; "triton" that does."""
     problem = ("lstm", 256, 1, 1, "float32"), "cpu", -1, False

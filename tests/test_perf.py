@@ -562,7 +562,7 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     """Catches a variant that is the kernel itself (from a cache, say), and one that stays after its context."""
     pytest.importorskip("triton")
     from perf import resources, variants
-    from rnn_gpu.kernels import launch
+    from rnn_gpu.kernels import launch, machine_code
 
     cell = "rnn_tanh" if backward else "lstm"  # the backward of the others takes long to compile
     p = plan(cell, 512 if backward else 256, 8, 1, "bfloat16", DEVICES["h200"], backward)
@@ -577,10 +577,10 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     assert whole.count(*resources.TENSOR_CORE) > 0
     no_product = compiled("product")
     assert no_product.count(*resources.TENSOR_CORE) == 0 and no_product.count("MUFU") == whole.count("MUFU")
-    polls = sum(map(resources.is_poll, whole.step))
-    assert sum(map(resources.is_poll, no_product.step)) == polls > 0, "it must wait still"
+    polls = sum(map(machine_code.is_poll, whole.step))
+    assert sum(map(machine_code.is_poll, no_product.step)) == polls > 0, "it must wait still"
     no_wait = compiled("wait")
-    assert sum(map(resources.is_poll, no_wait.step)) == polls and no_wait.count() < whole.count()
+    assert sum(map(machine_code.is_poll, no_wait.step)) == polls and no_wait.count() < whole.count()
     no_equations = compiled("equations")
     # not fewer in all: the RNN's equation is two multiplications, as many as other scheduling moves
     assert no_equations.count("MUFU") == 0 and no_equations.step != whole.step

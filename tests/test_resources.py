@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ import torch
 pytest.importorskip("triton")
 
 from perf import resources
-from perf.resources import Resources, compile_plan, is_poll, is_publish, signature
-from rnn_gpu.kernels import launch
+from perf.resources import Resources, compile_plan, signature
+from rnn_gpu.kernels import launch, machine_code
+from rnn_gpu.kernels.direct import Prepared
+from rnn_gpu.kernels.machine_code import is_poll, is_publish, published_before_the_next_poll
 from rnn_gpu.kernels.plan import DEVICES, SPARE_BYTES, Plan, plan
 from rnn_gpu.kernels.spec import CELLS, padded
 
@@ -60,19 +63,6 @@ def loads_that_polls_wait_for(r: Resources) -> list[str]:
         if resources.name_of(instruction) == "LDG" and "STRONG.SYS" not in instruction:
             on_their_way.setdefault(sets, []).append(instruction)
     return found
-
-
-def published_before_the_next_poll(before, step) -> bool:
-    """Whether no poll of a later step stands before a publishing store of an earlier one.
-
-    The time loop begins with a poll and ends with a publish. A poll brought forward, from the next step to before this
-    one's publish, needs a copy for the first step in front of the loop, after which nothing is published (unless whole
-    steps stand there).
-    """
-    events = [[is_publish(i) for i in part if is_poll(i) or is_publish(i)] for part in (before, step)]
-    in_front, loop = events
-    whole_steps = not in_front or (not in_front[0] and in_front[-1])
-    return whole_steps and len(loop) > 1 and not loop[0] and loop[-1]
 
 
 def assert_sound(p: Plan, r: Resources) -> None:
@@ -285,6 +275,51 @@ def test_a_load_beside_the_polls_is_noticed():
     scoreboards = (*r.scoreboards[:first], (shared, 0), *r.scoreboards[first:])
     found = loads_that_polls_wait_for(dataclasses.replace(r, step=step, scoreboards=scoreboards))
     assert found == ["LDG.E.U16 R18, desc[UR14][R168.64]"] * 2
+
+
+def test_a_kernel_of_an_unknown_triton_is_looked_at_before_its_first_launch(monkeypatch):
+    """Catches a kernel that is launched although it waits too early, or is slow, and a complaint about a good one."""
+    p = planned(90, "lstm", "bfloat16", 1024, 8)
+    kernel = resources.compile_kernel(p, 90)
+    usage, code = machine_code.machine_code(kernel.asm["cubin"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        machine_code.complain(kernel, p.alone)
+    first, poll, publish = (
+        next(line for line in code.splitlines() if found(line))
+        for found in (lambda line: "/*0000*/" in line, is_poll, is_publish)
+    )
+    too_early = code.replace(first, f"{first}\n{poll}")  # a copy for the first step, in front of the loop
+    shuffle = publish.replace("STG.E.U16.STRONG.GPU", "SHFL.IDX PT")
+    slow = code.replace(publish, f"{shuffle}\n{publish}")
+    assert too_early != code != slow and shuffle != publish
+    for planted, raised in (
+        (too_early, pytest.raises(RuntimeError, match="moves a wait")),
+        (slow, pytest.warns(UserWarning, match="is slow")),
+    ):
+        monkeypatch.setattr(machine_code, "machine_code", lambda cubin, planted=planted: (usage, planted))
+        with raised:
+            machine_code.complain(kernel, p.alone)
+
+
+def test_a_kernel_is_checked_once_and_before_it_runs():
+    """Catches a check that comes too late, comes again, or hides the kernel."""
+    events = []
+
+    class Kernel:
+        arg_names = ("x", "N")
+
+        def warmup(self, *arguments, grid, **keywords):
+            events.append("compiled")
+            return "a kernel"
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **keywords: events.append("launched")
+
+    prepared = Prepared(Kernel(), dict(N=3), {}, lambda kernel: events.append(f"checked {kernel}"))
+    for _ in range(2):
+        prepared.launch((1, 1, 1), None, (0,))
+    assert events == ["compiled", "checked a kernel", "launched", "launched"]
 
 
 def test_instructions_are_told_apart():
