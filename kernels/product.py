@@ -77,7 +77,7 @@ def streamed_chunk(p, i, C: tl.constexpr):
         w = tl.load(p + i * (C.S * C.K))
     else:
         w = tl.load(p + i * (C.S * C.K), mask=chunk_columns(C.S, C.K) < C.HS - i * (C.S * C.K), other=0.0)
-    return operand(in_order(rounded(w, C), 4), C.S, C.PER * C.UB, C.K)
+    return operand(in_order(rounded(w, C), 4), C.S, C.PER * C.UB, C.K, C.WIDE)
 
 
 @triton.jit
@@ -93,9 +93,9 @@ def hold_tile(weight, tile: tl.constexpr, unit, C: tl.constexpr):
     held = ()
     for i in tl.static_range(C.HELD):
         if i < C.REGISTERS:
-            held = held + (operand(in_order(held_chunk(p, columns, i, C), 4), C.S, ROWS, C.K),)
+            held = held + (operand(in_order(held_chunk(p, columns, i, C), 4), C.S, ROWS, C.K, C.WIDE),)
         else:
-            held = held + (permuted(held_chunk(plain_p, plain_columns, i, C), C.S, ROWS, C.K),)
+            held = held + (permuted(held_chunk(plain_p, plain_columns, i, C), C.S, ROWS, C.K, C.WIDE),)
     return held, p
 
 

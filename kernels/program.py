@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .spec import stacked
-from .tiles import chunk_values, chunk_words, lone_rows, lone_shape, lone_units, vector_rows, vector_words
+from .tiles import chunk_values, chunk_words, lone_rows, lone_shape, lone_units, vector_rows, vector_words, wide
 
 # Steps from a prefetch into the second-level cache to the use: 3 to 5 microseconds, several times what memory takes.
 PREFETCHED = tl.constexpr(4)
@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     SLICES: Any  # sub-slices of a program
     S: Any  # warps of a program; also the number of ways in which K, the units summed over, is split (not alone)
     K: Any  # values of K in a warp's part of a chunk (tiles.py)
+    WIDE: Any  # whether operands of the matrix instruction are wide (tiles.py)
     CHUNKS: Any  # chunks of K
     STEP: Any  # 32-bit words from chunk to chunk of a state
     WORDS: Any  # 32-bit words of HS values
@@ -68,7 +69,8 @@ def sizes(
     K = chunk_values(DTYPE)
     known = Sizes(
         G=G, E=E, H=H, HS=HS, N=N, REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K,
-        CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32,
+        WIDE=wide(DTYPE, NB), CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(),
+        WORDS=HS * DTYPE.primitive_bitwidth // 32,
         REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE,
         BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB),
         STACK=stack(G, BACKWARD, PRECISION),

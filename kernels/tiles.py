@@ -84,23 +84,23 @@ def chunk_columns(S: tl.constexpr, N: tl.constexpr):
 
 
 @triton.constexpr_function
-def wide(BITS):
-    """Whether operands that went through `tl.join` are twice as wide: 4 values of 16 bits, 2 of 32."""
-    return LAYOUT.value <= (38 if BITS == 16 else 37)
+def wide(dtype, NB):
+    """Whether the compiler makes operands of NB rows that went through `tl.join` twice as wide: 4 values of 16 bits, 2
+    of 32.
+    """
+    return LAYOUT.value <= 37 or (LAYOUT.value == 38 and dtype.primitive_bitwidth == 16 and NB == 8)
 
 
 @triton.jit
-def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, JOINED: tl.constexpr = True):
-    """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction.
-
-    JOINED: the state went through `tl.join`. The compiler then makes operands twice as wide (`wide`); weight and state
-    must agree. Lone tiles pass False.
+def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+    """[S, ROWS, K] with K in the order of memory -> K in the order of the matrix instruction. WIDE: see `wide`; weight
+    and state must agree, and lone tiles are not.
     """
-    if K == 16 and not (JOINED and wide(32)):  # 32-bit values: lane, pair, half -> pair, half, lane
+    if K == 16 and not WIDE:  # 32-bit values: lane, pair, half -> pair, half, lane
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 4, 2)
     elif K == 16:
         x = x.reshape(S, ROWS, 4, 2, 2).permute(0, 1, 3, 2, 4)
-    elif not (JOINED and wide(16)):
+    elif not WIDE:
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
     else:
         x = x.reshape(S, ROWS, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5)
@@ -108,10 +108,10 @@ def permuted(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, JOINED: tl
 
 
 @triton.jit
-def operand(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
+def operand(x, S: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
     """A chunk tile, its axes in order -> operand [S, ROWS, K]. Moves nothing: only names change."""
     x = x.reshape(ROWS // 8, S, 8, K).permute(1, 0, 2, 3)
-    return permuted(x.reshape(S, ROWS, K), S, ROWS, K)
+    return permuted(x.reshape(S, ROWS, K), S, ROWS, K, WIDE)
 
 
 # The exchanged state is polled in vectors: 16 bytes of a row, four of them a warp and chunk. A tile of pointers to
@@ -296,4 +296,4 @@ def copies(words, NUMBER: tl.constexpr):
 def state_operand(words, C: tl.constexpr):
     """A chunk tile of the exchanged state, as polled -> operand [S, K, NB]."""
     x = rounded_to_tf32(words) if C.PRECISION == "tf32" else values(words, C.DTYPE)
-    return operand(x, C.S, C.NB, C.K).permute(0, 2, 1)
+    return operand(x, C.S, C.NB, C.K, C.WIDE).permute(0, 2, 1)

@@ -156,7 +156,7 @@ def test_streamed_weights_do_not_spill(arch, cell, dtype, hidden_size, backward)
     assert r.count(*resources.TENSOR_CORE) == (p.registers + p.shared + 1) * chunk
 
 
-@pytest.mark.parametrize(("backward", "most"), [(False, 290), (True, 540)], ids=["forward", "backward"])
+@pytest.mark.parametrize(("backward", "most"), [(False, 290), (True, 580)], ids=["forward", "backward"])
 def test_the_step_of_the_main_case_stays_short(backward, most):
     """Catches a change that makes a step of the LSTM with 1024 units issue more: a conversion, a barrier, a reload."""
     p = planned(90, "lstm", "bfloat16", 1024, 8, backward)
