@@ -521,6 +521,7 @@ def test_control_a_reader_that_tests_half_of_each_word_is_found_by_torn_stores(d
     assert is_found(problem, forward_plan, True, range(40))
 
 
+@pytest.mark.interpreter_only
 @every_kind
 def test_control_a_reader_that_does_not_look_again_is_found(dtype, precision, monkeypatch):
     """Catches programs that run one after another, so that whoever reads finds what it needs."""
@@ -530,6 +531,7 @@ def test_control_a_reader_that_does_not_look_again_is_found(dtype, precision, mo
     assert is_found(problem, forward_plan, False, range(8))
 
 
+@pytest.mark.interpreter_only
 @pytest.mark.parametrize("looks", [True, False], ids=["", "control"])
 def test_after_one_wait_gave_up_all_others_end_soon(looks, monkeypatch):
     """Catches a launch that takes the bound again at every step. Control: it does where no wait looks at the word."""
@@ -563,8 +565,10 @@ def await_kernel(words, out, status, limit, HALVES: tl.constexpr):
     """Each program waits for a vector of its own, and stores what it took it for."""
     n = tl.program_id(0)
     p = words + 4 * n + tl.arange(0, 1)
-    text, operands = exchange.await_assembly(1, 1, 4, 4, False, HALVES, 1), [p, 4, status + n, limit, n + 1]
-    seen = tl.inline_asm_elementwise(text, exchange.await_constraints(1, 1), operands, exchange.words_of(1), True, 1)
+    seen = tl.inline_asm_elementwise(
+        exchange.await_assembly(1, 1, 4, 4, False, HALVES, 1), exchange.await_constraints(1, 1),
+        [p, 4, status + n, limit, n + 1], exchange.words_of(1), True, 1,
+    )  # fmt: skip
     for i in tl.static_range(4):
         tl.store(out + 4 * n + i + tl.arange(0, 1), seen[i])
 
