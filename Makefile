@@ -23,10 +23,12 @@ unexport RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
 # One thread a worker, so that the workers do not fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
-.PHONY: help demo test test-oldest test-newest test-slow test-machine test-gpu lint format docs package clean
+.PHONY: help setup demo test test-oldest test-newest test-slow test-machine test-gpu lint format docs package clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## the environment, in .venv
 
 demo: $(READY)  ## train a character language model on real text (about 75 seconds)
 	$(BIN)/python examples/char_language_model.py $(DEMO)
