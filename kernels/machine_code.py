@@ -110,6 +110,11 @@ def complain(kernel, alone: bool) -> None:
         )
 
 
+def installed() -> str:
+    """The version of Triton."""
+    return triton.__version__
+
+
 def untested() -> bool:
     """Whether Triton is of a version that the kernels have not been tried with."""
-    return ".".join(triton.__version__.split(".")[:2]) not in TRITON_VERSIONS
+    return ".".join(installed().split(".")[:2]) not in TRITON_VERSIONS

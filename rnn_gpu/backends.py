@@ -253,7 +253,7 @@ def triton_untested() -> str | None:
     if not machine_code.untested():
         return None
     tried = f"{TRITON_VERSIONS[0]} to {TRITON_VERSIONS[-1]}"
-    reason = f"its kernels have been tried with Triton {tried}, not with {machine_code.triton.__version__}"
+    reason = f"its kernels have been tried with Triton {tried}, not with {machine_code.installed()}"
     logger.warning(
         "rnn_gpu: PyTorch's own kernels serve all layers: %s. Backend 'triton' takes them all the same", reason
     )
