@@ -424,6 +424,8 @@ class GlobalMemory:
         before, program = segment.program[places], lanes.program[:, None]
         segment.program[places] = np.where((before != 0) & (before != program), MANY, program) if strong else program
         segment.clock[places] = self.order.clocks(lanes.program)[:, None]
+        for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
+            readers[places] = 0  # whoever is ordered behind this store is so behind those loads
         lost = segment.program[places] != program
         if lost.any() and not strong and not segment.loose:
             who = _program(run, segment.program[places][lost][0])

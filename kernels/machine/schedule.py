@@ -291,7 +291,7 @@ class Run:
 
     def go(self) -> None:
         """Until a stop."""
-        code, launch, at, began = self.code, self.launch, self.at, self.at
+        code, launch, at = self.code, self.launch, self.at
         steps = 0
         while True:
             end = code.ends[at]
@@ -300,7 +300,7 @@ class Run:
                 x = code.code[at]
                 if x.together and self.active is not None:
                     return self._stop(at, steps)
-                if (x.asks or x.tells) and at != began and self.random.random() < launch.schedule.stop:
+                if (x.asks or x.tells) and steps and self.random.random() < launch.schedule.stop:
                     return self._stop(at, steps)
                 self.at = at
                 mask = self._mask(x)

@@ -1,0 +1,174 @@
+"""Whole kernels on the machine for PTX, against torch: real tilings of this library's, and kernels not from here."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from rnn_gpu.kernels.machine import on_machine
+from rnn_gpu.kernels.plan import DEVICES
+from tests.problems import Problem, assert_right, plans, run
+
+pytestmark = [pytest.mark.compiled]
+
+ARCHITECTURES = (80, 90, 100)
+
+
+# ---- Our kernels as they are planned ---------------------------------------------------------------------------------
+
+
+def assert_right_as_planned(cell, hidden_size, batch, device, dtype=torch.bfloat16, precision=None):
+    problem = Problem(cell, hidden_size, batch, 3, dtype, precision)
+    both = plans(problem, device=DEVICES[device], alone=True)
+    with on_machine(DEVICES[device].arch, seed=hidden_size + batch):
+        assert_right(problem, run(problem, both))
+
+
+@pytest.mark.parametrize("device", ["h200", "a100"])
+def test_a_real_tiling_is_right(device):
+    """Catches what small tilings do not have: whole chunks of weights for all warps, many programs."""
+    assert_right_as_planned("lstm", 256, 16, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["h200", "a100"])
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("hidden_size", [256, 512, 1024, 1536])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_every_real_tiling_is_right(cell, hidden_size, batch, device):
+    """The same, of all sizes that people use."""
+    assert_right_as_planned(cell, hidden_size, batch, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("hidden_size", [256, 1024])
+def test_real_tilings_in_float32_are_right(hidden_size, precision):
+    """The same in float32, whose weights do not all stay in registers."""
+    assert_right_as_planned("lstm", hidden_size, 16, "h200", torch.float32, precision)
+
+
+# ---- Kernels that are not from here ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def softmax_kernel(x, y, columns, BLOCK: tl.constexpr):
+    """Each program a row."""
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    values = tl.load(x + row * columns + at, mask=at < columns, other=-float("inf"))
+    powers = tl.exp(values - tl.max(values, 0))
+    tl.store(y + row * columns + at, powers / tl.sum(powers, 0), mask=at < columns)
+
+
+@triton.jit
+def product_kernel(
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Each program a tile of c, and one of SPLIT parts of K, which atomics add up."""
+    rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(tl.program_id(2) * BK, K, BK * SPLIT):
+        inner = k + tl.arange(0, BK)
+        x = tl.load(a + rows[:, None] * K + inner[None, :], mask=(rows[:, None] < M) & (inner[None, :] < K), other=0.0)
+        y = tl.load(
+            b + inner[:, None] * N + columns[None, :], mask=(inner[:, None] < K) & (columns[None, :] < N), other=0.0
+        )
+        total = tl.dot(x, y, total)
+    place, inside = c + rows[:, None] * N + columns[None, :], (rows[:, None] < M) & (columns[None, :] < N)
+    if SPLIT == 1:
+        tl.store(place, total, mask=inside)
+    else:
+        tl.atomic_add(place, total, mask=inside)
+
+
+@triton.jit
+def layer_norm_kernel(x, y, weight, bias, columns, eps, BLOCK: tl.constexpr):
+    """Each program a row, in pieces of BLOCK."""
+    row = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, columns, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        values = tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        total += values
+        squares += values * values
+    mean = tl.sum(total, 0) / columns
+    scale = 1 / tl.sqrt(tl.sum(squares, 0) / columns - mean * mean + eps)
+    for begin in range(0, columns, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < columns
+        values = tl.load(x + row * columns + at, mask=inside).to(tl.float32)
+        w, b = tl.load(weight + at, mask=inside), tl.load(bias + at, mask=inside)
+        tl.store(y + row * columns + at, (values - mean) * scale * w + b, mask=inside)
+
+
+@triton.jit
+def locked_sum_kernel(x, total, count, lock, BLOCK: tl.constexpr):
+    """Programs add their row to `total`, one at a time behind a lock, with plain loads and stores."""
+    at = tl.arange(0, BLOCK)
+    mine = tl.load(x + tl.program_id(0) * BLOCK + at)
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    seen = tl.load(count)
+    if seen == 0:
+        tl.store(total + at, mine)
+    else:
+        tl.store(total + at, mine + tl.load(total + at))
+    tl.debug_barrier()  # what others of this program still load
+    tl.store(count, seen + 1)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_softmax(arch):
+    """Catches a reduction over warps, or a mask, that comes out wrong."""
+    x = torch.randn(5, 700)
+    y = torch.empty_like(x)
+    with on_machine(arch, seed=1):
+        softmax_kernel[(5,)](x, y, 700, 1024)
+    torch.testing.assert_close(y, x.softmax(1))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "stages", "warps"),
+    [(torch.float16, 1, 4), (torch.bfloat16, 1, 2), (torch.float32, 1, 4), (torch.float16, 3, 2)],
+)
+def test_a_matrix_product(arch, split, dtype, stages, warps):
+    """Catches fragments, swizzled shared memory, asynchronous copies and atomics that come out wrong."""
+    M, N, K = 45, 40, 100
+    a, b, c = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype), torch.zeros(M, N)
+    with on_machine(arch, seed=2):
+        product_kernel[(2, 2, split)](a, b, c, M, N, K, 32, 32, 32, split, num_warps=warps, num_stages=stages)
+    tolerance = 2e-2 if dtype == torch.float32 else 1e-4  # tf32, which cuts operands
+    torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_layer_norm(arch):
+    """Catches loops, roots and quotients that come out wrong."""
+    x, weight, bias = torch.randn(4, 300).half(), torch.randn(300), torch.randn(300)
+    y = torch.empty(4, 300)
+    with on_machine(arch, seed=3):
+        layer_norm_kernel[(4,)](x, y, weight, bias, 300, 1e-5, 128)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x.float(), (300,), weight, bias), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sums_behind_a_lock(arch):
+    """Catches false alarms, and lost sums, where programs hand plain data on by a lock that acquires and releases."""
+    x, total, count, lock = (
+        torch.randn(6, 128),
+        torch.zeros(128),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+    )
+    for seed in range(3):
+        for tensor in (total, count, lock):
+            tensor.zero_()
+        with on_machine(arch, seed=seed):
+            locked_sum_kernel[(6,)](x, total, count, lock, 128)
+        assert count.item() == 6
+        torch.testing.assert_close(total, x.sum(0))
