@@ -7,13 +7,15 @@ itself is unrolled over time by torch.compile and torch.export, fails there in f
 Shapes as in operators.py, and P, the size of a projected state: H where there is no projection.
 """
 
+import itertools
 import warnings
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import onnx
+from . import inductor, onnx
 from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS
 from .rows import Rows
@@ -115,16 +117,54 @@ def _stretches(time, batch, lengths, offsets, resets, backwards):
 # ---- As an opaque operator -------------------------------------------------------------------------------------------
 
 
+# What autograd keeps of a forward, (inputs, results), by a number. The number stands in a tensor that whoever may ask
+# for the backward saves beside the inputs; when its memory goes, so does what is kept here.
+_kept: dict[int, tuple[Inputs, tuple]] = {}
+_numbers = itertools.count(1)
+
+
+def _keep(leaves: Inputs, results: tuple) -> Tensor:
+    """The tensor, int64 [1], that stands for them."""
+    number = next(_numbers)
+    token = torch.full((1,), number, dtype=torch.int64, device="cpu")
+    _kept[number] = leaves, results
+    weakref.finalize(token.untyped_storage(), _kept.pop, number, None)
+    return token
+
+
+def _with_autograd(inputs: Inputs, rows: Rows, call: Call, need: Sequence[bool]) -> tuple[Inputs, tuple]:
+    """`layer` on copies of the inputs for autograd, those of `need` with a gradient -> them, and the results."""
+    # An operator's body runs below autograd; this one needs it.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, need, strict=True)]
+        return Inputs(*leaves), layer(Inputs(*leaves), rows, call)
+
+
 @torch.library.custom_op(
     "rnn_gpu::aten_layer",
     mutates_args=(),
-    schema=f"({TENSORS}, str cell, int reversed_sets) -> (Tensor, Tensor, Tensor)",
+    schema=f"({TENSORS}, str cell, int reversed_sets, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def aten_layer(*arguments):
-    """`layer`, opaque; c_n is empty for cells without c."""
+    """`layer`, opaque; c_n is empty for cells without c.
+
+    keep: a backward may follow. The last result then stands for what autograd has kept for it (int64 [1]; else empty).
+    """
+    *arguments, keep = arguments
     inputs, rows, call = _taken(arguments)
-    y, h_n, c_n = layer(inputs, rows, call)
-    return y.contiguous(), _own(h_n, inputs.h0), y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
+    if not _keeps(keep, inputs):
+        y, h_n, c_n = layer(inputs, rows, call)
+        results = y.contiguous(), _own(h_n, inputs.h0), y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
+        return *results, torch.empty(0, dtype=torch.int64, device="cpu")
+    leaves, results = _with_autograd(inputs, rows, call, [t is not None for t in inputs])
+    # Copies: a compiler that sees no further use of a result may write over it.
+    y, h_n, c_n = (inputs.input.new_empty(0) if r is None else r.detach().clone() for r in results)
+    return y.contiguous(), h_n.contiguous(), c_n.contiguous(), _keep(leaves, results)
+
+
+def _keeps(keep: bool, inputs: Inputs) -> bool:
+    """Not on a GPU: a CUDA graph replays kernels, and no Python that would look for what was kept."""
+    return keep and inputs.input.device.type == "cpu"
 
 
 def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
@@ -141,7 +181,9 @@ def _own(state: Tensor, given: Tensor) -> Tensor:
 
 @aten_layer.register_fake
 def _(*arguments):
+    *arguments, keep = arguments
     inputs, rows, call = _taken(arguments)
+    inductor.fall_back()
     if torch.onnx.is_in_onnx_export():
         onnx.refuse_operator(inputs, rows, call)
     new, h0, c0 = inputs.input.new_empty, inputs.h0, inputs.c0
@@ -149,29 +191,31 @@ def _(*arguments):
         new(inputs.input.shape[0], h0.shape[0], h0.shape[2]),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         new(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format),
+        torch.empty(1 if _keeps(keep, inputs) else 0, dtype=torch.int64, device="cpu"),
     )
 
 
 @torch.library.custom_op(
     "rnn_gpu::aten_layer_backward",
     mutates_args=(),
-    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, str cell, int reversed_sets, bool[] need) -> "
+    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, str cell, int reversed_sets, bool[] need, Tensor kept) -> "
     f"({', '.join(['Tensor'] * COUNT)})",
 )
 def aten_layer_backward(d_y, d_h_n, d_c_n, *arguments):
-    """The gradients of a layer's inputs, empty where `need` says no: the forward again, with autograd, then ATen's
-    backward.
+    """The gradients of a layer's inputs, empty where `need` says no: ATen's backward, from what the forward has kept,
+    or else from the forward again.
     """
-    *arguments, need = arguments
+    *arguments, need, kept = arguments
     given, rows, call = _taken(arguments)
-    # An operator's body runs below autograd; this one needs it.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(given, need, strict=True)]
-        results = layer(Inputs(*leaves), rows, call)
+    known = _kept.get(kept.item()) if kept.numel() else None
+    leaves, results = known or _with_autograd(given, rows, call, need)
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         pairs = [(r, d) for r, d in zip(results, (d_y, d_h_n, d_c_n), strict=True) if d is not None and r.requires_grad]
         wanted = [leaf for leaf, n in zip(leaves, need, strict=True) if n]
         outputs, gradients = zip(*pairs, strict=True) if pairs else ((), ())
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True) if pairs else ())
+        # Kept for another backward, too, as long as somebody holds the tensor that stands for it.
+        how = dict(retain_graph=known is not None, allow_unused=True)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, **how) if pairs else ())
     result = []
     for tensor, n in zip(given, need, strict=True):
         gradient = next(found, None) if n else None
@@ -185,14 +229,14 @@ def _dense(gradient: Tensor | None, tensor: Tensor) -> Tensor:
 
 @aten_layer_backward.register_fake
 def _(d_y, d_h_n, d_c_n, *arguments):
-    *arguments, need = arguments
+    *arguments, need, _kept = arguments
     given, *_ = _taken(arguments)
     return tuple(t.new_empty(t.shape) if n else given.input.new_empty(0) for t, n in zip(given, need, strict=True))
 
 
 class AtenLayer(torch.autograd.Function):
     """`layer` for torch.compile, torch.export and torch.func: the operators above, differentiable twice. (call,
-    *inputs, *rows) -> y, h_n, and c_n, empty for cells without c.
+    *inputs, *rows) -> y, h_n, c_n, empty for cells without c, and what stands for what is kept.
     """
 
     generate_vmap_rule = True
@@ -205,35 +249,37 @@ class AtenLayer(torch.autograd.Function):
         """See `layer`."""
         return aten_layer(
             input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, lengths, offsets, resets, time,
-            call.cell, call.reversed_sets,
+            call.cell, call.reversed_sets, call.saving != "nothing" and not call.functional,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Save the inputs: the backward runs the forward again."""
+        """Save the inputs, and what stands for the rest."""
         ctx.call, *tensors = inputs
         given, rows = taken(tensors)
-        ctx.save_for_backward(*given, *rows[2:])
+        ctx.save_for_backward(*given, *rows[2:], output[3])
+        ctx.mark_non_differentiable(output[3])
         ctx.sizes = rows[:2]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n):
+    def backward(ctx, d_y, d_h_n, d_c_n, _kept):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         gradients = AtenLayerBackward.apply if torch.is_grad_enabled() else aten_gradients
         need = list(ctx.needs_input_grad[1 : 1 + COUNT])
         d_c_n = d_c_n if CELLS[ctx.call.cell].carry == "c" else None
-        saved = ctx.saved_tensors
+        *saved, kept = ctx.saved_tensors
         inputs, masks = saved[:COUNT], saved[COUNT:]
-        found = gradients(ctx.call, need, d_y, d_h_n, d_c_n, *inputs, *ctx.sizes, *masks)
+        found = gradients(ctx.call, need, d_y, d_h_n, d_c_n, *inputs, *ctx.sizes, *masks, kept)
         found = [gradient if n else None for gradient, n in zip(found, need, strict=True)]
         return None, *found, *[None] * len(Rows._fields)
 
 
 def aten_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, *arguments) -> tuple[Tensor, ...]:
-    """`aten_layer_backward` of inputs and rows."""
+    """`aten_layer_backward` of inputs, rows, and what stands for the rest."""
+    *arguments, kept = arguments
     tensors = for_operator(*taken(arguments))
-    return aten_layer_backward(d_y, d_h_n, d_c_n, *tensors, call.cell, call.reversed_sets, list(need))
+    return aten_layer_backward(d_y, d_h_n, d_c_n, *tensors, call.cell, call.reversed_sets, list(need), kept)
 
 
 class AtenLayerBackward(torch.autograd.Function):

@@ -163,13 +163,13 @@ def _kernel_rule(operator: Callable, kinds: dict, results: tuple, backward: bool
 
 
 def _aten_rule(info, in_dims, *arguments):
-    count, given, mapped, how = _split(info, in_dims, arguments, ATEN)
-    run = lambda **folded: aten.aten_layer(*(folded[name] for name in ATEN), *how)
+    count, given, mapped, (*how, _) = _split(info, in_dims, arguments, ATEN)
+    run = lambda **folded: aten.aten_layer(*(folded[name] for name in ATEN), *how, False)[:3]  # keeps nothing
     if any(ATEN[name] == "weight" for name in mapped):
         found = _one_by_one(run, given, count)
     else:
         found = _by_rows(run, given, ATEN, ("rows", "state", "state"), how[0], count)
-    return tuple(found), (0,) * len(found)
+    return (*found, torch.empty(0, dtype=torch.int64, device="cpu")), (0, 0, 0, None)
 
 
 def _aten_backward_rule(info, in_dims, *arguments):

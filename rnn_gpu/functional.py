@@ -99,7 +99,7 @@ ROUTES = {
     "direct": _without_projection(_directly),
     "kernels": _without_projection(_by_operators),
     "aten": aten.layer,
-    "opaque": lambda inputs, rows, call: aten.AtenLayer.apply(call, *inputs, *rows),
+    "opaque": lambda inputs, rows, call: aten.AtenLayer.apply(call, *inputs, *rows)[:3],
     "reference": reference_layer,
     "onnx": onnx.layer,
 }

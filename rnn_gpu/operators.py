@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, inductor, reference
 from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded
@@ -89,6 +89,7 @@ def recurrence(
 def _(
     x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone, saving
 ):
+    inductor.fall_back()
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
     spec = CELLS[cell]

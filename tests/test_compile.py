@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import aten, backends
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
 
 pytestmark = ON_BOTH_BACKENDS
@@ -101,6 +101,15 @@ def test_inductor():
     assert_same(layer, torch.compile(layer, fullgraph=True), layer, torch.randn(3, 5, 4))
 
 
+def test_inductor_without_implicit_fallbacks():
+    """Catches: an operator that inductor has to be told of, and is not ("missing lowering")."""
+    import torch._inductor.config
+
+    layer = rnn_gpu.GRU(4, 12)
+    with torch._inductor.config.patch(implicit_fallbacks=False):
+        assert_same(layer, torch.compile(layer, fullgraph=True), layer, torch.randn(5, 3, 4))
+
+
 def test_a_graph_stays_small_whatever_the_number_of_steps():
     """Catches: a loop over time that is unrolled into the graph, which takes minutes to compile."""
     layer, sizes = rnn_gpu.GRU(4, 6), []
@@ -150,3 +159,80 @@ def test_what_the_kernels_cannot_do_raises_under_compile_too():
     layer = rnn_gpu.GRU(4, 12).double()
     with pytest.raises(RuntimeError, match="float64"):
         torch.compile(layer, backend="aot_eager")(torch.randn(5, 3, 4).double())
+
+
+# ---- What a forward on PyTorch's kernels keeps for its backward ------------------------------------------------------
+
+on_torch = pytest.mark.skipif(INTERPRETED, reason="about PyTorch's kernels: runs without TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How often a layer's forward has run on ATen: one entry for each."""
+    seen, run = [], aten.layer
+    monkeypatch.setattr(aten, "layer", lambda *arguments: seen.append(1) or run(*arguments))
+    return seen
+
+
+@on_torch
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name, kwargs", [("LSTM", STACK), ("GRU", {"num_layers": 2})])
+def test_a_forward_runs_once_and_leaves_nothing(name, kwargs, backend, forwards):
+    """Catches: a backward that runs the forward again, and what was kept for one that outlives it."""
+    layer, input = getattr(rnn_gpu, name)(4, 12, **kwargs), torch.randn(5, 3, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for number in (1, 2, 3):
+        results = compiled(input)
+        assert len(aten._kept) == 2
+        results[0].sum().backward()
+        assert len(forwards) == 2 * number and not aten._kept
+    results = compiled(input)  # no backward
+    assert len(aten._kept) == 2
+    del results
+    assert not aten._kept
+    with torch.no_grad():
+        compiled(input)
+    assert not aten._kept
+
+
+@on_torch
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_backward_from_what_was_kept(backend):
+    """Catches: gradients of a forward that wrote over what it had kept, of another forward, or of a second backward."""
+    layer, inputs = rnn_gpu.LSTM(4, 12), torch.randn(2, 5, 3, 4)
+
+    def run(input):  # a compiler takes the memory of a result that nobody else uses
+        output, (h_n, c_n) = layer(input.sin())
+        return ((output + 1) * 2).relu(), h_n + 1, c_n.exp()
+
+    def gradients(run, input):
+        results = run(input)
+        loss = sum(result.square().sum() for result in results)
+        return [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for _ in range(2)]
+
+    expected = [gradients(run, input)[0] for input in inputs]
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for _ in range(2):
+        for input, right in zip(inputs, expected, strict=True):
+            for found in gradients(compiled, input):
+                torch.testing.assert_close(found, right)
+    first, second = compiled(inputs[0]), compiled(inputs[1])  # both alive
+    for results, right in ((first, expected[0]), (second, expected[1])):
+        loss = sum(result.square().sum() for result in results)
+        torch.testing.assert_close(torch.autograd.grad(loss, list(layer.parameters())), right)
+
+
+@on_torch
+def test_a_backward_that_finds_nothing_kept(forwards):
+    """Catches: tensors that were saved elsewhere and brought back, as for checkpoints, and then stand for nothing."""
+    layer, input = rnn_gpu.GRU(4, 12), torch.randn(5, 3, 4)
+    expected = torch.autograd.grad(layer(input)[0].square().sum(), list(layer.parameters()))
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.numpy().copy(), torch.from_numpy):
+        loss = compiled(input)[0].square().sum()
+    assert not aten._kept
+    torch.testing.assert_close(torch.autograd.grad(loss, list(layer.parameters())), expected)
+    assert len(forwards) == 2
+    run = lambda input: torch.utils.checkpoint.checkpoint(layer, input, use_reentrant=False)[0].square().sum()
+    loss = torch.compile(run, backend="aot_eager")(input)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(layer.parameters())), expected)

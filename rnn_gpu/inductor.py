@@ -1,0 +1,20 @@
+"""The operators of this library in torch.compile's inductor, where a user has switched its implicit fall-backs off."""
+
+import sys
+
+import torch
+
+OPERATORS = ("aten_layer", "aten_layer_backward", "recurrence", "recurrence_functional", "recurrence_backward")
+
+
+def fall_back() -> None:
+    """Tell inductor, if it is at work and asks to be told, that it calls the operators as they are, with inputs laid out
+    as they were traced. Asked by the operators' fakes: importing inductor takes longer than importing this library.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or torch._inductor.config.implicit_fallbacks:
+        return
+    for name in OPERATORS:
+        operator = getattr(torch.ops.rnn_gpu, name).default
+        if operator not in lowering.lowerings:
+            lowering.make_fallback(operator, lowering.constrain_to_fx_strides, warn=False)
