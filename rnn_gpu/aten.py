@@ -198,8 +198,8 @@ def _(*arguments):
 @torch.library.custom_op(
     "rnn_gpu::aten_layer_backward",
     mutates_args=(),
-    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, str cell, int reversed_sets, bool[] need, Tensor kept) -> "
-    f"({', '.join(['Tensor'] * COUNT)})",
+    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, str cell, int reversed_sets, bool[] need, "
+    f"Tensor kept) -> ({', '.join(['Tensor'] * COUNT)})",
 )
 def aten_layer_backward(d_y, d_h_n, d_c_n, *arguments):
     """The gradients of a layer's inputs, empty where `need` says no: ATen's backward, from what the forward has kept,

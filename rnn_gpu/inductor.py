@@ -8,8 +8,8 @@ OPERATORS = ("aten_layer", "aten_layer_backward", "recurrence", "recurrence_func
 
 
 def fall_back() -> None:
-    """Tell inductor, if it is at work and asks to be told, that it calls the operators as they are, with inputs laid out
-    as they were traced. Asked by the operators' fakes: importing inductor takes longer than importing this library.
+    """Tell inductor, if it is at work and asks to be told, that it calls the operators as they are, with inputs laid
+    out as they were traced. Called by the operators' fakes: importing inductor takes longer than importing this.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     if lowering is None or torch._inductor.config.implicit_fallbacks:
