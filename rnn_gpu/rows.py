@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .kernels.rows import Rows
 
 # Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
-# the version of the batch sizes that they were made from, and for each device.
+# the version of the batch sizes that they were made from, and for each device and stream.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -28,13 +28,15 @@ def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
     version, known = _known.get(batch_sizes, (None, {}))
     if version != batch_sizes._version:
         known = {}
-    if (batch, device) not in known:
+    # Of each stream: another one would read them before they are there.
+    place = batch, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    if place not in known:
         rows = _packed_rows(batch_sizes, batch, device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return rows  # which hold nothing before the graph runs
-        known[batch, device] = rows
+        known[place] = rows
         _known[batch_sizes] = batch_sizes._version, known
-    return known[batch, device]
+    return known[place]
 
 
 def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
