@@ -437,6 +437,8 @@ class GlobalMemory:
         kept = []
         for segment, at, width, programs in self.pending:
             now = random.random(at.size) < chance[programs]
+            if at.size <= 16 and now.any():  # the last of them together: a launch has thousands of such rests
+                now[:] = True
             if now.any():
                 self.version += 1
                 self._land(segment, at[now], width)

@@ -1,0 +1,90 @@
+"""The clock for machine code: its arithmetic, its fit, and a bound for the way of each documented plan."""
+
+import pytest
+
+from perf import latency
+from perf.resources import documented
+from rnn_gpu.kernels.plan import DEVICES, Plan, plan
+
+pytestmark = pytest.mark.compiled
+
+LOOP = """
+.L_x_0:
+        /*0000*/                   LDG.E.STRONG.GPU R1, desc[UR4][R2.64] ;  /* 0x0000000000000000 */
+                                                                            /* 0x{0:016x} */
+        /*0010*/                   FADD R3, R1, R1 ;                        /* 0x0000000000000000 */
+                                                                            /* 0x{1:016x} */
+        /*0020*/                   STG.E.STRONG.GPU desc[UR4][R2.64], R3 ;  /* 0x0000000000000000 */
+                                                                            /* 0x{2:016x} */
+        /*0030*/              @!P0 BRA `(.L_x_0) ;                          /* 0x0000000000000000 */
+                                                                            /* 0x{3:016x} */
+"""
+
+
+def control(stall: int, write: int = 7, read: int = 7, wait: int = 0) -> int:
+    """The upper half of an instruction with these control bits."""
+    return (stall | write << 5 | read << 8 | wait << 11) << 41
+
+
+def walked(*controls: int, waiting: bool = True) -> latency.Walk:
+    lines, labels = latency.parsed(LOOP.format(*controls))
+    assert [line.name for line in lines] == ["LDG", "FADD", "STG", "BRA"] and labels == {".L_x_0": 0}
+    return latency.Walk(lines, labels, warps=1, waiting=waiting)
+
+
+def test_a_step_takes_its_stalls_and_the_latencies_that_it_waits_for():
+    """Catches control bits read from another place, and a scoreboard that nobody waits for."""
+    stalls = walked(control(2), control(4), control(5), control(9), waiting=False)
+    assert stalls.microseconds * 1000 * latency.CLOCK == pytest.approx(20)
+    awaited = walked(control(2, write=3), control(4, wait=1 << 3), control(5), control(9), waiting=False)
+    cycles = latency.LATENCY["LDG"] + 4 + 5 + 9
+    assert awaited.microseconds * 1000 * latency.CLOCK == pytest.approx(cycles)
+    (longest, text, _), *_ = latency.waits(awaited, 1)
+    assert "FADD" in text and longest * latency.CLOCK == pytest.approx(latency.LATENCY["LDG"])
+
+
+def test_the_lines_fit_what_was_measured():
+    """Catches a table that was spoiled, and a fit that has become a guess."""
+    for backward in (False, True):
+        for several in (False, True):
+            found = sorted(abs(error) for error in latency.errors(backward, several))
+            assert len(found) >= 8
+            assert found[len(found) // 2] < 0.20 and found[-1] < 0.40, (backward, several, found)
+
+
+def test_the_command_says_where_a_step_waits(capsys):
+    """Catches a command that dies, and waits without their lines."""
+    assert latency.main(["lstm", "256", "bf16", "--waits", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "us as fitted" in text and "median error" in text and "exchange.py:" in text
+    assert latency.main(["lstm", "64", "bf16"]) == 1  # one program alone
+
+
+def bounded() -> list:
+    """Some documented plans; all of them with the slow tests."""
+    found, seen = [], set()
+    for plans in documented(90).values():
+        for p in plans:
+            way = "backward" if p.backward else "forward"
+            name = f"{p.cell}-{way}-H{p.hidden_size}-{p.dtype}-{p.precision}-{p.slices}-{p.units}"
+            if isinstance(p, Plan) and not p.alone and name not in seen:
+                seen.add(name)
+                often = p.hidden_size in (256, 512) and p.cell == "lstm" and p.slices == 1
+                found.append(pytest.param(p, id=name, marks=[] if often else [pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.parametrize("p", bounded())
+def test_no_documented_way_has_grown(p):
+    """Catches a step that takes longer: each way, in microseconds, with a tenth of room (Triton's versions differ)."""
+    limit = BOUNDS[p.cell, p.backward, p.hidden_size, p.dtype, p.precision, p.slices, p.units]
+    assert latency.estimate(p).way <= 1.1 * limit
+
+
+def test_the_plan_of_a_small_batch_is_one_that_can_be_walked():
+    """Catches a plan without a loop that publishes."""
+    p = plan("gru", 256, 16, 1, "float16", DEVICES["h200"], True)
+    assert 0.3 < latency.estimate(p).way < 5
+
+
+BOUNDS: dict[tuple, float] = {}
