@@ -149,7 +149,7 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
         for begin in range(0, rows.batch, each * plan.batch_slices)
     )
     check = None
-    if untested() and not interpreter.interpreting():
+    if untested() and not interpreter.interpreting() and not machine.running():
         check = functools.partial(complain, alone=plan.alone)
     return _Ready(plan, Prepared(kernel, constants(plan, reversed_sets), options(plan), check), launches)
 
