@@ -93,6 +93,8 @@ def parse(ptx: str) -> Kernel:
     kernel = Kernel(entry[1])
     for parameter in filter(None, map(str.strip, entry[2].split(","))):
         words = parameter.split()
+        if words[1].lstrip(".") not in WIDTH:
+            raise Fault(f"a parameter that this machine does not know: {parameter}")
         kernel.parameters[words[-1]] = WIDTH[words[1].lstrip(".")]
     tokens = _tokens(re.sub(r"/\*.*?\*/", "", ptx[entry.end() :], flags=re.S))
     where, scopes, made = "", [], 0
