@@ -72,7 +72,7 @@ BARRIER = 30  # cycles from the last arrival to the first instruction behind it
 STEPS, SETTLED = 8, 3  # steps that are walked, and those before they repeat
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-RESULTS = Path(__file__).parent / "results" / "nvidia-h200-2026-11-26-latency.csv"
+RESULTS = Path(__file__).with_suffix(".csv")  # measured plans, and what this clock says of their kernels
 
 
 # Machine code ---------------------------------------------------------------------------------------------------------
