@@ -272,7 +272,7 @@ class GlobalMemory:
         self.grain, self.races, self.programs = grain, races, programs
         self.segments: list[Segment] = []
         self.order = Order(programs)
-        self.pending: list[tuple] = []  # segment, offsets, width, programs: what is not visible yet
+        self.pending: list[tuple] = []  # segment, offsets, width, programs, whether a part is visible
         self.version = 0  # counts what became visible
         if programs >= 1 << (8 * grain - 1):
             raise Fault(f"{programs} programs are too many for a kernel that stores {grain} bytes")
@@ -384,7 +384,7 @@ class GlobalMemory:
                 there = _elements(late[at], width, count)
                 _check_lost(run, some, lost, segment.shadow.written[places], values[here], there, segment.name)
             elements = offset[:, None] + width * np.arange(count)
-            self.pending.append((segment, elements.ravel() // width, width, np.repeat(some.program, count)))
+            self.pending.append((segment, elements.ravel() // width, width, np.repeat(some.program, count), False))
 
     def prepare(self, run, segment: Segment, lanes: Lanes) -> None:
         """Before anything is written to a segment."""
@@ -435,16 +435,16 @@ class GlobalMemory:
     def commit(self, chance: np.ndarray, random) -> None:
         """Make each element that is pending visible with the chance of its program ([programs + 1])."""
         kept = []
-        for segment, at, width, programs in self.pending:
+        for segment, at, width, programs, rest in self.pending:
             now = random.random(at.size) < chance[programs]
-            if at.size <= 16 and now.any():  # the last of them together: a launch has thousands of such rests
+            if rest and at.size <= 16 and now.any():  # the last of them together: a launch has thousands of such rests
                 now[:] = True
             if now.any():
                 self.version += 1
                 self._land(segment, at[now], width)
             if not now.all():
                 left = ~now
-                kept.append((segment, at[left], width, programs[left]))
+                kept.append((segment, at[left], width, programs[left], True))
         self.pending = kept
 
     def _land(self, segment: Segment, at: np.ndarray, width: int) -> None:
