@@ -146,6 +146,22 @@ def test_a_matrix_product(arch, split, dtype, stages, warps):
     torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tile", "warps", "stages"), [
+    (torch.float16, (64, 64, 64), 4, 1), (torch.bfloat16, (128, 64, 64), 8, 1), (torch.float16, (64, 128, 32), 4, 3),
+    (torch.float32, (64, 64, 32), 4, 1), (torch.float16, (64, 32, 16), 4, 1),
+])  # fmt: skip
+def test_a_matrix_product_by_four_warps(dtype, tile, warps, stages):
+    """Catches descriptors, swizzles and transposed operands of wgmma that are read in another way."""
+    M, N, K = 100, 130, 150
+    a, b, c, texts = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype), torch.zeros(M, N), []
+    grid = -(-M // tile[0]), -(-N // tile[1]), 1
+    with on_machine(90, seed=2, edit=lambda ptx: texts.append(ptx) or ptx):
+        product_kernel[grid](a, b, c, M, N, K, *tile, 1, num_warps=warps, num_stages=stages)
+    assert "wgmma.mma_async" in texts[0]
+    tolerance = 2e-2 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_layer_norm(arch):
     """Catches loops, roots and quotients that come out wrong."""

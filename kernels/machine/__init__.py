@@ -12,7 +12,7 @@ Python that it came from, and the seed that repeats it.
 
     parse.py      PTX text -> statements             decode.py     statements -> closures over registers
     values.py     types and rounding                 memory.py     memory, late stores, races
-    arithmetic.py, conversion.py, lanes.py, access.py, control.py  the instructions
+    arithmetic.py, conversion.py, lanes.py, warpgroup.py, access.py, control.py  the instructions
     schedule.py   warps that step together           library.py    `on_machine`: Triton's launches on this machine
 
 What it does not model: time, machine code (ptxas may reorder what PTX leaves open), caches beyond what memory.py says,

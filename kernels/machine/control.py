@@ -32,10 +32,10 @@ def barrier(d: Decoder, s: Statement) -> Instruction:
     return Instruction(s, BARRIER, together=True)
 
 
-@instruction("fence membar", "acq_rel sc gpu sys cta gl proxy async alias acquire release")
+@instruction("fence membar", "acq_rel sc gpu sys cta gl proxy async shared global alias acquire release")
 def fence(d: Decoder, s: Statement) -> Instruction:
     """9.7.13.4: whatever the program has stored before is seen before what it stores after."""
-    if s.has("cta"):
+    if s.has("cta", "proxy"):
         return Instruction(s, ACT, lambda run, mask: None)
     return Instruction(s, ACT, lambda run, mask: run.fence(mask))
 

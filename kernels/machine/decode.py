@@ -152,7 +152,7 @@ class Code:
     """A decoded kernel: what `Machine` runs. Registers are numbers from here on."""
 
     def __init__(self, ptx: str):
-        from . import access, arithmetic, control, conversion, lanes  # noqa: F401 (they register the instructions)
+        from . import access, arithmetic, control, conversion, lanes, warpgroup  # noqa: F401 (they register the instructions)
 
         self.kernel = parse(ptx)
         decoder = Decoder(self.kernel)

@@ -1,0 +1,100 @@
+"""Products of matrices by four warps, with operands in shared memory. (PTX ISA 9.7.15)
+
+A warp has 16 of the 64 rows, with fragments as those of `mma`, 8 columns after 8 columns, and computes them by itself
+here, at once. Not checked: that four warps come together, and that registers and shared memory are left alone until
+`wait_group`.
+"""
+
+import re
+
+import numpy as np
+
+from .decode import Decoder, Instruction, instruction
+from .lanes import elements, fragments, left, multiply, results, whole
+from .parse import Statement, split
+
+LANES = np.arange(32)
+CHUNK = 16  # bytes that a swizzle moves together
+ROW = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row of a swizzled tile, by the mode in a descriptor
+
+
+class Operand:
+    """A matrix in shared memory, by its descriptor, [warps, 1]. (9.7.15.5.1)"""
+
+    def __init__(self, descriptor: np.ndarray):
+        field = lambda bit: (descriptor >> np.uint64(bit) & np.uint64(0x3FFF)).astype(np.int64) * 16
+        self.start, self.leading, self.stride = field(0), field(16), field(32)
+        modes = np.unique(descriptor >> np.uint64(62))
+        if modes.size != 1:
+            raise ValueError("warps with other swizzles")
+        self.row = ROW[int(modes[0])]
+
+    def address(self, line: np.ndarray, byte: np.ndarray, transposed: bool) -> np.ndarray:
+        """Where a byte of a line lies. A line has the numbers that are contiguous: along k, or, transposed, across it;
+        eight lines are a tile, `stride` bytes from the next; a line's rows of tiles are `leading` bytes apart.
+        """
+        at = self.start + line // 8 * self.stride + line % 8 * self.row + byte % self.row
+        at = at + (byte // self.row * self.leading if transposed or self.row == CHUNK else 0)
+        bits = self.row // CHUNK - 1  # which of the bits 4 to 6 are exclusive-ored with the bits 7 to 9
+        return at ^ ((at >> 7 & bits) << 4)
+
+    def read(self, run, lines: int, size: int, transposed: bool) -> np.ndarray:
+        """All lines, of `size` bytes each -> words [warps, lines, size / 4]."""
+        count = lines * size // CHUNK
+        found = []
+        for begin in range(0, count, 32):
+            part = (begin + LANES) % count
+            address = self.address(part // (size // CHUNK), part % (size // CHUNK) * CHUNK, transposed)
+            found.append(run.load("shared", np.broadcast_to(address, (run.warps, 32)), 4, 4, None))
+        return np.stack(found, 1).reshape(run.warps, -1, 4)[:, :count].reshape(run.warps, lines, size // 4)
+
+
+SHAPES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16, 32))
+
+
+@instruction("wgmma", "fence commit_group wait_group mma_async sync aligned e4m3 e5m2 " + SHAPES)
+def wgmma(d: Decoder, s: Statement) -> Instruction:
+    """9.7.15.5.2: D = A B + D, or A B where the predicate is false; A in registers or shared memory, B there."""
+    if not s.has("mma_async"):
+        return d.act(lambda run, mask: None, together=True)
+    n, k = map(int, re.search(r"m64n(\d+)k(\d+)", ".".join(s.op)).groups())
+    d_kind, kind, _ = s.op[-3:]
+    width = {"tf32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}[kind]
+    if d_kind != "f32" or k * width != 32 or s.op[-2] != s.op[-1]:
+        raise ValueError("this product")
+    accumulators = split(s.operands[0][1:-1])
+    held = [d.source(text, 4) for text in accumulators]
+    targets = [d.target(text) for text in accumulators]
+    in_registers = s.operands[1].startswith("{")
+    a = [d.source(text, 4) for text in split(s.operands[1][1:-1])] if in_registers else d.source(s.operands[1], 8)
+    b, adds = d.source(s.operands[2], 8), d.source(s.operands[3], 0)
+    given = [int(text) for text in s.operands[4:]]
+    if given[:2] != [1, 1]:
+        raise ValueError("signs")
+    trans_a, trans_b = (False, *map(bool, given[2:]))[-2:] if len(given) > 2 else (False, False)
+
+    def matrix(run, slot, lines, transposed):
+        """-> [warps, lines, k]."""
+        operand = Operand(whole(run.frame[slot], run)[:, :1])
+        if transposed:
+            words = operand.read(run, k, lines * width, True)
+            return elements(words, kind).reshape(run.warps, k, lines).swapaxes(1, 2)
+        return elements(operand.read(run, lines, 32, False), kind).reshape(run.warps, lines, k)
+
+    def product(run, mask):
+        if in_registers:
+            x = left(fragments([run.frame[i] for i in a], run), kind)
+        else:
+            own = run.launch.thread[run.rows][:, :1] // 32 % 4 * 16 + np.arange(16)  # the rows of each warp
+            x = matrix(run, a, 64, trans_a)[np.arange(run.warps)[:, None], own]
+        y = matrix(run, b, n, trans_b)
+        keep = whole(run.frame[adds], run)[:, :1, None]
+        for j in range(n // 8):
+            words = fragments([run.frame[i] for i in held[4 * j : 4 * j + 4]], run).view(np.float32)
+            before = words.reshape(run.warps, 2, 2, 8, 4).transpose(0, 1, 3, 4, 2).reshape(run.warps, 16, 8)
+            before = np.where(keep, before, np.float32(0))
+            found = results(multiply(x, y[:, 8 * j : 8 * j + 8].swapaxes(1, 2), before, d_kind), d_kind)
+            for i in range(4):
+                run.put(targets[4 * j + i], found[:, i], mask)
+
+    return d.act(product, together=True)
