@@ -161,6 +161,7 @@ class Warp:
     blocked: int | None = None  # at a barrier, since then
     polls: list[int] = field(default_factory=list)  # when the polls of the wait in hand read the cache
     missed: bool = False
+    rounds: collections.Counter = field(default_factory=collections.Counter)  # of loops over chunks, by their branch
     trace: list[tuple[int, int, Line]] = field(default_factory=list)  # issue, stalled before, instruction
 
 
@@ -168,15 +169,10 @@ class Walk:
     """All warps of one program on their way through the time loop."""
 
     def __init__(
-        self,
-        lines: list[Line],
-        labels: dict[str, int],
-        warps: int,
-        late: int = 0,
-        waiting: bool = True,
-        memory: float = LOAD,
-    ):
-        self.lines, self.labels, self.memory = lines, labels, int(memory * CLOCK)
+        self, lines: list[Line], labels: dict[str, int], warps: int, *, late: int = 0, waiting: bool = True,
+        memory: float = LOAD, chunks: int = 1,
+    ):  # fmt: skip
+        self.lines, self.labels, self.memory, self.chunks = lines, labels, int(memory * CLOCK), chunks
         self.begin, self.end = time_loop(lines, labels)
         self.team = [Warp(i, self.begin) for i in range(warps)]
         self.late, self.waiting = late, waiting
@@ -191,8 +187,8 @@ class Walk:
                 self._release()
 
     def _kind(self, line: Line) -> str:
-        """What a branch in the loop is for: "retry" it goes back to poll again, "skip" it jumps over such code, "over"
-        something else, "out" of the loop, "always".
+        """What a branch in the loop is for: "retry" it goes back to poll again, "chunks" to the next chunk of streamed
+        weights, "skip" it jumps over code that polls again, "over" something else, "out" of the loop, "always".
         """
         to = target(line, self.labels)
         if to is None:
@@ -202,7 +198,9 @@ class Walk:
         if to == self.begin and line.at == self.end - 1:
             return "over"
         if to <= line.at:
-            return "retry"
+            inside = self.lines[to : line.at]
+            nested = any(to < (target(x, self.labels) or 0) <= x.at for x in inside if x.name == "BRA")
+            return "chunks" if nested or not any(is_poll(x.text) for x in inside) else "retry"
         if any(is_poll(x.text) for x in self.lines[line.at + 1 : min(to, self.end)]):
             return "skip"
         between = self.lines[line.at + 1 : min(to, self.end)]
@@ -254,6 +252,9 @@ class Walk:
         to, kind = target(line, self.labels), self.kinds[line.at]
         if kind == "always":
             return to
+        if kind == "chunks":
+            warp.rounds[line.at] = (warp.rounds[line.at] + 1) % self.chunks
+            return to if warp.rounds[line.at] else warp.at + 1
         if kind in ("retry", "skip") and warp.polls:
             warp.missed = any(sample < self._arrival(warp.step) for sample in warp.polls)
             warp.polls = []
@@ -328,8 +329,9 @@ def estimate(p: Plan, arch: int = 90, memory: float = LOAD) -> Estimate:
     prefetch wait for memory itself, 420.
     """
     lines, labels = disassemble(compile_kernel(p, arch).asm["cubin"])
-    walks = [Walk(lines, labels, p.warps, late, memory=memory) for late in LATE]
-    alone = Walk(lines, labels, p.warps, waiting=False, memory=memory)
+    how = dict(memory=memory, chunks=max(1, p.streamed))
+    walks = [Walk(lines, labels, p.warps, late=late, **how) for late in LATE]
+    alone = Walk(lines, labels, p.warps, waiting=False, **how)
     way = statistics.mean(w.microseconds for w in walks)
     return Estimate(way, alone.microseconds, megabytes(p), p, walks[0])
 
