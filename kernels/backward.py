@@ -1,8 +1,8 @@
 """The backward loop over time, for every cell: the steps of forward.py in the opposite order, in one persistent launch.
 
     d_y       [R, N, H]      gradient of the outputs, or None
-    d_h_n     [B, N, H]      gradient of the final state, or None
-    d_carry_n [B, N, HS]     gradient of the final carry (LSTM), float32, or None
+    d_h_n     [N, B, H]      gradient of the final state, or None
+    d_carry_n [N, B, H]      gradient of the final carry (LSTM), or None
     weight    [N, HS, G, HS] recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u; zeros
                              past H
     gates     [R, N, G*H]    saved by the forward, or None (RNN)
@@ -11,7 +11,8 @@
     history_0 [B, N, HS]     LSTM: c0; GRU: h0; in the type of `history`, or None
     d_gates   [B+R+B, N, E, HS]  as 32-bit words: the first B rows hold zeros, the R rows after them are unwritten and
                              become the gradients of the gate sums, E slots a unit (cells.py)
-    d_carry_0 [B, N, HS]     gradient of the first carry, float32: LSTM d c0; GRU the direct part of d h0; or None
+    d_carry_0 [B, N, H]      gradient of the first carry: LSTM d c0; GRU, in float32, the direct part of d h0; or None.
+                             (With sets first, as the other states, the largest plans would spill.)
     status    [1]            int32: becomes `launch` when a wait came to its limit
     lengths, offsets, resets as in forward.py
 
@@ -35,14 +36,15 @@ from .program import (
     as_float,
     cleared,
     entry,
-    finish,
     has_room,
     is_end,
     load_gates,
     load_or_zero,
+    load_state,
     moment_after,
     moved,
     place_of,
+    save,
     sizes,
     source,
     starts_anew,
@@ -136,10 +138,13 @@ def through_gates_alone(W, slots, place, C: tl.constexpr):
     return tl.where(place.exists, lone_result(sums, C.STACK, C.S, C.UB, C.NB), 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
+@triton.jit(
+    do_not_specialize=["T", "B", "begin", "limit", "launch"],
+    do_not_specialize_on_alignment=["d_h_n", "d_carry_n", "d_carry_0"],
+)
 def backward(
-    d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, status, lengths, offsets,
-    resets, T, B, begin, limit, launch, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, lengths, offsets, resets, T,
+    B, status, begin, limit, launch, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
     AUX_IS_HISTORY: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
     UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr,
     SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,8 +170,8 @@ def backward(
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
-        dh_n = dh_n + (load_or_zero(d_h_n, me.first, tile, tile.exists, C.H, C),)
-        dcarry = dcarry + (load_or_zero(d_carry_n, me.first, tile, tile.exists, C.HS, C),)
+        dh_n = dh_n + (load_state(d_h_n, me, tile, B, C),)
+        dcarry = dcarry + (load_state(d_carry_n, me, tile, B, C),)
         nothing = ()
         for _ in tl.static_range(C.G):
             nothing = nothing + (tl.zeros(C.SHAPE, C.DTYPE),)
@@ -211,4 +216,6 @@ def backward(
         dcarry, state, saved = dcarry_next, state_next, saved_next
         before = now.row
         now, then = moved(now, ahead, s + 1 < steps, B, offsets), earlier
-    finish(d_carry_0, dcarry, places, me, C)
+    for j in tl.static_range(C.SLICES):
+        place = Place(*places[j])
+        save(d_carry_0, me.first, place, dcarry[j], place.own & place.exists, C.H, C)

@@ -5,15 +5,15 @@
     bias    [N, H]           hidden bias of the last gate (GRU), or None
     y       [B+R+B, N, HS]   as 32-bit words: the first B rows hold h0 of forward sets, the last B that of reversed
                              ones; the R rows between are unwritten and become the outputs
-    carry_0 [B, N, HS]       carry before the first step (LSTM: c0, float32; GRU: h0), or None
+    carry_0 [N, B, H]        carry before the first step (LSTM: c0; GRU: h0), or None for zeros
     gates   [R, N, G*H]      x_part itself, or None where nothing is saved
     aux     [R, N, HS]       what else the backward needs (LSTM: c, float32; GRU: q), or None
-    carry_n [B, N, HS]       carry after the last step, float32, or None
+    carry_n [N, B, H]        becomes the carry after each row's last step; or None
+    h_n     [N, B, H]        becomes the state at each row's end
     status  [1]              int32: becomes `launch` when a wait came to its limit
     lengths [B]              int32, steps of each row, or None where all have T
     offsets [T+1]            int64, first row of each step where sequences are packed, longest first; else None
     resets  [T, B]           int8, not zero where the row's state is zero before the step; or None
-    h_n     [B, N, HS]       with `lengths`: holds h0, becomes the state at each row's end
 
 T steps, B rows of the batch, R rows of all steps (step t has the rows from t*B on, packed from offsets[t] on), N weight
 sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit slices of UB units x batch
@@ -35,15 +35,15 @@ from .program import (
     as_float,
     cleared,
     entry,
-    finish,
     has_room,
-    is_end,
     load_gates,
     load_or_zero,
+    load_state,
     moved,
     place_of,
     rows_before,
     save,
+    save_state,
     sizes,
     source,
     starts_anew,
@@ -103,9 +103,22 @@ def with_bias(r, bias, C: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["T", "B", "begin", "limit", "launch"])
+@triton.jit
+def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
+    """What this program published at each row's last step, or its h0 where the row has none; past the first-level
+    cache, as it was published.
+    """
+    t = tl.where(me.reverse, 0, tl.maximum(place.length - 1, 0))
+    row = tl.where(place.length > 0, me.first + rows_before(t, B, offsets), h0)
+    return tl.load(entry(out, row, place, C.HS, C), mask=place.own, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit(
+    do_not_specialize=["T", "B", "begin", "limit", "launch"],
+    do_not_specialize_on_alignment=["carry_0", "carry_n", "h_n"],
+)
 def forward(
-    x_part, weight, bias, y, carry_0, gates, aux, carry_n, status, lengths, offsets, resets, h_n, T, B, begin, limit,
+    x_part, weight, bias, y, carry_0, gates, aux, carry_n, h_n, lengths, offsets, resets, T, B, status, begin, limit,
     launch, CELL: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
     N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr,
     S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr,
@@ -127,7 +140,7 @@ def forward(
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
-        carry = carry + (load_or_zero(carry_0, me.first, tile, tile.own, C.HS, C),)
+        carry = carry + (load_state(carry_0, me, tile, B, C),)
         state = state + (load_or_zero(out, h0, tile, tile.own, C.HS, C).to(C.DTYPE),)
         for i in tl.static_range(1, PREFETCHED):
             prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, tile, lengths, C)
@@ -151,9 +164,7 @@ def forward(
             h, kept, saved, extra = CELL(as_float(x), r, tl.where(reset, 0.0, carry[j]))
             room = has_room(place, active, offsets)
             h = cleared(h, active, place, C)
-            published = publish(out, now.row, place, 0, h, room, C)
-            if h_n is not None:
-                save(h_n, me.first, place, published, place.own & active & is_end(now.t, place, me), C.HS, C)
+            publish(out, now.row, place, 0, h, room, C)
             if gates is not None:
                 for g in tl.static_range(len(saved)):
                     save(gates + g * C.H, now.row, place, saved[g], place.own & place.exists & active, C.G * C.H, C)
@@ -164,4 +175,10 @@ def forward(
         carry, state = carry_next, state_next
         before = now.row
         now = moved(now, ahead, s + 1 < steps, B, offsets)
-    finish(carry_n, carry, places, me, C)
+    if not C.ALONE:
+        tl.debug_barrier()  # what a thread reads below, another one may have published
+    for j in tl.static_range(C.SLICES):
+        place = Place(*places[j])
+        save_state(carry_n, me, place, carry[j], B, C)
+        last = state[j] if C.ALONE else own_last(out, h0, place, me, B, offsets, C)
+        save_state(h_n, me, place, last, B, C)

@@ -22,7 +22,7 @@ from .direct import Prepared
 from .machine_code import complain, untested
 from .plan import Plan
 from .rows import Rows
-from .spec import CELLS, WAIT_LIMIT, itemsize, padded, runs_backwards
+from .spec import CELLS, WAIT_LIMIT, itemsize, padded
 
 FORWARD = {
     "lstm": cells.lstm_forward,
@@ -160,7 +160,9 @@ def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, te
     """
     raise_if_late(device)
     given = tensors | rows.pointers()
-    key = id(plan), rows.batch, reversed_sets, device, *[value is None for value in given.values()]
+    kinds = [None if tensor is None else tensor.dtype for tensor in tensors.values()]
+    masked = rows.lengths is None, rows.offsets is None, rows.resets is None
+    key = id(plan), rows.batch, reversed_sets, device, *kinds, *masked
     ready = _ready.get(key)
     if ready is None:
         ready = _get_ready(plan, rows, reversed_sets)
@@ -197,7 +199,7 @@ def _start(prepared: Prepared, device: torch.device, grid: tuple[int, int, int],
         )
 
 
-# The kernels of prepare.py with their compile-time arguments, by those and by which arguments are None.
+# The kernels of prepare.py with their compile-time arguments, by those and by the types of the other arguments.
 _prepared: dict[tuple, Prepared] = {}
 
 
@@ -205,7 +207,7 @@ def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, argument
     """Launch one of the kernels of prepare.py; fixed: its compile-time arguments, the type by name."""
     if programs == 0:
         return
-    key = kernel, fixed, device, *[value is None for value in arguments]
+    key = kernel, fixed, device, *[getattr(value, "dtype", None) for value in arguments]
     prepared = _prepared.get(key)
     if prepared is None:
         constants = dict(zip(kernel.arg_names[len(arguments) :], fixed, strict=True))
@@ -225,16 +227,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _rows_of_sets(state: Tensor | None, padded_size: int, dtype: torch.dtype) -> Tensor | None:
-    """A state [N, B, H] as the kernels read it: [B, N, HS], contiguous, in `dtype`."""
-    if state is None:
-        return None
-    state = state.transpose(0, 1).to(dtype)
-    if state.shape[-1] != padded_size:
-        state = torch.nn.functional.pad(state, (0, padded_size - state.shape[-1]))
-    return _aligned(state)
 
 
 def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
@@ -352,6 +344,7 @@ def forward(
     rows: Rows,
     reversed_sets: int,
     saving: str,
+    c_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """All steps forward.
 
@@ -359,12 +352,13 @@ def forward(
     "nothing", "lean" (aux alone, where it is c) or "full".
     weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H] and c0 [N, B, H] or None; reversed_sets: 0 none of the
     sets runs backwards in time, 1 all, 2 every second one.
-    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] float32 or None, aux [R, N, HS] or None.
+    c_n: where to write it, or a new tensor.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] or None, aux [R, N, HS] or None.
     """
     begun = begin(plan, rows, x_part.shape[0], h0, weight_hh)
     if bias_hn is not None:
         begun = begun._replace(bias_hn=_aligned(bias_hn))
-    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving)
+    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, c_n=c_n)
 
 
 def go_on(
@@ -376,23 +370,23 @@ def go_on(
     rows: Rows,
     reversed_sets: int,
     saving: str,
+    h_n: Tensor | None = None,
+    c_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`forward` after `begin`, when the input product is there."""
+    """`forward` after `begin`, when the input product is there. h_n, c_n: where to write those, or new tensors."""
     assert rows.time > 0 and x_part.is_contiguous()
     cell = CELLS[plan.cell]
     count, sets, _ = x_part.shape
     hidden_size, dtype, device, batch = plan.hidden_size, x_part.dtype, x_part.device, rows.batch
     size, y = padded(hidden_size, plan.dtype), begun.y
-    carry_0 = _rows_of_sets(c0, size, torch.float32) if cell.carry == "c" else y[:batch] if cell.carry == "h" else None
-    carry_n = torch.empty((batch, sets, size), dtype=torch.float32, device=device) if cell.carry == "c" else None
     aux = None
     if cell.keeps_aux(saving):
         aux = torch.empty((count, sets, size), dtype=torch.float32 if cell.aux == "c" else dtype, device=device)
-    h_n = None
-    if rows.lengths is not None:
-        h_n = torch.zeros((batch, sets, size), dtype=dtype, device=device)
-        if h0 is not None:
-            h_n[..., :hidden_size] = h0.transpose(0, 1)
+    if h_n is None:
+        h_n = torch.empty((sets, batch, hidden_size), dtype=dtype, device=device)
+    if c_n is None and cell.carry == "c":
+        c_n = torch.empty_like(h_n)
+    carry_0 = _dense(c0 if cell.carry == "c" else h0 if cell.carry == "h" else None)
     tensors = dict(
         x_part=x_part,
         weight=begun.weight_hh,
@@ -401,17 +395,11 @@ def go_on(
         carry_0=carry_0,
         gates=x_part if saving == "full" and cell.saves_gates else None,
         aux=aux,
-        carry_n=carry_n,
+        carry_n=c_n,
         h_n=h_n,
     )
     _launch(plan, device, rows, reversed_sets, tensors)
-    y = y[batch : batch + count, :, :hidden_size]
-    if h_n is not None:
-        h_n = h_n[..., :hidden_size].transpose(0, 1)
-    else:
-        last, first = y[count - batch :], y[:batch]  # the ends of the sets that run forward, and backwards
-        h_n = torch.stack([first[:, n] if runs_backwards(reversed_sets, n) else last[:, n] for n in range(sets)])
-    return _apart(y), h_n, None if carry_n is None else carry_n[..., :hidden_size].transpose(0, 1), aux
+    return _apart(y[batch : batch + count, :, :hidden_size]), h_n, c_n, aux
 
 
 def backward(
@@ -431,9 +419,9 @@ def backward(
     """All steps backward.
 
     d_y [R, N, H], d_h_n and d_c_n [N, B, H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H], aux
-    and y as `forward` left them; h0, c0 [N, B, H].
-    -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H]
-    float32: LSTM the gradient of c0, GRU what of h0's does not pass through the gates, else None.
+    and y as `forward` left them; h0, c0 [N, B, H] or None for zeros.
+    -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H]:
+    LSTM the gradient of c0, GRU, in float32, what of h0's does not pass through the gates; None where that state is.
     """
     cell = CELLS[plan.cell]
     count, sets, hidden_size = y.shape
@@ -469,12 +457,13 @@ def backward(
         )  # fmt: skip
         programs = [0, 0, 0]  # of further sets the weights alone
     d_carry_0 = None
-    if cell.carry is not None:
-        d_carry_0 = torch.empty((batch, sets, size), dtype=torch.float32, device=device)
+    if (c0 if cell.carry == "c" else h0 if cell.carry == "h" else None) is not None:
+        exact = dtype if cell.carry == "c" else torch.float32
+        d_carry_0 = torch.empty((batch, sets, hidden_size), dtype=exact, device=device)
     tensors = dict(
         d_y=None if d_y is None else _aligned(d_y),
-        d_h_n=_rows_of_sets(d_h_n, hidden_size, dtype),
-        d_carry_n=_rows_of_sets(d_c_n, size, torch.float32) if cell.carry == "c" else None,
+        d_h_n=_dense(d_h_n),
+        d_carry_n=_dense(d_c_n) if cell.carry == "c" else None,
         weight=weight,
         gates=None if gates is None else _aligned(gates),
         aux=aux,
@@ -484,5 +473,5 @@ def backward(
         d_carry_0=d_carry_0,
     )
     _launch(plan, device, rows, reversed_sets, tensors)
-    d_carry_0 = None if d_carry_0 is None else d_carry_0[..., :hidden_size].transpose(0, 1)
+    d_carry_0 = None if d_carry_0 is None else d_carry_0.transpose(0, 1)
     return _apart(d_gates[batch : batch + count, ..., :hidden_size]), d_carry_0

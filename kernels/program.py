@@ -289,12 +289,29 @@ def save(p, row, place, x, mask, WIDTH: tl.constexpr, C: tl.constexpr):
         tl.store(entry(p, row, place, WIDTH, C), x, mask=mask)
 
 
+# States before the first and after the last step: [N, B, H], as torch has them ----------------------------------------
+
+
 @triton.jit
-def finish(p, carry, places, me, C: tl.constexpr):
-    """What comes after the last step: the carry goes to p [B, N, HS], if there is one."""
-    for j in tl.static_range(C.SLICES):
-        place = Place(*places[j])
-        save(p, me.first, place, carry[j], place.own, C.HS, C)
+def state_entry(p, me, place, B, C: tl.constexpr):
+    """Pointers to a place's units in a state."""
+    return p + (me.n.to(tl.int64) * B + place.row) * C.H + place.units
+
+
+@triton.jit
+def load_state(p, me, place, B, C: tl.constexpr):
+    """The tile of a state in float32; zeros where p is None, and where there is no unit."""
+    if p is None:
+        return tl.zeros(C.SHAPE, tl.float32)
+    else:
+        return tl.load(state_entry(p, me, place, B, C), mask=place.exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def save_state(p, me, place, x, B, C: tl.constexpr):
+    """Store a tile in a state, if there is one, in its type."""
+    if p is not None:
+        tl.store(state_entry(p, me, place, B, C), x, mask=place.own & place.exists)
 
 
 @triton.jit

@@ -116,25 +116,25 @@ def signature(p: Plan, rows: str = "dense") -> dict:
             "weight": element,
             "bias": element if p.cell == "gru" else None,
             "y": "*i32",
-            "carry_0": carry,
+            "carry_0": None if cell.carry is None else element,
             "gates": gates,
             "aux": None if cell.aux == "y" else aux,
-            "carry_n": exact if cell.carry == "c" else None,
+            "carry_n": element if cell.carry == "c" else None,
+            "h_n": element,
             "status": "*i32",
-            "h_n": element if lie["lengths"] else None,
             **lie,
         }
     return {
         "d_y": element,
         "d_h_n": element,
-        "d_carry_n": exact if cell.carry == "c" else None,
+        "d_carry_n": element if cell.carry == "c" else None,
         "weight": element,
         "gates": gates,
         "aux": aux,
         "history": carry,
         "history_0": carry,
         "d_gates": "*i32",
-        "d_carry_0": None if cell.carry is None else exact,
+        "d_carry_0": {"c": element, "h": exact, None: None}[cell.carry],
         "status": "*i32",
         **lie,
     }
@@ -157,7 +157,9 @@ def compile_kernel(p: Plan, arch: int, rows: str = "dense"):
     for name in kernel.arg_names:
         types[name] = "constexpr" if name in fixed else tensors.get(name, "i32")  # do_not_specialize: plain numbers
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True))
+        if types[name].startswith("*") and not parameter.do_not_specialize_on_alignment
     }
     source = ASTSource(kernel, types, fixed, aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(p))

@@ -28,6 +28,10 @@ def recurrent_stack(
     count = len(weights) // each
     if h0 is None and call.route != "direct":
         h0, c0 = zero_states(call, rows, input, weights, count)
+    # Where nothing is differentiated, the kernels write the final states of all layers into one tensor.
+    whole = None
+    if call.route == "direct" and call.saving == "nothing" and not call.projected and count > call.sets:
+        whole = final_states(call, rows, input, weights, count)
     h_n, c_n = [], []
     for first in range(0, count, call.sets):
         sets = slice(first, first + call.sets)
@@ -36,16 +40,31 @@ def recurrent_stack(
         if call.route != "direct":
             kinds = [stacked(kind) for kind in kinds]
         weight_hr = kinds.pop() if call.projected else None
-        states = None if h0 is None else h0[sets], None if c0 is None else c0[sets]
+        states = h0, c0
+        if count > call.sets:  # a slice of all would cost its gradient a copy
+            states = [None if state is None else state[sets] for state in states]
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states)
-        y, h, c = ROUTES[call.route](inputs, rows, call)
+        if whole is None:
+            y, h, c = ROUTES[call.route](inputs, rows, call)
+        else:
+            y, h, c, *_ = run_directly(inputs, rows, call, whole[0][sets], None if whole[1] is None else whole[1][sets])
         h_n.append(h)
         c_n.append(c)
         input = y.flatten(1)
         if dropout > 0 and sets.stop < count:
             input = functional.dropout(input, dropout)
+    if whole is not None:
+        return input.contiguous(), *whole
     h_n, c_n = (one[0] if len(one) == 1 else torch.cat(one) if one[0] is not None else None for one in (h_n, c_n))
     return input.contiguous(), h_n, c_n if CELLS[call.cell].carry == "c" else None
+
+
+def final_states(
+    call: Call, rows: Rows, input: Tensor, weights: list[Tensor], count: int
+) -> tuple[Tensor, Tensor | None]:
+    """h_n and, for the LSTM, c_n of as many layers and directions, to be written."""
+    h_n = input.new_empty(count, rows.batch, weights[1].shape[1])
+    return h_n, torch.empty_like(h_n) if CELLS[call.cell].carry == "c" else None
 
 
 def zero_states(

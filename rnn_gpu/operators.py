@@ -71,7 +71,7 @@ def recurrence(
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
     in time, 1 all, 2 every second one. max_programs, alone: what a plan may use, see `backends.limits`. saving: see
     SAVING.
-    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H] float32, empty for cells without c; aux, what the backward needs
+    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H], empty for cells without c; aux, what the backward needs
     besides.
     """
     from .kernels import launch
@@ -93,13 +93,9 @@ def _(
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
     spec = CELLS[cell]
-
-    def state(dtype):
-        return x_part.new_empty((batch, sets, size), dtype=dtype)[..., :hidden_size].transpose(0, 1)
-
     y = x_part.new_empty((count + 2 * batch, sets, size))[batch : batch + count, :, :hidden_size]
-    h_n = x_part.new_empty((sets, batch, hidden_size)) if lengths is None else state(x_part.dtype)
-    c_n = state(torch.float32) if spec.carry == "c" else x_part.new_empty(0)
+    h_n = x_part.new_empty((sets, batch, hidden_size))
+    c_n = torch.empty_like(h_n) if spec.carry == "c" else x_part.new_empty(0)
     aux = x_part.new_empty(0)
     if spec.keeps_aux(saving):
         aux = x_part.new_empty((count, sets, size), dtype=torch.float32 if spec.aux == "c" else x_part.dtype)
@@ -164,14 +160,14 @@ def recurrence_backward(
     """The recurrence backward, for all steps and sets.
 
     d_y [R, N, H], d_h_n and d_c_n [N, B, H]: gradients, None for zero. The rest as `recurrence` took and left it.
-    -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H] float32, empty for cells without a
-    carry: LSTM the gradient of c0, GRU what of h0's gradient does not pass through the gates.
+    -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H], empty for cells without a carry:
+    LSTM the gradient of c0, GRU, in float32, what of h0's gradient does not pass through the gates.
     """
     d_gates, d_carry_0 = recurrence_backward_directly(
         d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
         max_programs, alone,
     )  # fmt: skip
-    return d_gates, y.new_empty(0, dtype=torch.float32) if d_carry_0 is None else d_carry_0
+    return d_gates, y.new_empty(0) if d_carry_0 is None else d_carry_0
 
 
 @recurrence_backward.register_fake
@@ -199,8 +195,9 @@ def _(
     d_gates = y.new_empty((count + 2 * batch, sets, CELLS[cell].slots, size))
     d_gates = d_gates[batch : batch + count, ..., :hidden_size]
     if CELLS[cell].carry is None:
-        return d_gates, y.new_empty(0, dtype=torch.float32)
-    return d_gates, y.new_empty((batch, sets, size), dtype=torch.float32)[..., :hidden_size].transpose(0, 1)
+        return d_gates, y.new_empty(0)
+    exact = y.dtype if CELLS[cell].carry == "c" else torch.float32
+    return d_gates, y.new_empty((batch, sets, hidden_size), dtype=exact).transpose(0, 1)
 
 
 class Layer(torch.autograd.Function):
@@ -230,7 +227,7 @@ class Layer(torch.autograd.Function):
         y, h_n, c_n, aux = results
         if not (call.saving == "full" and CELLS[call.cell].saves_gates):
             gates = gates.new_empty(0)
-        return y, h_n, c_n.to(y.dtype), gates, aux
+        return y, h_n, c_n, gates, aux
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -412,7 +409,7 @@ def gradients_by_set(
     for key in ("start", "h0"):
         found[key] = None if found[key] is None else torch.stack(found[key]) if sets > 1 else found[key][0].unsqueeze(0)
     if wanted.c0 and cell.carry == "c":
-        found["c0"] = d_carry_0.to(inputs.c0.dtype)
+        found["c0"] = d_carry_0
     return tuple(found.values())
 
 
@@ -486,9 +483,9 @@ def directly(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def run_directly(inputs: Inputs, rows: Rows, call: Call):
+def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None):
     """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux. inputs: weights and biases
-    as one tensor of each set.
+    as one tensor of each set. h_n, c_n: where to write those, or new tensors.
     """
     from .kernels import launch
 
@@ -500,8 +497,9 @@ def run_directly(inputs: Inputs, rows: Rows, call: Call):
     gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (call.sets, -1))
     if inputs.start is not None:
         add_start(gates, inputs.start, rows, call)
-    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, inputs.h0, inputs.c0, rows, call.reversed_sets, call.saving)
-    return y, h_n, None if c_n is None else c_n.to(y.dtype), gates, aux
+    states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
+    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n)
+    return y, h_n, c_n, gates, aux
 
 
 def recurrence_backward_directly(

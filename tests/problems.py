@@ -249,8 +249,11 @@ def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str =
     gates = given.x_part.flatten(0, 1).clone()
     rows = launch.Rows(problem.time, problem.batch)
     states = given.h0, given.c0
+    c_n = (
+        None if given.c0 is None else torch.empty_like(given.c0, dtype=torch.float32)
+    )  # all that the kernel knows of c
     y, _, c_n, aux = launch.forward(
-        forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, saving
+        forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, saving, c_n
     )
     steps = (problem.time, problem.batch)
     return y.unflatten(0, steps), c_n, None if aux is None else aux.unflatten(0, steps), gates.unflatten(0, steps)

@@ -84,6 +84,53 @@ def test_nothing_is_copied_or_waited_for(name, kind, states, memory, monkeypatch
             call(layer, kind, states)
 
 
+# The kernels of a call, dense and with no states given: in inference, and forward and backward. In inference what
+# prepares the buffers, the input product and the recurrence; forward and backward besides what prepares the backward's
+# buffers and the recurrence backwards, products for the gradients of the input and of both weights, a sum for the
+# biases, and one copy, for two biases of one gradient. A second direction adds its three products, and the GRU, whose
+# slots stand in another order, one for each recurrent weight. A stack that is trained puts final states together.
+MOST = {
+    "LSTM": (3, 10),
+    "GRU": (3, 11),
+    "RNN": (3, 10),
+    "LSTM, no biases": (3, 8),
+    "LSTM, alone": (3, 10),
+    "LSTM, odd size": (4, 12),  # the output is no view of what the kernels wrote
+    "GRU, both directions, 2 layers": (6, 31),
+    "LSTM, both directions, 2 layers": (9, 32),  # with three kernels for dropout, and one for its gradient
+    "LSTM, projected": (6, 20),  # three products forward, and their gradients
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_call_is_few_kernels(name, monkeypatch):
+    """Catches: a cast, a fill, a copy or a sum that comes back into every call."""
+    layer = made(name)
+    with pretending(monkeypatch, layer.parameters()) as work, torch.no_grad():
+        call(layer, "dense", False)
+    inference = dict(work.kernels)
+    with pretending(monkeypatch, layer.parameters()) as work:
+        output, *_ = call(layer, "dense", False)
+        output.backward(torch.empty_like(output))
+    found = sum(inference.values()), work.total
+    assert all(count <= most for count, most in zip(found, MOST[name], strict=True)), (
+        f"{inference}; {dict(work.kernels)}"
+    )
+
+
+def test_gradients_that_nobody_needs_cost_nothing(monkeypatch):
+    """Catches: products for frozen weights, states or inputs; a gradient that is copied before it becomes `.grad`."""
+    layer = made("LSTM")
+    for parameter in layer.parameters():
+        parameter.requires_grad_(parameter is layer.bias_hh_l0)
+    with pretending(monkeypatch, layer.parameters()) as work:
+        input = torch.empty(T, B, I, device=DEVICE, dtype=torch.bfloat16)
+        output, _ = layer(input)
+        forward = work.total
+        output.backward(torch.empty_like(output))
+    assert work.total - forward <= 4, dict(work.kernels)  # prepared, backwards, a sum, a copy
+
+
 def test_rows_of_packed_input_are_made_anew_where_the_batch_sizes_change():
     """Catches: rows that are kept for other batch sizes, or for another batch."""
     sizes = torch.tensor([3, 2, 1])
