@@ -63,8 +63,13 @@ def core() -> list[Case]:
     ]
 
 
+def short() -> list[Case]:
+    """Sequences as most people have them, where the host counts as much as the step."""
+    return product(["lstm", "gru"], ["bfloat16"], [128, 256, 512], [16, 64], [32, 64, 128])
+
+
 def full() -> list[Case]:
-    """Everything, the core first: thousands of cases, which --resume fills in over time."""
+    """Everything, the core and short sequences first: thousands of cases, which --resume fills in over time."""
     everything = product(
         ["lstm", "gru", "rnn_tanh"],
         ["bfloat16", "float16", "float32"],
@@ -74,7 +79,7 @@ def full() -> list[Case]:
         [1, 2, 4],
         [1, 2],
     )
-    return list(dict.fromkeys([*core(), *everything]))
+    return list(dict.fromkeys([*core(), *short(), *everything]))
 
 
 def quick() -> list[Case]:
@@ -96,7 +101,7 @@ def tiny() -> list[Case]:
     ]
 
 
-GRIDS = {"quick": quick, "core": core, "full": full, "tiny": tiny}
+GRIDS = {"quick": quick, "core": core, "short": short, "full": full, "tiny": tiny}
 
 
 def selected(cases: list[Case], conditions: list[str]) -> list[Case]:

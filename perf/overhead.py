@@ -2,15 +2,21 @@
 
 One step of a stream in eval mode, where Python and the dispatcher take most of the time: torch.nn, this library, and on
 a CPU the opaque operator that stands for a layer under torch.compile (its body is the same kernel, so the difference is
-the operator's own cost). On a GPU calls are queued and not waited for, so that the host's time is what counts, and one
-more line is a step of training, forward and backward. Everybody is called in turns, another one first in every round.
+the operator's own cost). On a GPU calls are queued and not waited for, so that the host's time is what counts; one
+more line is a step of training, forward and backward, and one the replay of a CUDA graph of a step. Everybody is called
+in turns, another one first in every round.
+
+On a CPU two more tables: the host's time of a call on the kernels, with every launch replaced by nothing, next to
+torch.nn's on the CPU, in time of the processor. It has everything that Python and PyTorch do before and after a launch,
+and the products, which are small here; not what CUDA takes to queue a kernel.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -23,7 +29,9 @@ CELLS = ("LSTM", "GRU", "RNN")
 CALLS = 50  # of one sample
 
 
-def samples(calls: dict[str, Callable], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+def samples(
+    calls: dict[str, Callable], rounds: int, wait: Callable[[], None], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds a call, `rounds` samples of each, in turns."""
     found = {name: [] for name in calls}
     names = list(calls)
@@ -31,10 +39,10 @@ def samples(calls: dict[str, Callable], rounds: int, wait: Callable[[], None]) -
         for name in names[i % len(names) :] + names[: i % len(names)]:
             call = calls[name]
             wait()
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(CALLS):
                 call()
-            found[name].append((time.perf_counter() - begin) / CALLS)
+            found[name].append((clock() - begin) / CALLS)
     wait()
     return found
 
@@ -48,6 +56,9 @@ def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -
     state = torch.zeros(1, batch_size, hidden_size, device=device)
     state = (state, state) if cell == "LSTM" else state
     calls = {"torch.nn": lambda: theirs(input, state), "rnn_gpu": lambda: ours(input, state)}
+    if device.type == "cuda":
+        with torch.no_grad():
+            calls["rnn_gpu, CUDA graph"] = replayed(ours, input, state)
     if device.type == "cpu":
         states = state if cell == "LSTM" else (state, None)
         weights = [weight.detach().unsqueeze(0) for weight in ours._flat_weights]
@@ -69,6 +80,60 @@ def training(cell: str, hidden_size: int, batch_size: int, device: torch.device)
     return calls
 
 
+def replayed(layer: torch.nn.Module, input: torch.Tensor, state) -> Callable:
+    """A step as a CUDA graph, which replays it."""
+    for _ in range(2):
+        layer(input, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(input, state)
+    return graph.replay
+
+
+@contextlib.contextmanager
+def launches_left_out() -> Iterator[None]:
+    """Within this context layers on the CPU go the way of the kernels, and every launch is nothing."""
+    from rnn_gpu.kernels import launch
+
+    before = launch._start, backends.interpreting
+    launch._start, backends.interpreting = lambda *_: None, lambda: True
+    try:
+        with rnn_gpu.backend("triton"):
+            yield
+    finally:
+        launch._start, backends.interpreting = before
+
+
+def host(cell: str, hidden_size: int, batch_size: int, trained: bool, **options) -> dict[str, Callable]:
+    """Two steps of a layer or a stack, by torch.nn and with the launches left out."""
+    calls = {}
+    for name, module in (("torch.nn on the CPU", torch.nn), ("rnn_gpu, no launches", rnn_gpu)):
+        layer = getattr(module, cell)(hidden_size, hidden_size, **options)
+        input = torch.randn(2, batch_size, hidden_size)
+        gradient = torch.ones(2, batch_size, hidden_size * (2 if layer.bidirectional else 1))
+        if trained:
+            calls[name] = lambda layer=layer, input=input, d=gradient: trained_once(layer, input, d)
+        else:
+            calls[name] = lambda layer=layer, input=input: layer(input)
+    return calls
+
+
+def trained_once(layer: torch.nn.Module, input: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Forward and backward, with gradients that are new."""
+    layer(input)[0].backward(gradient)
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def told(cell: str, found: dict[str, list[float]]) -> None:
+    """Lines of a table."""
+    first = next(iter(found.values()))
+    for name, seconds in found.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
+        middle, least = statistics.median(seconds) * 1e6, min(seconds) * 1e6
+        print(f"{cell:6}{name:26}{middle:10.2f}{least:10.2f}{ratio:13.3f}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0; prints a table."""
     parser = argparse.ArgumentParser(prog="python -m perf.overhead", description=__doc__.splitlines()[0])
@@ -88,11 +153,17 @@ def main(arguments: list[str] | None = None) -> int:
             with torch.set_grad_enabled(make is training):
                 samples(calls, 2, wait)
                 found = samples(calls, options.rounds, wait)
-            first = next(iter(found.values()))
-            for name, seconds in found.items():
-                ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
-                middle, least = statistics.median(seconds) * 1e6, min(seconds) * 1e6
-                print(f"{cell:6}{name:26}{middle:10.2f}{least:10.2f}{ratio:13.3f}")
+            told(cell, found)
+    if device.type == "cuda":
+        return 0
+    for what, kind in (("one layer", {}), ("two layers, both directions", dict(num_layers=2, bidirectional=True))):
+        print(f"the host alone, two steps, {what}; forward, and forward and backward")
+        for cell in CELLS:
+            for trained in (False, True):
+                calls = host(cell, options.hidden_size, options.batch_size, trained, **kind)
+                with torch.set_grad_enabled(trained), launches_left_out():
+                    samples(calls, 2, wait, time.thread_time)
+                    told(cell, samples(calls, options.rounds, wait, time.thread_time))
     return 0
 
 
