@@ -112,6 +112,8 @@ def part_of(kernel: str) -> str:
     lower = kernel.lower()
     if kernel in ("forward", "backward"):  # Triton gives a kernel the name of its function
         return f"recurrence {kernel}"
+    if kernel in ("prepare_forward", "prepare_backward"):
+        return "fill of the buffers, and what else is prepared"
     if any(word in lower for word in ("gemm", "cutlass", "xmma", "nvjet", "cublas", "splitk")):
         return "products"
     if "fill" in lower or "memset" in lower:

@@ -41,6 +41,31 @@ def assert_equal(actual, expected):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_is_few_kernels_on_the_device(name):
+    """Catches: what PyTorch starts on a GPU and no count without one shows: at most 3 in inference, 12 both ways."""
+    layer, input = made(name)
+
+    def kernels(call) -> list[str]:
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(acc_events=True) as found:
+            call()
+            torch.cuda.synchronize()
+        names = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return [one for one in names if "splitkreduce" not in one.lower()]  # cuBLAS' second half of a product
+
+    def inference():
+        with torch.no_grad():
+            layer(input)
+
+    output, _ = layer(input.requires_grad_())
+    gradient, leaves = torch.ones_like(output), [input, *layer.parameters()]
+    both = kernels(lambda: torch.autograd.grad(layer(input)[0], leaves, gradient))
+    assert len(few := kernels(inference)) <= 3, few
+    assert len(both) <= 12, both
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("name, kwargs", [("LSTM", {"bidirectional": True, "num_layers": 2}), ("GRU", {}), ("RNN", {})])
 def test_compile(name, kwargs, mode):
