@@ -1,11 +1,11 @@
 """The plan: how a recurrence is cut into programs. Pure Python: needs no GPU and no Triton.
 
 `plan()` enumerates the ways that fit the device and takes the one whose predicted step is the shortest. The times come
-from a model whose constants stand below, each with its reason; none of them has been measured by this project yet, so a
-prediction ranks plans and is no promise. `cudnn_microseconds` is the same kind of estimate for what `auto` would use
-instead.
+from a model whose constants stand below: fitted to what an H200 took, less what the kernels save since then by the
+clock of their machine code. `cudnn_microseconds` says the same of what `auto` would use instead.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -178,16 +178,47 @@ ALONE_WARPS = 8
 ALONE_WARP_UNITS, ALONE_WARP_UNITS_IEEE = TILE_ROWS, 8
 ALONE_IEEE_UNITS = 32
 
-# Time: a model that ranks plans.
-EXCHANGE_MICROSECONDS = 0.7  # publish, reach L2, be polled, at about 130 programs; published: 0.6 to 0.9
+# Time: microseconds of a step. The first block is fitted to 224 plans that an H200 timed on 2026-11-26 with the kernels
+# of commit 7d9048c (perf/results; `perf.tune --check --recorded` repeats it): half of them within 8 % forward and 7 %
+# backward, and the first by the model at most 7 % slower than the best. One tile takes TILE, more with 8 warps (twice
+# the partial sums, and latencies in series), and a part for each matrix instruction of a warp, backward also for each
+# vector that a thread polls. From its publish to the neighbours' next step it takes EXCHANGE, more for the bytes that
+# all programs poll in a step (MEGABYTE), and, forward, for each of the programs, of which the latest counts (LATE).
+# That may hide behind other tiles, TRAVEL never does.
+FORWARD_TILE, BACKWARD_TILE = 0.515, 0.245
+FORWARD_EIGHT_WARPS, BACKWARD_EIGHT_WARPS = 0.538, 0.65
+FORWARD_MATRIX, BACKWARD_MATRIX = 0.01309, 0.00959
+BACKWARD_VECTOR = 0.0852
+FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.243
+FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.2, 0.112
+FORWARD_LATE = 0.006
+FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.4, 0.909
+# What of that is left since every thread waits for its own words and nothing comes from memory in between: of the work
+# on a tile, and of waiting for the latest, because a round that fails costs half. By the clock of the machine code
+# (stall counts, scoreboards, latencies: 1.65 us to 0.91 forward, H 1024, no waiting); no GPU has timed it yet.
+FORWARD_CLOCKED, BACKWARD_CLOCKED, LATE_CLOCKED = 0.55, 0.60, 0.5
+AS_GOOD = 1.03  # times the best: what the model cannot tell apart
+# A lone program: its instructions by the formula below, and this for each (cycles an instruction and warp of a
+# multiprocessor, dependences included). What a layer with H 128 took, less all else: 0.65 forward, 2.6 backward.
+FORWARD_ALONE_CYCLES, BACKWARD_ALONE_CYCLES = 0.4, 1.6
 L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
-POLL_BYTES_PER_CYCLE = 64  # what one multiprocessor takes in from L2
-POLLS = 1.5  # times a tile is read on the average: one poll in two comes too early
 POLL_CYCLES = 260  # from a poll that hits the second-level cache to its words: 138 ns, measured on an H200
 SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared memory
-ISSUE_CYCLES = 0.45  # cycles an instruction and warp of a multiprocessor, 4 schedulers, dependences included: estimated
-CUDNN_STEP_MICROSECONDS = 5.0  # two launches a step or more
-CUDNN_PERSISTENT_MICROSECONDS = 1.9  # float16 where cuDNN has a persistent kernel; published, H100, H 768, B 16
+ISSUE_CYCLES = 0.45  # cycles a scalar product of full float32 takes, for each warp of a multiprocessor: estimated
+CLOCK = 1.8  # gigahertz of the H200 that was measured: other devices take longer or shorter by their clock
+
+# cuDNN, measured on the same H200 (cuDNN 9.19): a step of a layer with I = H, its products included. Without a
+# persistent kernel it launches several kernels a step, and that is what it takes, until the arithmetic takes longer.
+# Forward, backward, and for each unit.
+CUDNN_STEP = {"bfloat16": (12.5, 20.0, 0.0), "float16": (5.9, 10.3, 0.0022), "float32": (9.0, 18.0, 0.009)}
+CUDNN_WORK = (8.4, 12.6)  # for each 1e9 operations of the recurrent product
+CUDNN_SMALL = (2.1, 2.3)  # its persistent kernel for few units
+# float16, one direction, B 16: units, forward, backward. (B 64 has no such kernel beyond 128 units.)
+CUDNN_PERSISTENT = (
+    (128, 1.76, 2.15), (256, 1.83, 3.83), (512, 1.81, 4.01), (768, 2.08, 4.47), (1024, 2.15, 5.41)
+)  # fmt: skip
+PERSISTENT_BATCH = 63
+PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 500e6, "bfloat16": 500e6}  # of large products, a microsecond
 
 
 @dataclass(frozen=True)
@@ -276,8 +307,16 @@ def plan(
     if not found:
         what = f"{hidden_size} hidden units in {sets} set(s)"
         return f"{what} need more than the {resident} programs that can run at the same time"
-    # Of equals the one that does least in turn: that the wait of a slice hides behind another is only the model's word.
-    return min(found, key=lambda p: (p.microseconds, p.slices, p.programs))
+    return preferred([(p, p.microseconds) for p in found])
+
+
+def preferred(timed: list[tuple[Plan, float]]) -> Plan:
+    """Of plans and what is predicted of them the one to take: of those that are as good as the best, the one that does
+    least in turn, because that a wait hides behind other tiles is only the model's word.
+    """
+    least = min(us for _, us in timed)
+    equal = [(p, us) for p, us in timed if us <= AS_GOOD * least]
+    return min(equal, key=lambda pair: (pair[0].slices, pair[1], pair[0].programs))[0]
 
 
 def _plan_of(problem: Problem, **chosen) -> Plan:
@@ -307,13 +346,14 @@ def alone_plan(problem: Problem) -> Plan | None:
     programs = -(-problem.batch_size // rows)
     launches = -(-programs // GRID_PROGRAMS)
     instructions = 60 + (18 * gates + (gates * units if ieee else chunks)) * units * rows // (warps * 32)
+    cycles = BACKWARD_ALONE_CYCLES if problem.backward else FORWARD_ALONE_CYCLES
     # A multiprocessor has four schedulers, and takes several programs as well as one.
     in_turn = max(4, warps * -(-programs * problem.sets // device.multiprocessors))
     return _plan_of(
         problem, alone=True, units=units, rows=rows, slices=1, warps=warps, registers=0 if ieee else chunks,
         shared=chunks if ieee else 0, streamed=0, waits=1, gates_per_tile=1, unit_slices=1,
         batch_slices=-(-programs // launches), launches=launches, shared_bytes=shared,
-        microseconds=instructions * in_turn * ISSUE_CYCLES / device.gigahertz / 1e3,
+        microseconds=instructions * in_turn * cycles / device.gigahertz / 1e3,
         reason="one program holds all hidden units: nothing to exchange",
     )  # fmt: skip
 
@@ -338,17 +378,23 @@ def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
 
 def _tilings(problem: Problem) -> Iterator[Tiling]:
     """The ways to cut a problem that its kernel can be compiled for, whether or not they fit."""
-    # Half the warps where half the chunks are enough: fewer partial sums to add, and no thread without a (row, unit)
-    # pair.
-    warps = 4 if problem.size <= chunk_width(8, problem.dtype) else 8
-    chunks = -(-problem.size // chunk_width(warps, problem.dtype))
-    for units in UNITS:
-        per_tile = _gates_per_tile(problem, units)
+    for warps, units in itertools.product(_warps(problem), UNITS):
+        chunks, per_tile = -(-problem.size // chunk_width(warps, problem.dtype)), _gates_per_tile(problem, units)
         if (1 if problem.backward else per_tile) * units < TILE_ROWS:
             continue
         for rows, slices in ROWS_AND_SLICES:
             if slices == 1 or chunks * slices * (problem.gates if problem.backward else 1) <= POLLED_TILES:
                 yield Tiling(units, rows, slices, warps, chunks, per_tile)
+
+
+def _warps(problem: Problem) -> tuple[int, ...]:
+    """The numbers of warps that may serve a problem: 4 where half the chunks are enough, 8 where they are not, and both
+    between. With 4 there are fewer partial sums to add, and no thread without a (row, unit) pair; but a thread then
+    holds twice the weights.
+    """
+    if problem.size <= chunk_width(8, problem.dtype):
+        return (4,)
+    return (4, 8) if problem.size <= 2 * chunk_width(8, problem.dtype) and problem.precision != "ieee" else (8,)
 
 
 def _gates_per_tile(problem: Problem, units: int) -> int:
@@ -395,6 +441,8 @@ def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
 
     found = [_most_on_chip(problem, tiling, waits) for waits in _waits(problem)]
     found = [r for r in found if r is not None]
+    if tiling.warps < max(_warps(problem)):
+        found = [r for r in found if r.registers == tiling.chunks]  # or 8 warps are better
     return max(found, key=lambda r: (r.registers + r.shared, -cycles(r)), default=None)
 
 
@@ -482,47 +530,64 @@ def with_batch(p: Plan, device: Device, resident: int) -> Plan:
     return replace(p, microseconds=launches * _step_microseconds(p, device), reason=reason)
 
 
-def _instructions(p: Plan) -> int:
-    """What a warp issues for a tile in a step, about: enough to rank plans; perf/resources.py counts."""
+def _tile_microseconds(p: Plan, device: Device) -> float:
+    """What the work on one tile takes in a step, from its words to its publish."""
     gates, chunks = CELLS[p.cell].gates, p.registers + p.shared + p.streamed
-    of_product = chunks * (2 if p.backward else 1) * (4 + gates * p.units // 8)
-    instructions = 150 + (30 * gates * p.units // 16 + of_product) * p.rows // 8
+    tile_gates = gates if p.backward else -(-gates // p.gates_per_tile) * p.gates_per_tile
+    matrices = 2 * chunks * (tile_gates * p.units // TILE_ROWS) * (p.rows // TILE_BATCH)
+    if p.backward:
+        tile = BACKWARD_TILE + BACKWARD_MATRIX * matrices + BACKWARD_VECTOR * chunks * gates * (p.rows // TILE_BATCH)
+        tile = (tile + BACKWARD_EIGHT_WARPS * (p.warps > 4)) * BACKWARD_CLOCKED
+        tile += (p.waits - 1) * POLL_CYCLES / CLOCK / 1e3
+    else:
+        tile = FORWARD_TILE + FORWARD_MATRIX * matrices
+        tile = (tile + FORWARD_EIGHT_WARPS * (p.warps > 4)) * FORWARD_CLOCKED
     if p.precision == "ieee":
-        instructions += chunks * gates * p.units * p.rows // 2
-    return instructions
+        tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
+    chunk_bytes = p.warps * tile_gates * p.units * CHUNK_ROW_BYTES
+    tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
+    streamed = p.streamed * chunk_bytes * p.programs
+    in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
+    memory = L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3
+    return tile * CLOCK / device.gigahertz + streamed / memory
 
 
 def _step_microseconds(p: Plan, device: Device) -> float:
     """Predicted time of a step of one launch."""
-    gates = CELLS[p.cell].gates
-    chunk_bytes = p.warps * gates * p.units * CHUNK_ROW_BYTES
-    tile = _instructions(p) * p.warps * ISSUE_CYCLES / device.gigahertz / 1e3
-    tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / device.gigahertz / 1e3
-    streamed = p.streamed * chunk_bytes * p.programs
-    in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
-    tile += streamed / (L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3)
-    polled = p.rows * padded(p.hidden_size, p.dtype) * itemsize(p.dtype) * (gates if p.backward else 1)
-    poll = POLLS * max(
-        polled * p.programs / L2_BYTES_PER_MICROSECOND, polled / POLL_BYTES_PER_CYCLE / device.gigahertz / 1e3
-    )
-    # The exchange of one tile hides behind the work on the others.
-    return max(EXCHANGE_MICROSECONDS + poll + tile, p.slices * (poll + tile))
+    slots = CELLS[p.cell].gates if p.backward else 1
+    tile = _tile_microseconds(p, device)
+    polled = p.slices * p.rows * padded(p.hidden_size, p.dtype) * itemsize(p.dtype) * slots * p.programs / 1e6
+    if p.backward:
+        exchange, travel = BACKWARD_EXCHANGE + BACKWARD_MEGABYTE * polled, BACKWARD_TRAVEL
+    else:
+        exchange, travel = FORWARD_EXCHANGE + FORWARD_MEGABYTE * polled, FORWARD_TRAVEL
+        exchange += FORWARD_LATE * LATE_CLOCKED * p.programs
+    # The exchange of one tile hides behind the work on the others, and tiles in turn take each its time.
+    return max(tile + exchange, p.slices * tile) + travel
 
 
-def cudnn_microseconds(p: Plan, device: Device) -> float:
-    """Estimated time of a step (recurrence alone) with cuDNN as PyTorch drives it, for the problem of a plan."""
+def cudnn_microseconds(p: Plan, device: Device, layers: int = 1) -> float:
+    """Estimated time of a step of the recurrence with cuDNN as PyTorch drives it, for the problem of a plan in a module
+    of so many layers: what was measured of a layer, less its large products.
+    """
     spec, bytes_ = CELLS[p.cell], itemsize(p.dtype)
-    weights = spec.gates * p.hidden_size * p.hidden_size * bytes_ * p.sets
-    l2 = weights <= device.l2_bytes
-    memory = weights / (L2_BYTES_PER_MICROSECOND if l2 else device.memory_gigabytes_per_second * 1e3)
-    flops = 2 * spec.gates * p.hidden_size**2 * p.batch_size * p.sets
-    per_cycle = 1024 if p.dtype != "float32" else 512 if p.precision == "tf32" else 256
-    products = max(memory, flops / (device.multiprocessors * device.gigahertz * per_cycle) / 1e3)
+    product = 2e-9 * spec.gates * p.hidden_size**2 * p.batch_size * p.sets  # 1e9 operations
     small = p.hidden_size <= ((256 if p.backward else 384) if spec.gates == 1 else (128 if p.backward else 192))
-    static = p.dtype == "float16" and spec.gates != 3 and p.sets == 1
-    static = static and p.hidden_size <= 1024 and p.hidden_size % 128 == 0
-    static = static and p.batch_size % 8 == 0 and p.batch_size <= 128
-    return products + (CUDNN_PERSISTENT_MICROSECONDS if small or static else CUDNN_STEP_MICROSECONDS)
+    small = small and p.dtype != "bfloat16" and p.sets == layers == 1
+    static = p.dtype == "float16" and spec.gates != 3 and p.sets == layers == 1 and p.batch_size % 8 == 0
+    static = static and p.hidden_size <= 1024 and p.hidden_size % 128 == 0 and p.batch_size <= PERSISTENT_BATCH
+    if static:
+        took = next(times[p.backward] for units, *times in CUDNN_PERSISTENT if units >= p.hidden_size)
+    elif small:
+        took = CUDNN_SMALL[p.backward]
+    else:
+        weights = spec.gates * p.hidden_size**2 * bytes_ * p.sets
+        memory = 0.0 if weights <= device.l2_bytes else weights / device.memory_gigabytes_per_second / 1e3
+        *passes, unit = CUDNN_STEP[p.dtype]
+        took = max((passes[p.backward] + unit * p.hidden_size) * p.sets, CUDNN_WORK[p.backward] * product, memory)
+    share = min(device.multiprocessors * device.gigahertz / (132 * CLOCK), 1.0)
+    products = (3 if p.backward else 1) * product * 1e9 / PRODUCT_OPERATIONS[p.dtype] / share
+    return max(took - products, took / 2)
 
 
 @cache

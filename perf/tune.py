@@ -3,6 +3,7 @@
     python -m perf.tune --cell lstm --dtype bfloat16 --hidden-size 1024 --batch-size 16     the ranking of one shape
     python -m perf.tune --check                          a sample of shapes: what the plan's own choice loses
     python -m perf.tune --check --fit constants.json     the model's constants, fitted to all that was measured
+    python -m perf.tune --check --recorded perf/results  the model against recordings (recorded.py); needs no GPU
 
 Every plan is checked against the readable loop in float64 before it is timed. All this needs a GPU. Without one it says
 so, and prints the ranking of the model, which is an estimate.
@@ -26,14 +27,16 @@ from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
 
-from . import compiling, ledger
+from . import compiling, ledger, recorded
 from .benchmark import Clock, OutOfTime, device_seconds, one_line, progress
 from .providers import float32_precision, interpreted
 
 STEPS = 256  # of a timed call
 CHECKED_STEPS = 24
 ROUNDS = 9
-FITTED = ("EXCHANGE_MICROSECONDS", "POLLS", "ISSUE_CYCLES")  # the constants of the model that a fit changes
+FITTED = (  # the constants of the model that a fit changes
+    "FORWARD_TILE", "BACKWARD_TILE", "FORWARD_MATRIX", "BACKWARD_MATRIX", "FORWARD_TRAVEL", "BACKWARD_TRAVEL",
+)  # fmt: skip
 SAMPLE = [  # cell, type, hidden units, batch: what --check looks at, forward and backward
     ("lstm", "bfloat16", 128, 64),
     ("lstm", "bfloat16", 256, 16),
@@ -315,6 +318,12 @@ def without_gpu(shape: tuple, device: Device, precision: str | None) -> int:
     return 0
 
 
+def against_recordings(folder: str, most: float) -> tuple[list[str], bool]:
+    """`recorded.check` of the model as it stood for the kernels that were recorded."""
+    with constants(recorded.AS_RECORDED):
+        return recorded.check(folder, lambda p: predicted(p, DEVICES["h200"]), most)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.tune", description="Time all plans of a shape on a GPU.")
@@ -327,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add("--check", action="store_true", help="a sample of shapes instead of one")
     add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
+    add("--recorded", metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
     add(
         "--budget",
@@ -346,6 +356,12 @@ def main(arguments: list[str] | None = None) -> int:
     if interpreted():
         print("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing. Unset it.", file=sys.stderr)
         return 2
+    if options.recorded and not options.check:
+        parser.error("--recorded goes with --check")
+    if options.recorded:
+        lines, good = against_recordings(options.recorded, options.most)
+        print("\n".join(lines))
+        return 0 if good else 1
     shape = options.cell, options.hidden_size, options.batch_size, options.directions, options.dtype
     precision = options.float32_precision
     if not torch.cuda.is_available():

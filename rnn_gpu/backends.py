@@ -368,13 +368,18 @@ def kernels_for(
     ragged: rows end early or start anew. precision: of float32 products; None: as PyTorch's switches say. It does not
     ask whether Triton is installed.
     """
-    return _weighed(_problem(module, batch_size, dtype), device, training, ragged, precision)
+    return _weighed(_problem(module, batch_size, dtype), device, training, ragged, precision, module.num_layers)
 
 
 def _weighed(
-    problem: Sizes, device: planning.Device, training: bool, ragged: bool, precision: str | None = None
+    problem: Sizes,
+    device: planning.Device,
+    training: bool,
+    ragged: bool,
+    precision: str | None = None,
+    layers: int = 1,
 ) -> Choice:
-    """The same for a `_problem`."""
+    """The same for a `_problem` of a module with so many layers."""
     plans = []
     for backward in (False, True) if training else (False,):
         found = plan_for(*problem, device, backward, ragged, precision=precision)
@@ -382,7 +387,7 @@ def _weighed(
             return Choice("torch", found)
         plans.append(found)
     ours = sum(p.microseconds for p in plans)
-    theirs = sum(planning.cudnn_microseconds(p, device) for p in plans)
+    theirs = sum(planning.cudnn_microseconds(p, device, layers) for p in plans)
     estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}, cuDNN {theirs:.1f}"
     return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
 
@@ -402,7 +407,7 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wanted: str) -> str:
+def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: int = 1) -> str:
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
@@ -411,7 +416,7 @@ def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wante
     if missing := triton_missing() or (wanted == "auto" and triton_untested()):
         return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
-    choice = _weighed(problem, device, training=True, ragged=ragged)
+    choice = _weighed(problem, device, training=True, ragged=ragged, layers=layers)
     return "" if choice.name == "triton" or (choice.plans and wanted == "triton") else choice.reason
 
 
@@ -434,12 +439,14 @@ def choose(
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
-        reason = _why_not_compiled(_problem(module, 1, dtype), input.device.type, where, ragged, wanted)
+        problem = _problem(module, 1, dtype)
+        reason = _why_not_compiled(problem, input.device.type, where, ragged, wanted, module.num_layers)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")
     precision = precision_of("float32") if dtype == torch.float32 else None
-    kind = module.mode, module.hidden_size, module.bidirectional, batch_size, dtype, input.device, training, ragged
+    kind = module.mode, module.hidden_size, module.num_layers, module.bidirectional, batch_size, dtype, input.device
+    kind = *kind, training, ragged
     key = wanted, kind, _max_programs, _allow_alone, precision
     choice = _chosen.get(key)
     if choice is None:

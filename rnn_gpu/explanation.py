@@ -8,12 +8,12 @@ from . import backends
 from .kernels.plan import Device, Plan, cudnn_microseconds, named
 
 
-def _pass_lines(plan: Plan, device: Device) -> list[str]:
+def _pass_lines(plan: Plan, device: Device, layers: int) -> list[str]:
     name = "backward" if plan.backward else "forward"
     return [
         f"  {name}: {plan}",
         f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
-        f"    estimated {plan.microseconds:.2f} us a step; cuDNN {cudnn_microseconds(plan, device):.2f}",
+        f"    estimated {plan.microseconds:.2f} us a step; cuDNN {cudnn_microseconds(plan, device, layers):.2f}",
     ]
 
 
@@ -48,7 +48,7 @@ def _layer_lines(
         f"backend 'auto' takes {choice.name}: {choice.reason}",
     ]
     for plan in choice.plans:
-        lines += _pass_lines(plan, gpu)
+        lines += _pass_lines(plan, gpu, layer.num_layers)
     if choice.plans and layer.proj_size > 0:
         lines.append(_projection_line(layer, choice.plans))
     if not choice.plans:

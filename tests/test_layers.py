@@ -555,6 +555,6 @@ def test_the_choice_under_compile_compares_for_one_row(monkeypatch):
     problem = ("lstm", 256, 1, 1, "float32"), "cpu", -1, False
     monkeypatch.setattr(backends, "triton_missing", lambda: None)
     assert backends._why_not_compiled(*problem, "auto") == ""
-    monkeypatch.setattr(backends.planning, "cudnn_microseconds", lambda plan, device: 0.0)
+    monkeypatch.setattr(backends.planning, "cudnn_microseconds", lambda plan, device, layers: 0.0)
     assert "cuDNN 0.0" in backends._why_not_compiled(*problem, "auto")
     assert backends._why_not_compiled(*problem, "triton") == ""

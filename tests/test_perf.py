@@ -630,7 +630,8 @@ def test_a_fit_finds_the_constants_that_times_were_made_with(tmp_path):
     from rnn_gpu.kernels import plan as planning
 
     device, usual = DEVICES["h200"], {name: getattr(tune.planning, name) for name in tune.FITTED}
-    made_with = dict(EXCHANGE_MICROSECONDS=1.1, POLLS=2.5, ISSUE_CYCLES=0.8)
+    factors = (1.5, 1.8, 1.4, 1.6, 1.5, 1.3)
+    made_with = {name: by * usual[name] for name, by in zip(tune.FITTED, factors, strict=True)}
     plans = [
         p for h in (128, 256, 1024) for backward in (False, True)
         for p in tune.candidates("lstm", h, 32, 1, "bfloat16", device, backward)
@@ -642,6 +643,21 @@ def test_a_fit_finds_the_constants_that_times_were_made_with(tmp_path):
     assert found["constants"] == pytest.approx(made_with, rel=0.1)
     assert {name: getattr(planning, name) for name in tune.FITTED} == usual
     assert json.loads(json.dumps(found))["device"]["name"] == device.name
+
+
+def test_the_model_agrees_with_what_was_recorded():
+    """Catches a model that puts slow plans first, or lets `auto` take the slower of ours and cuDNN's."""
+    lines, good = tune.against_recordings(str(ledger.RESULTS), 0.08)
+    assert len(lines) >= 2 and good, "\n".join(lines)
+
+
+@pytest.mark.parametrize("wrong", [dict(FORWARD_LATE=0.1), dict(CUDNN_SMALL=(9.0, 9.0)), dict(BACKWARD_VECTOR=0.0)])
+def test_a_model_that_disagrees_with_what_was_recorded_is_found(wrong, capsys):
+    """Control: catches a comparison that no model can fail, and a command that exits with 0 in spite of it."""
+    with tune.constants(wrong):
+        assert tune.main(["--check", "--recorded", str(ledger.RESULTS), "--most", "0.08"]) == 1
+    assert tune.main(["--check", "--recorded", str(ledger.RESULTS), "--most", "0.08"]) == 0
+    assert "`auto` chooses wrongly in" in capsys.readouterr().out
 
 
 def test_quantiles_are_those_of_the_samples():
