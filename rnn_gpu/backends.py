@@ -446,8 +446,7 @@ def choose(
         return Choice("torch" if reason else "triton", reason or "compiled")
     precision = precision_of("float32") if dtype == torch.float32 else None
     kind = module.mode, module.hidden_size, module.num_layers, module.bidirectional, batch_size, dtype, input.device
-    kind = *kind, training, ragged
-    key = wanted, kind, _max_programs, _allow_alone, precision
+    key = wanted, kind, training, ragged, _max_programs, _allow_alone, precision
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)
