@@ -41,7 +41,8 @@ def recurrent_stack(
             kinds = [stacked(kind) for kind in kinds]
         weight_hr = kinds.pop() if call.projected else None
         states = h0, c0
-        if count > call.sets:  # a slice of all would cost its gradient a copy
+        # A slice of all would cost its gradient a copy; but Dynamo takes no tensor twice, as h0 and c0.
+        if count > call.sets or call.route != "direct":
             states = [None if state is None else state[sets] for state in states]
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states)
         if whole is None:
