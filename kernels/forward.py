@@ -115,7 +115,7 @@ def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["T", "B", "begin", "limit", "launch"],
-    do_not_specialize_on_alignment=["carry_0", "carry_n", "h_n"],
+    do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n"],
 )
 def forward(
     x_part, weight, bias, y, carry_0, gates, aux, carry_n, h_n, lengths, offsets, resets, T, B, status, begin, limit,

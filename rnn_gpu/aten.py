@@ -19,7 +19,7 @@ from . import inductor, onnx
 from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS
 from .rows import Rows
-from .second_order import save_for_second, second_backward
+from .second_order import for_each_gradient, save_for_second, second_backward
 
 FUNCTION = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
@@ -155,7 +155,8 @@ def aten_layer(*arguments):
     if not _keeps(keep, inputs):
         y, h_n, c_n = layer(inputs, rows, call)
         results = y.contiguous(), _own(h_n, inputs.h0), y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
-        return *results, torch.empty(0, dtype=torch.int64, device="cpu")
+        count = 1 if keep and inputs.input.device.type == "cpu" else 0  # number 0 stands for nothing
+        return *results, torch.zeros(count, dtype=torch.int64, device="cpu")
     leaves, results = _with_autograd(inputs, rows, call, [t is not None for t in inputs])
     # Copies: a compiler that sees no further use of a result may write over it.
     y, h_n, c_n = (inputs.input.new_empty(0) if r is None else r.detach().clone() for r in results)
@@ -164,7 +165,7 @@ def aten_layer(*arguments):
 
 def _keeps(keep: bool, inputs: Inputs) -> bool:
     """Not on a GPU: a CUDA graph replays kernels, and no Python that would look for what was kept."""
-    return keep and inputs.input.device.type == "cpu"
+    return keep and inputs.input.device.type == "cpu" and not torch.is_inference_mode_enabled()
 
 
 def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
@@ -191,7 +192,7 @@ def _(*arguments):
         new(inputs.input.shape[0], h0.shape[0], h0.shape[2]),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         new(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format),
-        torch.empty(1 if _keeps(keep, inputs) else 0, dtype=torch.int64, device="cpu"),
+        torch.empty(1 if keep and inputs.input.device.type == "cpu" else 0, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -208,6 +209,11 @@ def aten_layer_backward(d_y, d_h_n, d_c_n, *arguments):
     *arguments, need, kept = arguments
     given, rows, call = _taken(arguments)
     known = _kept.get(kept.item()) if kept.numel() else None
+    # A compiler may have taken the memory of an input that it makes again for the backward: then what was kept is lost.
+    if known and any(
+        t is not None and t.data_ptr() != leaf.data_ptr() for t, leaf in zip(given, known[0], strict=True)
+    ):
+        known = None
     leaves, results = known or _with_autograd(given, rows, call, need)
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         pairs = [(r, d) for r, d in zip(results, (d_y, d_h_n, d_c_n), strict=True) if d is not None and r.requires_grad]
@@ -234,6 +240,11 @@ def _(d_y, d_h_n, d_c_n, *arguments):
     return tuple(t.new_empty(t.shape) if n else given.input.new_empty(0) for t, n in zip(given, need, strict=True))
 
 
+def _may_be_kept(call: Call) -> bool:
+    """Whether a backward may follow that looks for what was kept: an exported program has none."""
+    return call.saving != "nothing" and not call.functional and not torch.compiler.is_exporting()
+
+
 class AtenLayer(torch.autograd.Function):
     """`layer` for torch.compile, torch.export and torch.func: the operators above, differentiable twice. (call,
     *inputs, *rows) -> y, h_n, c_n, empty for cells without c, and what stands for what is kept.
@@ -249,7 +260,7 @@ class AtenLayer(torch.autograd.Function):
         """See `layer`."""
         return aten_layer(
             input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, lengths, offsets, resets, time,
-            call.cell, call.reversed_sets, call.saving != "nothing" and not call.functional,
+            call.cell, call.reversed_sets, _may_be_kept(call),
         )  # fmt: skip
 
     @staticmethod
@@ -270,7 +281,8 @@ class AtenLayer(torch.autograd.Function):
         d_c_n = d_c_n if CELLS[ctx.call.cell].carry == "c" else None
         *saved, kept = ctx.saved_tensors
         inputs, masks = saved[:COUNT], saved[COUNT:]
-        found = gradients(ctx.call, need, d_y, d_h_n, d_c_n, *inputs, *ctx.sizes, *masks, kept)
+        run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, kept)
+        found = for_each_gradient(run, (d_y, d_h_n, d_c_n))
         found = [gradient if n else None for gradient, n in zip(found, need, strict=True)]
         return None, *found, *[None] * len(Rows._fields)
 

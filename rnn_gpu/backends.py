@@ -413,7 +413,7 @@ def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wante
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
     the batch would be compiled anew for every size. wanted: the backend in force; "triton" compares with nothing.
     """
-    if missing := triton_missing() or (wanted == "auto" and triton_untested()):
+    if missing := triton_missing() or (triton_untested() if wanted == "auto" else None):
         return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
     choice = _weighed(problem, device, training=True, ragged=ragged, layers=layers)
@@ -461,7 +461,7 @@ def _choose(
     wanted: Backend, module: Any, input: Any, batch_size: int, dtype: torch.dtype, training: bool, ragged: bool
 ) -> Choice:
     """`choose` where nothing is compiled and Triton may be used."""
-    if missing := triton_missing() or (wanted == "auto" and triton_untested()):
+    if missing := triton_missing() or (triton_untested() if wanted == "auto" else None):
         choice = Choice("torch", missing)
     else:
         choice = kernels_for(module, batch_size, dtype, device_of(input.device), training, ragged)

@@ -258,7 +258,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         refs = self._flat_weight_refs
         if len(refs) != len(named):
             return False
-        return all(w is (None if r is None else r()) for w, r in zip(named, refs, strict=True))
+        # A weight that is missing says nothing, as in torch.nn, which goes on with the tensor that it had.
+        return all(w is None or r is None or r() is w for w, r in zip(named, refs, strict=True))
 
     def _weights(self) -> list[Tensor]:
         """The weights of this call, in torch.nn's order.

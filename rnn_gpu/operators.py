@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from . import backends, inductor, reference
-from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
+from .call import COUNT, Call, Inputs, taken
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded
 from .products import full_product
 from .rows import Rows, first_rows, rows_before, starts_anew
-from .second_order import save_for_second, second_backward
+from .second_order import for_each_gradient, in_a_batch, save_for_second, second_backward
 
 # What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
 # one product ("lean"); or the gates too, in the memory of the input part ("full").
@@ -247,7 +247,8 @@ class Layer(torch.autograd.Function):
         inputs, (*masks, y, gates, aux) = saved[:COUNT], saved[COUNT:]
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
         need = ctx.needs_input_grad[1 : 1 + COUNT]
-        found = gradients(ctx.call, need, d_y, d_h_n, d_c_n, *inputs, *ctx.sizes, *masks, y, gates, aux)
+        run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, y, gates, aux)
+        found = for_each_gradient(run, (d_y, d_h_n, d_c_n))
         return None, *found, *[None] * len(Rows._fields)
 
 
@@ -321,19 +322,10 @@ def _activate_gru(sums: tuple[Tensor, ...], aux: Tensor) -> None:
 ACTIVATE = {"lstm": _activate_lstm, "gru": _activate_gru}
 
 
-def _in_a_batch(gradient: Tensor | None) -> bool:
-    """Whether it stands for many gradients, of `torch.autograd.grad(is_grads_batched=True)`."""
-    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
-
-
 def layer_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, *arguments) -> tuple[Tensor | None, ...]:
     """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux."""
     inputs, rows = taken(arguments)
     y, gates, aux = arguments[-3:]
-    if not torch.compiler.is_compiling() and any(map(_in_a_batch, (d_y, d_h_n, d_c_n))):
-        how = call.cell, call.reversed_sets, *call.limits, list(need)
-        found = layer_backward(d_y, d_h_n, d_c_n, *for_operator(inputs, rows), y, gates, aux, *how)
-        return tuple(gradient if n else None for gradient, n in zip(found, need, strict=True))
     saved = y, gates, aux
     found = gradients_by_set(recurrence_backward, call, need, (d_y, d_h_n, d_c_n), inputs, rows, saved)
     return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
@@ -425,23 +417,6 @@ def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
     if len(pieces) == 1:
         return rows
     return torch.cat([rows[piece.start * size : piece.stop * size] for piece in pieces])
-
-
-@torch.library.custom_op(
-    "rnn_gpu::layer_backward",
-    mutates_args=(),
-    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, Tensor y, Tensor gates, Tensor aux, str cell, "
-    f"int reversed_sets, int max_programs, bool alone, bool[] need) -> ({', '.join(['Tensor'] * COUNT)})",
-)
-def layer_backward(d_y, d_h_n, d_c_n, *arguments):
-    """`layer_gradients`, empty where not needed, as one operator: `torch.autograd.grad(is_grads_batched=True)` and
-    `jacobian(vectorize=True)` know few operators, and run any other once for each of their gradients.
-    """
-    *tensors, y, gates, aux, cell, reversed_sets, max_programs, alone, need = arguments
-    inputs, rows = taken_by_operator(tensors)
-    call = Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone))
-    found = layer_gradients(call, need, d_y, d_h_n, d_c_n, *inputs, *rows, y, gates, aux)
-    return tuple(y.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 class LayerBackward(torch.autograd.Function):
@@ -546,12 +521,13 @@ class EagerLayer(torch.autograd.Function):
         need = by_input, *(kind is not None and any(kind) for kind in _by_kind(by_weight, call.sets))
         need = *need, False, by_start, by_h0, by_c0
         saved = y, y.new_empty(0) if gates is None else gates, y.new_empty(0) if aux is None else aux
-        if torch.is_grad_enabled() or any(map(_in_a_batch, d_outputs)):
+        if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
             kinds = [None if kind is None else stacked(kind) for kind in by_kind]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
             c0 = torch.zeros_like(h0) if c0 is None and CELLS[call.cell].carry == "c" else c0
             gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
-            found = gradients(call, need, *d_outputs, input, *kinds, None, start, h0, c0, *rows, *saved)
+            run = lambda *d: gradients(call, need, *d, input, *kinds, None, start, h0, c0, *rows, *saved)
+            found = for_each_gradient(run, d_outputs)
         else:
             inputs = Inputs(input, *by_kind, None, start, h0, c0)
             found = gradients_by_set(recurrence_backward_directly, call, need, d_outputs, inputs, rows, saved)

@@ -23,20 +23,31 @@ def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
     that a CUDA graph can hold every call but the first. RuntimeError where it has another number of sequences, which a
     compiled graph, that knows it from the states alone, finds when it runs.
     """
-    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
+    if not _may_remember(batch_sizes):
         return _packed_rows(batch_sizes, batch, device)
     version, known = _known.get(batch_sizes, (None, {}))
     if version != batch_sizes._version:
         known = {}
     # Of each stream: another one would read them before they are there.
     place = batch, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing:  # on a stream of its own, after the one that warmed up
+        place = next((other for other in known if other[:2] == place[:2]), place)
     if place not in known:
         rows = _packed_rows(batch_sizes, batch, device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing:
             return rows  # which hold nothing before the graph runs
         known[place] = rows
         _known[batch_sizes] = batch_sizes._version, known
     return known[place]
+
+
+def _may_remember(batch_sizes: Tensor) -> bool:
+    """Whether rows made now are plain tensors, that may serve any later call."""
+    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
+        return False
+    transformed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return not (transformed or torch.is_inference_mode_enabled())
 
 
 def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:

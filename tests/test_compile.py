@@ -2,10 +2,13 @@
 for every size.
 """
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rnn_gpu
 from rnn_gpu import aten, backends
@@ -223,6 +226,26 @@ def test_a_backward_from_what_was_kept(backend):
 
 
 @on_torch
+def test_inputs_made_again_for_the_backward():
+    """Catches: what was kept of an input whose memory the compiler has taken since: gradients of what is there now."""
+    layer, always = rnn_gpu.LSTM(8, 8), CheckpointPolicy.MUST_SAVE
+    ours = torch.ops.rnn_gpu.aten_layer
+    policy = lambda ctx, op, *_, **__: always if op in (ours, ours.default) else CheckpointPolicy.MUST_RECOMPUTE
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def run(input, other):
+        y = checkpoint(lambda x: layer(x * 2)[0], input, use_reentrant=False, context_fn=contexts)
+        z = y.sum() + other
+        w = torch.mm(z[0], z[1].t())
+        return y, w, torch.sort((w.sum() + other) * 3, 0)[0]
+
+    input, other = torch.randn(6, 4, 8), torch.randn(6, 4, 8)
+    gradients = lambda run: torch.autograd.grad(run(input, other)[0].square().sum(), list(layer.parameters()))
+    for actual, expected in zip(gradients(torch.compile(run, fullgraph=True)), gradients(run), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@on_torch
 def test_a_backward_that_finds_nothing_kept(forwards):
     """Catches: tensors that were saved elsewhere and brought back, as for checkpoints, and then stand for nothing."""
     layer, input = rnn_gpu.GRU(4, 12), torch.randn(5, 3, 4)
@@ -233,6 +256,6 @@ def test_a_backward_that_finds_nothing_kept(forwards):
     assert not aten._kept
     torch.testing.assert_close(torch.autograd.grad(loss, list(layer.parameters())), expected)
     assert len(forwards) == 2
-    run = lambda input: torch.utils.checkpoint.checkpoint(layer, input, use_reentrant=False)[0].square().sum()
+    run = lambda input: checkpoint(layer, input, use_reentrant=False)[0].square().sum()
     loss = torch.compile(run, backend="aot_eager")(input)
     torch.testing.assert_close(torch.autograd.grad(loss, list(layer.parameters())), expected)

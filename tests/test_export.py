@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_gpu
+from rnn_gpu import aten
 
 STACK = {"bidirectional": True, "num_layers": 2}
 LAYERS = [("LSTM", STACK), ("LSTM", {"proj_size": 2, "batch_first": True}), ("GRU", {"bias": False}), ("RNN", STACK)]
@@ -153,3 +154,12 @@ def test_packed_input_needs_no_export():
     before = layer(packed)[1]
     torch.export.export(layer, (torch.randn(4, 2, 3),))
     assert torch.equal(layer(packed)[1], before)
+
+
+def test_an_exported_program_in_inference_mode():
+    """Catches: a program that keeps something for a backward it does not have, which inference mode refuses."""
+    layer, input = rnn_gpu.GRU(4, 6), torch.randn(5, 3, 4)
+    program = torch.export.export(layer, (input,)).module()
+    with torch.inference_mode():
+        torch.testing.assert_close(program(input)[0], layer(input)[0])
+    assert not aten._kept

@@ -82,6 +82,22 @@ def test_gradients_in_batches_of_ragged_rows(mask):
         torch.testing.assert_close(actual, torch.stack(one_by_one))
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_penalty_on_gradients_in_batches(name):
+    """Catches: gradients in batches that lose their own graph in silence: a penalty on them then adds nothing."""
+    ours, found = layer_of(name), []
+    input, d_outputs = torch.randn(3, 2, INPUT), torch.randn(2, 3, 2, HIDDEN)
+    for layer in (ours, same(ours, torch.float32)):
+        x = input.clone().requires_grad_()
+        output = layer(x)[0]
+        (gradients,) = torch.autograd.grad(output, x, d_outputs, is_grads_batched=True, create_graph=True)
+        assert gradients.requires_grad
+        loss = output.sum() + 100 * gradients.square().sum()
+        found.append(torch.autograd.grad(loss, list(layer.parameters())))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @every_layer
 def test_vectorized_jacobian(name, kwargs):
     """Catches: autograd.functional.jacobian(vectorize=True) that raises, or differs from the one that loops."""
@@ -172,6 +188,34 @@ def test_a_list_of_states():
         expected = layer(input, zero_states(layer))[0].data
         for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
             torch.testing.assert_close(run(input, list(zero_states(layer)))[0].data, expected)
+
+
+@pytest.mark.parametrize("before", ["inference_mode", "functional"])
+def test_packed_input_again_after_other_modes(before):
+    """Catches: what is remembered of packed input, and was made where no later call can use it."""
+    layer, input = layer_of("GRU"), packed((4, 5, 2))
+    loss = lambda: layer(input)[0].data.square().sum()
+    expected = torch.autograd.grad(loss(), list(layer.parameters()))
+    fresh = PackedSequence(input.data, input.batch_sizes.clone(), input.sorted_indices, input.unsorted_indices)
+    loss = lambda parameters: torch.func.functional_call(layer, parameters, (fresh,))[0].data.square().sum()
+    if before == "inference_mode":
+        with torch.inference_mode():
+            layer(fresh)
+    else:
+        torch.func.grad(loss)({key: value.detach() for key, value in layer.named_parameters()})
+    found = torch.autograd.grad(layer(fresh)[0].data.square().sum(), list(layer.parameters()))
+    for actual, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, value)
+
+
+def test_a_weight_that_is_missing():
+    """Catches: an error that names nothing; torch.nn goes on with the tensor that it had."""
+    ours, input = layer_of("RNN"), torch.randn(TIME, BATCH, INPUT)
+    theirs = same(ours, torch.float32)
+    for layer in (ours, theirs):
+        layer(input)
+        del layer.weight_hh_l0
+    torch.testing.assert_close(ours(input)[0], theirs(input)[0])
 
 
 # ---- Defaults of the process -----------------------------------------------------------------------------------------
