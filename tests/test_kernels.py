@@ -466,7 +466,7 @@ def test_a_program_that_never_runs_becomes_an_error_that_names_the_launch(cell, 
 def test_a_left_out_program_spoils_only_its_own_group(monkeypatch):
     """Catches a stop of all rows and directions where one group lost a program."""
     problem = Problem("lstm", 40, 9, 3, torch.float16, None, 2, 2)
-    forward_plan, _ = plans(problem, units=16, slices=1)
+    forward_plan, _ = plans(problem, units=16, slices=1, rows=8)
     monkeypatch.setattr(launch, "WAIT_LIMIT", 100)
     _, y = forward_that_fails(problem, monkeypatch, forward_plan, dict(seed=15, leave_out=[(0, 1, 1)]))
     spoiled_rows = y.isnan().any(3).any(0)  # [B, N]
