@@ -35,8 +35,8 @@ def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
         place = next((other for other in known if other[:2] == place[:2]), place)
     if place not in known:
         rows = _packed_rows(batch_sizes, batch, device)
-        if capturing:
-            return rows  # which hold nothing before the graph runs
+        if capturing or type(rows.lengths) is not Tensor:
+            return rows  # which hold nothing before the graph runs; or a mode's own tensors
         known[place] = rows
         _known[batch_sizes] = batch_sizes._version, known
     return known[place]
@@ -46,8 +46,7 @@ def _may_remember(batch_sizes: Tensor) -> bool:
     """Whether rows made now are plain tensors, that may serve any later call."""
     if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
         return False
-    transformed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-    return not (transformed or torch.is_inference_mode_enabled())
+    return not (torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled())
 
 
 def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
