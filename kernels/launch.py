@@ -429,6 +429,8 @@ def backward(
     size = padded(hidden_size, plan.dtype)
     if batch * sets * cell.slots * size * dtype.itemsize >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
+    if cell.keeps_aux("full") and y.numel() > 0 and (aux is None or aux.numel() == 0):
+        raise RuntimeError("rnn_gpu: a backward was asked for, and the forward kept nothing for one")
     d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
     weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
     state_0 = history_0 = None

@@ -354,8 +354,11 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         saving, transformed = "nothing", backends.transforming()
         if transformed:  # who differentiates does not show here, and cannot make the gates again
             saving = "full"
-        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            saving = self.memory or backends.current_memory()
+        elif torch.is_grad_enabled():
+            # A transform inside a graph (torch.compile of torch.func.grad) does not show in its tensors, either.
+            hidden = route == "kernels" and torch.compiler.is_compiling()
+            if hidden or any(tensor.requires_grad for tensor in tensors):
+                saving = self.memory or backends.current_memory()
         cell, (sets, reversed_sets) = backends.CELL_OF_MODE[self.mode], (2, 2) if self.bidirectional else (1, 0)
         how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
         h0, c0 = (*states, None, None)[:2]
