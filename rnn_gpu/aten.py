@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import inductor, onnx
+from . import inductor, onnx, versions
 from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS
 from .rows import Rows
@@ -240,9 +240,13 @@ def _(d_y, d_h_n, d_c_n, *arguments):
     return tuple(t.new_empty(t.shape) if n else given.input.new_empty(0) for t, n in zip(given, need, strict=True))
 
 
+# Before PyTorch 2.13 every graph of torch.compile seems to be an export.
+EXPORT_SHOWS = versions.minor(torch.__version__) >= (2, 13)
+
+
 def _may_be_kept(call: Call) -> bool:
     """Whether a backward may follow that looks for what was kept: an exported program has none."""
-    return call.saving != "nothing" and not call.functional and not torch.compiler.is_exporting()
+    return call.saving != "nothing" and not call.functional and not (EXPORT_SHOWS and torch.compiler.is_exporting())
 
 
 class AtenLayer(torch.autograd.Function):

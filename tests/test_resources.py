@@ -65,9 +65,15 @@ def loads_that_polls_wait_for(r: Resources) -> list[str]:
     return found
 
 
+# Bytes of stack, where one version spills. Triton 3.6: three instructions of 1,132 in the largest LSTM's backward; to
+# read a chunk of weights again in every step instead would cost more, and in all versions.
+SPILLED = {("3.6", "lstm", "bfloat16", 2048, True): 8}
+
+
 def assert_sound(p: Plan, r: Resources) -> None:
     """What must hold for every plan."""
-    assert r.problem is None, f"{r.problem}, {r.registers} registers, {p}"
+    known = SPILLED.get((r.triton[:3], p.cell, p.dtype, p.hidden_size, p.backward), 0)
+    assert r.problem is None or 0 < r.stack <= known, f"{r.problem}, {r.registers} registers, {p}"
     assert r.shared <= p.shared_bytes, f"takes {r.shared} bytes of shared memory, the plan says {p.shared_bytes}"
     matrix = r.count(*resources.TENSOR_CORE)
     assert (matrix > 0) == (p.precision != "ieee"), "products not on the tensor cores, or not in full precision"
