@@ -152,20 +152,20 @@ def aten_layer(*arguments):
     """
     *arguments, keep = arguments
     inputs, rows, call = _taken(arguments)
-    if not _keeps(keep, inputs):
+    if not _has_token(keep, inputs) or torch.is_inference_mode_enabled():
         y, h_n, c_n = layer(inputs, rows, call)
         results = y.contiguous(), _own(h_n, inputs.h0), y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
-        count = 1 if keep and inputs.input.device.type == "cpu" else 0  # number 0 stands for nothing
-        return *results, torch.zeros(count, dtype=torch.int64, device="cpu")
+        token = torch.zeros(int(_has_token(keep, inputs)), dtype=torch.int64, device="cpu")  # 0 stands for nothing
+        return *results, token
     leaves, results = _with_autograd(inputs, rows, call, [t is not None for t in inputs])
     # Copies: a compiler that sees no further use of a result may write over it.
     y, h_n, c_n = (inputs.input.new_empty(0) if r is None else r.detach().clone() for r in results)
     return y.contiguous(), h_n.contiguous(), c_n.contiguous(), _keep(leaves, results)
 
 
-def _keeps(keep: bool, inputs: Inputs) -> bool:
+def _has_token(keep: bool, inputs: Inputs) -> bool:
     """Not on a GPU: a CUDA graph replays kernels, and no Python that would look for what was kept."""
-    return keep and inputs.input.device.type == "cpu" and not torch.is_inference_mode_enabled()
+    return keep and inputs.input.device.type == "cpu"
 
 
 def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
@@ -192,7 +192,7 @@ def _(*arguments):
         new(inputs.input.shape[0], h0.shape[0], h0.shape[2]),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         new(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format),
-        torch.empty(1 if keep and inputs.input.device.type == "cpu" else 0, dtype=torch.int64, device="cpu"),
+        torch.empty(int(_has_token(keep, inputs)), dtype=torch.int64, device="cpu"),
     )
 
 
