@@ -8,10 +8,12 @@
 import torch
 
 from . import batching as batching  # registers the rules of torch.func.vmap
+from . import init as init
 from .backends import backend, current_backend, current_memory, max_programs, memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns
 from .explanation import explain
+from .flow import GradientFlow, gradient_flow
 from .modules import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
@@ -20,6 +22,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "GradientFlow",
     "LSTMCell",
     "RNNCell",
     "backend",
@@ -27,6 +30,8 @@ __all__ = [
     "current_backend",
     "current_memory",
     "explain",
+    "gradient_flow",
+    "init",
     "max_programs",
     "memory",
     "replace_rnns",

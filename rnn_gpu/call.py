@@ -5,7 +5,7 @@ T steps, B rows of the batch, R rows of all steps, I input features, N weight se
 units, P the size of a projected state (H where there is no projection).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,6 +48,7 @@ class Call(NamedTuple):
     saving: str = "nothing"  # operators.SAVING
     limits: tuple[int, bool] = (0, True)  # of plans: backends.limits
     functional: bool = False  # write into no tensor that is not new, for torch.func
+    watch: Callable[[int, Tensor], Tensor] | None = None  # on the route "reference": sees every h (reference.py)
 
     def backwards(self, n: int) -> bool:
         """Whether set n runs backwards in time."""

@@ -67,7 +67,7 @@ def _swap(
     """Change the class of every module in `model` that `table` has; warn of others in `family` but not in `done`."""
     left_alone = []
     for name, module in model.named_modules():
-        new = _class_after(module, table)
+        new = class_after(module, table)
         if new is not None:
             module.__class__ = new
         elif isinstance(module, family) and not isinstance(module, done):
@@ -81,7 +81,7 @@ def _swap(
     return model
 
 
-def _class_after(module: torch.nn.Module, table: dict[type, type]) -> type | None:
+def class_after(module: torch.nn.Module, table: dict[type, type]) -> type | None:
     """The class that `module` is to have, or None where it stays as it is."""
     cls = type(module)
     if cls in table:

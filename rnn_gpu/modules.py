@@ -119,6 +119,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     _torch_class: Any  # torch.nn's class of the same name, whose forward serves the backend "torch"
     memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
+    _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
     def _set_memory(self, memory: backends.Memory | None) -> None:
         """Keep the setting of `memory=`; ValueError for one that is none."""
@@ -170,7 +171,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._refuse_input(input, hx)
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
-        if lengths is None and resets is None and backends.plainly_torch(input):
+        if lengths is None and resets is None and self._watch is None and backends.plainly_torch(input):
             return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         if self._wants_another(input):
@@ -183,7 +184,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        route = backends.route(self, data, batch_size, dtype, packed, masked)
+        route = "reference" if self._watch else backends.route(self, data, batch_size, dtype, packed, masked)
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
@@ -363,7 +364,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
         h0, c0 = (*states, None, None)[:2]
         dropout = self.dropout if self.training else 0.0
-        call = Call(cell, sets, reversed_sets, *how)
+        call = Call(cell, sets, reversed_sets, *how, self._watch)
         output, h_n, c_n = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
         return output, (h_n,) if c_n is None else (h_n, c_n)
 

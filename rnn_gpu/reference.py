@@ -26,6 +26,7 @@ whose notation they are written (* is the element-wise product). The backward eq
 applied to them, where d_v means the derivative of the loss by v.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -276,6 +277,7 @@ def recurrence(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    see: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sequential part of one layer and direction: everything that needs the h of the step before.
 
@@ -289,6 +291,8 @@ def recurrence(
                             x_part there never matters, NaN included; reverse starts at the row's end
     resets     bool [T, B]  where true, h and c of the row are zeroed before step t, in the direction of
                             flow; past the row's end they do nothing
+    see                     a function of t and h_t [B, H], called in the direction of flow, that gives what goes on
+                            in place of h_t: a projection of it [B, P] (h0 and weight_hh have P, then), or itself
 
     Returns y [T, B, H], h_n [B, H], and c_n [B, H] for the LSTM, else None. One floating dtype throughout.
     """
@@ -308,6 +312,9 @@ def recurrence(
         x_gates = x_part[t].chunk(GATES[cell], dim=-1)
         h_gates = hidden_gates(cell, h_start, weight_hh, bias_hn)
         h_new, carry_new, _ = STEPS[cell](x_gates, h_gates, carry_start)
+        if see is not None:
+            seen = see(t, h_new)
+            h_new, carry_new = seen, (seen if carry_new is h_new else carry_new)
         y[t] = choose(active, t, h_new, 0)
         h, carry = choose(active, t, h_new, h), choose(active, t, carry_new, carry)
     return torch.stack([y[t] for t in range(steps)]), h, (carry if cell == "lstm" else None)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import reference
 from .call import COUNT, Call, Inputs, taken
-from .projection import combined, projected
 from .rows import Rows, first_rows
 
 Results = tuple[Tensor, Tensor, Tensor | None]
@@ -19,9 +18,6 @@ Results = tuple[Tensor, Tensor, Tensor | None]
 
 def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
     """Outputs y [R, N, P], h_n [N, B, P] and c_n [N, B, H] or None, by the loop of reference.py."""
-    if inputs.weight_hr is not None:
-        y, h_n, c_n = reference_layer(combined(inputs, rows, call), rows, call)
-        return *projected(y, h_n, inputs.weight_hr, inputs.h0, rows), c_n
     input, (time, batch, lengths, offsets, resets), place = inputs.input, rows, None
     if offsets is not None:  # packed: spread over [T, B], and gathered again below
         sizes = offsets[1:] - offsets[:-1]
@@ -42,12 +38,20 @@ def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
         states = inputs.h0[n], None if inputs.c0 is None else inputs.c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
         y, h_n, c_n = reference.recurrence(
-            call.cell, x_part, inputs.weight_hh[n], bias_hn, *states, reverse=call.backwards(n), **masks
-        )
+            call.cell, x_part, inputs.weight_hh[n], bias_hn, *states, reverse=call.backwards(n), **masks,
+            see=_seen(call, None if inputs.weight_hr is None else inputs.weight_hr[n]),
+        )  # fmt: skip
         y = y.flatten(0, 1)
         results.append((y if place is None else y[place], h_n, c_n))
     y, h_n, c_n = zip(*results, strict=True)
     return torch.stack(y, 1), torch.stack(h_n), None if inputs.c0 is None else torch.stack(c_n)
+
+
+def _seen(call: Call, weight_hr: Tensor | None) -> Callable[[int, Tensor], Tensor] | None:
+    """What becomes of each step's h before it goes on: its projection, and what `call.watch` makes of it."""
+    if weight_hr is None or call.watch is None:
+        return call.watch if weight_hr is None else lambda t, h: h @ weight_hr.T
+    return lambda t, h: call.watch(t, h @ weight_hr.T)
 
 
 def second_gradients(

@@ -216,7 +216,10 @@ def test_unknown_nonlinearity_of_a_cell_raises_when_called():
     assert (type(ours), str(ours)) == (type(theirs), str(theirs))
 
 
-DOCUMENTED = rnn_gpu, rnn_gpu.backends, rnn_gpu.cells, rnn_gpu.convert, rnn_gpu.explanation, rnn_gpu.modules
+DOCUMENTED = (
+    rnn_gpu, rnn_gpu.backends, rnn_gpu.cells, rnn_gpu.convert, rnn_gpu.explanation, rnn_gpu.flow, rnn_gpu.init,
+    rnn_gpu.modules,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
