@@ -18,8 +18,9 @@ from torch import Tensor
 from . import inductor, onnx, versions
 from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS
+from .many_gradients import for_each_gradient
 from .rows import Rows
-from .second_order import for_each_gradient, save_for_second, second_backward
+from .second_order import save_for_second, second_backward
 
 FUNCTION = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 

@@ -17,9 +17,10 @@ from . import backends, inductor, reference
 from .call import COUNT, Call, Inputs, taken
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded
+from .many_gradients import for_each_gradient, in_a_batch
 from .products import full_product
 from .rows import Rows, first_rows, rows_before, starts_anew
-from .second_order import for_each_gradient, in_a_batch, save_for_second, second_backward
+from .second_order import save_for_second, second_backward
 
 # What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
 # one product ("lean"); or the gates too, in the memory of the input part ("full").

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Inputs
+from .products import full_product
 from .rows import Rows, first_rows, past_the_end, starts_anew
 
 
@@ -28,7 +29,9 @@ def combined(inputs: Inputs, rows: Rows, call: Call) -> Inputs:
         count = inputs.input.shape[0]
         first = [first_rows(rows, count, call.backwards(n)) for n in range(h0.shape[0])]
         h0 = h0.masked_fill(torch.stack([starts_anew(rows.resets, one) for one in first]), 0)
-    start = h0 @ weight_hh.transpose(1, 2)
+    # In full, and its gradients: one step's product, as is that of h0's gradient in a layer without projection.
+    product = torch.matmul if call.route == "reference" else full_product
+    start = product(h0, weight_hh.transpose(1, 2))
     return whole._replace(start=start, h0=h0.new_zeros(*h0.shape[:2], weight_hr.shape[-1]))
 
 

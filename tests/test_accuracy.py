@@ -20,10 +20,15 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnn_gpu import products
+from rnn_gpu.call import Call, Inputs
 from rnn_gpu.kernels import cells, launch
 from rnn_gpu.kernels.spec import CELLS
+from rnn_gpu.projection import combined
+from rnn_gpu.rows import Rows
 from tests.interpreter import concurrent_programs
 from tests.layers import by_rounded_loops, cudnn_multiplies_in_full, draw, outcome, pair, same
 from tests.problems import Problem, RoundedProducts, by_reference, data, loop, oracle, plans, round_to_tf32, run
@@ -212,15 +217,58 @@ def test_errors_of_the_layers_are_no_larger_than_those_of_torch_nn(name, kind, d
     assert_all_no_worse(errors)
 
 
+class TensorCores(TorchDispatchMode):
+    """Within this context every product of float32 matrices has operands rounded to tf32, also those of a backward."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            args = [round_to_tf32(a) if a.dtype == torch.float32 else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+
 def test_small_products_are_full_where_tf32_is_on(monkeypatch):
     """Catches: gradients of initial states, the product of one step, with the error of tf32."""
     a, b = torch.randn(9, 300), torch.randn(300, 40)
     expected, plain = a.double() @ b.double(), a @ b
     monkeypatch.setattr(products, "in_tf32", lambda device: True)
-    with RoundedProducts(round_to_tf32):
+    with TensorCores():
         assert_close_to_oracle(products.full_product(a, b), expected, plain)
         with pytest.raises(AssertionError):
             assert_close_to_oracle(a @ b, expected, plain)
+
+
+def first_step_of_a_projected_layer(weight_hh, h0, d_start, d_d_h0, route="direct") -> dict[str, Tensor]:
+    """What h0 adds to the first step, and first and second derivatives of it."""
+    weight_hh, h0, d_start = (t.clone().requires_grad_() for t in (weight_hh, h0, d_start))
+    weight_hr = weight_hh.new_zeros(*h0.shape[::2], 20)
+    inputs = Inputs(h0.new_zeros(3, 4), None, weight_hh, None, None, weight_hr, None, h0, None)
+    start = combined(inputs, Rows(1, 3), Call("lstm", 2, 2, route=route)).start
+    d_h0, d_weight_hh = torch.autograd.grad(start, (h0, weight_hh), d_start, create_graph=True)
+    second = torch.autograd.grad(d_h0, (d_start, weight_hh), d_d_h0)
+    return dict(start=start, d_h0=d_h0, d_weight_hh=d_weight_hh, d_d_start=second[0], d_d_weight_hh=second[1])
+
+
+def test_the_first_step_of_a_projected_layer_is_full_where_tf32_is_on(monkeypatch):
+    """Catches: tf32 in what h0 adds to the first step of a projected LSTM, or in its gradients, alone or many at once;
+    gradients of another function.
+    """
+    given = torch.randn(2, 80, 7), torch.randn(2, 3, 7), torch.randn(2, 3, 80), torch.randn(2, 3, 7)
+    expected = first_step_of_a_projected_layer(*(t.double() for t in given))
+    plain = first_step_of_a_projected_layer(*given)
+    monkeypatch.setattr(products, "in_tf32", lambda device: True)
+    with TensorCores():
+        found = first_step_of_a_projected_layer(*given)
+        mapped = torch.vmap(products.full_product)(given[1], given[0].mT)
+        rounded = first_step_of_a_projected_layer(*given, route="reference")
+        by_one = torch.autograd.functional.jacobian(lambda h0: products.full_product(h0, given[0][0].mT), given[1][0])
+        at_once = torch.autograd.functional.jacobian(
+            lambda h0: products.full_product(h0, given[0][0].mT), given[1][0], vectorize=True
+        )
+    assert torch.equal(mapped, found["start"]) and torch.equal(at_once, by_one)
+    for name, tensor in found.items():
+        assert_close_to_oracle(tensor, expected[name], plain[name], name)
+        with pytest.raises(AssertionError):
+            assert_close_to_oracle(rounded[name], expected[name], plain[name], name)
 
 
 # ---- Controls: each of the tests above can fail ----------------------------------------------------------------------
