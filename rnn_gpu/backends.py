@@ -203,12 +203,19 @@ def plainly_torch(input: Any) -> bool:
 
 
 def route(
-    module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, packed: bool, masked: bool
+    module: torch.nn.RNNBase,
+    input: torch.Tensor,
+    batch_size: int,
+    dtype: torch.dtype,
+    packed: bool,
+    masked: bool,
+    drops: bool = False,
 ) -> str:
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
     input: the input, or, if `packed`, the data of a PackedSequence; dtype: that of the computation; masked: with
-    lengths or resets. RuntimeError where backend "triton" was asked for and cannot serve the call.
+    lengths or resets; drops: with dropout on the weights. RuntimeError where backend "triton" was asked for and cannot
+    serve the call.
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
@@ -218,6 +225,8 @@ def route(
             raise RuntimeError(
                 "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"
             )
+        if drops:
+            raise RuntimeError("torch.onnx.export(dynamo=False) cannot export weight_dropout: call eval() before")
         return "torch.nn"
     kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
     if not tracing and forward_ad._current_level >= 0:
@@ -230,7 +239,7 @@ def route(
     if masked and (input.is_meta or isinstance(input, FakeTensor)):
         return "opaque"  # which knows the shapes of its results without looking at the masks
     in_eval_mode = input.is_cuda and torch.is_grad_enabled() and not module.training
-    return "aten" if masked or in_eval_mode else "torch.nn"
+    return "aten" if masked or drops or in_eval_mode else "torch.nn"
 
 
 @functools.cache

@@ -30,6 +30,7 @@ OURS = {
     torch.nn.GRUCell: GRUCell,
     torch.nn.RNNCell: RNNCell,
 }
+LAYERS = LSTM, GRU, RNN
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
@@ -53,7 +54,8 @@ def restore_rnns(model: Model) -> Model:
 
     The way back from `replace_rnns`, and the way to torch.nn for layers built with rnn_gpu: before torch.jit.script,
     quantize_dynamic or torch.fx, and before a whole model is pickled for a place without rnn_gpu. Sub-classes of
-    rnn_gpu's classes are left alone, and one UserWarning names them all.
+    rnn_gpu's classes are left alone, and so are layers with an option that changes results and that torch.nn does not
+    know, such as weight_dropout; one UserWarning names them all. (Set the option to 0 before to do without it.)
 
     >>> type(restore_rnns(LSTM(3, 4)))
     <class 'torch.nn.modules.rnn.LSTM'>
@@ -65,10 +67,13 @@ def _swap(
     model: Model, table: dict[type, type], caller: str, family: tuple[type, ...], done: tuple[type, ...]
 ) -> Model:
     """Change the class of every module in `model` that `table` has; warn of others in `family` but not in `done`."""
-    left_alone = []
+    left_alone, options = [], []
     for name, module in model.named_modules():
         new = class_after(module, table)
-        if new is not None:
+        more = module.beyond_torch() if table is THEIRS and isinstance(module, LAYERS) else ""
+        if new is not None and more:
+            options.append(f"{name or 'the model itself'} ({more})")
+        elif new is not None:
             module.__class__ = new
         elif isinstance(module, family) and not isinstance(module, done):
             found = type(module)
@@ -77,6 +82,10 @@ def _swap(
         warnings.warn(
             f"{caller} left sub-classes alone, which may override what it relies on: {', '.join(left_alone)}",
             stacklevel=3,
+        )
+    if options:
+        warnings.warn(
+            f"{caller} left layers alone whose options torch.nn does not know: {', '.join(options)}", stacklevel=3
         )
     return model
 

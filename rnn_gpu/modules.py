@@ -5,6 +5,7 @@ Not from `torch.nn.LSTM` itself: `torch.compile` breaks the graph at that. Each 
 forward serves the "torch" backend.
 """
 
+import numbers
 import operator
 import weakref
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, over
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -104,6 +106,13 @@ def _check_no_projection(proj_size: None) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
+def _probability(name: str, value: float, of: str) -> float:
+    """The value; ValueError, in the words of torch.nn's dropout, for what is no probability."""
+    if not isinstance(value, numbers.Number) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1] representing the probability of {of}")
+    return value
+
+
 def _cast(value, dtype: torch.dtype):
     """Tensors, tuples of them and packed sequences in dtype; None stays."""
     if value is None or isinstance(value, Tensor | PackedSequence):
@@ -119,16 +128,24 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     _torch_class: Any  # torch.nn's class of the same name, whose forward serves the backend "torch"
     memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
+    weight_dropout: float = 0.0  # probability of a recurrent weight being zeroed, in training
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
-    def _set_memory(self, memory: backends.Memory | None) -> None:
-        """Keep the setting of `memory=`; ValueError for one that is none."""
+    def _set_options(self, memory: backends.Memory | None, weight_dropout: float) -> None:
+        """Keep the options that torch.nn does not know; ValueError for settings that are none."""
         if memory is not None:
             self.memory = backends.checked_memory(memory)
+        self.weight_dropout = _probability("weight_dropout", weight_dropout, "a recurrent weight being zeroed")
+
+    def beyond_torch(self) -> str:
+        """The options that change results and that torch.nn does not know, as in the layer's repr; "" for none."""
+        options = (("weight_dropout", self.weight_dropout, 0.0),)
+        return ", ".join(f"{name}={value}" for name, value, default in options if value != default)
 
     def extra_repr(self) -> str:
-        """As torch.nn's, with `memory` where it was given."""
-        return super().extra_repr() + ("" if self.memory is None else f", memory={self.memory}")
+        """As torch.nn's, with the options that were given."""
+        memory = "" if self.memory is None else f"memory={self.memory}"
+        return ", ".join(filter(None, (super().extra_repr(), memory, self.beyond_torch())))
 
     if TYPE_CHECKING:  # torch.nn.Module says that a call gives Any
 
@@ -171,7 +188,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._refuse_input(input, hx)
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
-        if lengths is None and resets is None and self._watch is None and backends.plainly_torch(input):
+        drops = self.training and self.weight_dropout > 0
+        plain = lengths is None and resets is None and self._watch is None and not drops
+        if plain and backends.plainly_torch(input):
             return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         if self._wants_another(input):
@@ -184,7 +203,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        route = "reference" if self._watch else backends.route(self, data, batch_size, dtype, packed, masked)
+        route = "reference" if self._watch else backends.route(self, data, batch_size, dtype, packed, masked, drops)
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
@@ -275,6 +294,13 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._keep(named)
         return named
 
+    def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights with `weight_dropout` on the recurrent ones, where it is on."""
+        if not (self.training and self.weight_dropout > 0):
+            return weights
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        return [dropout(weight, self.weight_dropout) if "weight_hh" in name else weight for name, weight in pairs]
+
     def _keep(self, named: list[Tensor | None]) -> None:
         self._flat_weights = named
         self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in named]
@@ -344,7 +370,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def _run(self, input: Tensor, states: tuple[Tensor, ...] | None, rows: Rows, dtype: torch.dtype, route: str):
         """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H] and the tuple of final states."""
-        states, weights = states or (), self._weights()
+        states, weights = states or (), self._dropped(self._weights())
         self._check_devices(input, states, weights)
         if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
             input, states = input.to(dtype), [state.to(dtype) for state in states]
@@ -455,7 +481,8 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
-    `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+    `rnn_gpu.memory` says at each call. weight_dropout: probability of a recurrent weight being zeroed, in training.
+    Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
     More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
     torch.nn: isinstance(layer, torch.nn.LSTM) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -485,13 +512,14 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
         dtype: torch.dtype | None = None,
         *,
         memory: backends.Memory | None = None,
+        weight_dropout: float = 0.0,
     ) -> None:
-        """Arguments and initialisation as torch.nn.LSTM; memory: see the class."""
+        """Arguments and initialisation as torch.nn.LSTM; what follows *: see the class."""
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_memory(memory)
+        self._set_options(memory, weight_dropout)
 
 
 class GRU(_Layer[Tensor]):
@@ -509,7 +537,8 @@ class GRU(_Layer[Tensor]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
-    `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+    `rnn_gpu.memory` says at each call. weight_dropout: probability of a recurrent weight being zeroed, in training.
+    Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
     More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
     torch.nn: isinstance(layer, torch.nn.GRU) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -535,15 +564,16 @@ class GRU(_Layer[Tensor]):
         dtype: torch.dtype | None = None,
         *,
         memory: backends.Memory | None = None,
+        weight_dropout: float = 0.0,
         proj_size: None = None,
     ) -> None:
-        """Arguments and initialisation as torch.nn.GRU; memory: see the class. proj_size: the LSTM's alone."""
+        """Arguments and initialisation as torch.nn.GRU; what follows *: see the class. proj_size: the LSTM's alone."""
         _check_no_projection(proj_size)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_memory(memory)
+        self._set_options(memory, weight_dropout)
 
 
 class RNN(_Layer[Tensor]):
@@ -559,8 +589,8 @@ class RNN(_Layer[Tensor]):
         states [L*D, B, H]; lengths: integers [B], steps of each row; resets: bools [T, B], true where a row starts anew
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
-    memory: without effect here, since the outputs are all that the backward needs. Types: float32, float16, bfloat16
-    on the kernels, others on PyTorch's.
+    memory: without effect here, since the outputs are all that the backward needs. weight_dropout: probability of a
+    recurrent weight being zeroed, in training. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
     More than torch.nn: lengths, resets, derivatives of any order, torch.compile(fullgraph=True). Not as in torch.nn:
     isinstance(layer, torch.nn.RNN) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -587,9 +617,10 @@ class RNN(_Layer[Tensor]):
         dtype: torch.dtype | None = None,
         *,
         memory: backends.Memory | None = None,
+        weight_dropout: float = 0.0,
         proj_size: None = None,
     ) -> None:
-        """Arguments and initialisation as torch.nn.RNN; memory: see the class. proj_size: the LSTM's alone."""
+        """Arguments and initialisation as torch.nn.RNN; what follows *: see the class. proj_size: the LSTM's alone."""
         _check_no_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -598,4 +629,4 @@ class RNN(_Layer[Tensor]):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_memory(memory)
+        self._set_options(memory, weight_dropout)
