@@ -1,12 +1,12 @@
 """A character language model, trained with `rnn_gpu` on text that every machine has: Python's own source.
 
-    python examples/char_language_model.py                        about 75 seconds, on a GPU or two CPU cores
-    python examples/char_language_model.py --cell gru --seconds 20
-    python examples/char_language_model.py --backend torch        the same layers on PyTorch's own kernels
+    python examples/character_language_model.py                        about 75 seconds, on a GPU or two CPU cores
+    python examples/character_language_model.py --cell gru --seconds 20
+    python examples/character_language_model.py --backend torch        the same layers on PyTorch's own kernels
 
 It trains for a wall-clock budget, reports the loss on files it never saw in bits per character, writes a
 sample, and saves a checkpoint, which it then loads into a plain `torch.nn` model to show that both agree. On
-a GPU it also times the same training with `torch.nn`. On a CPU, where PyTorch's own kernels do the training,
+a GPU it also times the same training on PyTorch's own kernels. On a CPU, where PyTorch's own kernels do the training,
 it ends by running a small layer through the real Triton kernels in Triton's interpreter, against float64.
 
 Shapes: T time steps of a segment, B streams of text read side by side, S length of a stream, I input size of
@@ -15,22 +15,17 @@ a layer, H hidden size, V characters in the vocabulary. The exit status is 1 whe
 
 import argparse
 import math
-import os
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
-# Before torch is imported: idle OpenMP threads must sleep. Where they spin on busy cores, a step can stall for seconds.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import rnn_gpu
 from rnn_gpu import selfcheck
@@ -99,7 +94,6 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127))) + UNKNOWN  # the vocabular
 
 LEARNING_RATE = 4e-3
 LARGEST_GRADIENT_NORM = 1.0
-STEPS_PER_REPORT = 10  # reading the loss waits for the device, so it is not read at every step
 VALIDATIONS = 4  # in the course of training, besides the one at its end
 
 # Bits by which the validation of the reloaded model may differ. It is 0 where the same kernels ran, and where
@@ -224,6 +218,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(streams.device.type, enabled=dtype == torch.float16)
         self.remaining = iter(())
         self.state: State = None
+        self.loss = torch.tensor(math.nan)  # of the last segment, in nats per character, still on the device
 
     def next_segment(self) -> tuple[Tensor, Tensor]:
         """The next input and target [T, B]; at the end of the streams, the first again with a new state."""
@@ -234,8 +229,8 @@ class Trainer:
             segment = next(self.remaining)
         return segment
 
-    def step(self, learning_rate: float) -> Tensor:
-        """One update of the weights; the loss of its segment, in nats per character, still on the device."""
+    def step(self, learning_rate: float) -> None:
+        """One update of the weights."""
         inputs, targets = self.next_segment()
         loss, state = mean_loss(self.model, inputs, targets, self.state, self.dtype)
         self.state = detached(state)
@@ -247,61 +242,18 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach()
+        self.loss = loss.detach()
 
 
 def train(trainer: Trainer, validation: Tensor, seconds: float) -> None:
     """Train for so many seconds of wall-clock time, the learning rate falling to zero as half a cosine."""
-    start = time.perf_counter()
-    elapsed, steps, validated = 0.0, 0, 0
-    layout = "{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}"
-    interval = 0.5 if sys.stderr.isatty() else 10  # seconds; in a log every refresh stays as text
-    with tqdm(total=seconds, desc="training", bar_format=layout, mininterval=interval) as progress:
-        while elapsed < seconds:
-            loss = trainer.step(LEARNING_RATE * (1 + math.cos(math.pi * elapsed / seconds)) / 2)
-            steps += 1
-            if steps % STEPS_PER_REPORT == 0:
-                progress.set_postfix_str(f"step {steps}, {loss.item() / math.log(2):.3f} bits", refresh=False)
-            if elapsed > (validated + 1) / (VALIDATIONS + 1) * seconds:
-                validated += 1
-                bits = bits_per_character(trainer.model, validation, trainer.sequence_length, trainer.dtype)
-                progress.write(f"  {elapsed:5.0f} s   step {steps:6d}   validation {bits:.3f} bits per character")
-            elapsed = time.perf_counter() - start
-            progress.update(min(elapsed, seconds) - progress.n)
-    print(f"{steps} steps in {elapsed:.0f} s: {steps / elapsed:.1f} steps a second")
-
-
-def steps_per_second(trainer: Trainer, seconds: float) -> float:
-    """Speed of training steps on a GPU, after warming up."""
-    warm_up = 10
-    for _ in range(warm_up):
-        trainer.step(LEARNING_RATE)
-    torch.cuda.synchronize()
-    start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        for _ in range(STEPS_PER_REPORT):
-            trainer.step(LEARNING_RATE)
-        steps += STEPS_PER_REPORT
-        torch.cuda.synchronize()
-    return steps / (time.perf_counter() - start)
-
-
-def compare_speed(options: argparse.Namespace, streams: Tensor) -> None:
-    """Time the same training with rnn_gpu and with torch.nn, in turns, and print the best turn of each."""
-    trainers = {
-        library.__name__: Trainer(
-            build_model(library, options), streams, options.sequence_length, DTYPES[options.dtype]
-        )
-        for library in (rnn_gpu, nn)
-    }
-    turns = {name: [] for name in trainers}
-    for _ in range(3):
-        for name, trainer in trainers.items():
-            turns[name].append(steps_per_second(trainer, seconds=1.0))
-    print("\nThe same training, steps a second:")
-    for name, speeds in turns.items():
-        print(f"  {name:10s} {max(speeds):8.1f}")
-    print(f"  ratio      {max(turns[rnn_gpu.__name__]) / max(turns[nn.__name__]):8.2f}")
+    validated = 0
+    for passed in common.budget(seconds, lambda: f"{trainer.loss.item() / math.log(2):.3f} bits"):
+        trainer.step(LEARNING_RATE * (1 + math.cos(math.pi * passed)) / 2)
+        if passed > (validated + 1) / (VALIDATIONS + 1):
+            validated += 1
+            bits = bits_per_character(trainer.model, validation, trainer.sequence_length, trainer.dtype)
+            common.say(f"  {passed * seconds:5.0f} s   validation {bits:.3f} bits per character")
 
 
 # ---- The checkpoint ----------------------------------------------------------------------------------------
@@ -332,26 +284,21 @@ def load_plain(options: argparse.Namespace) -> CharacterModel:
 
 def read_options() -> argparse.Namespace:
     """The command line, with what depends on the machine filled in."""
-    parser = argparse.ArgumentParser(
-        description="Train a character language model on the source of Python's standard library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.parser(__doc__, seconds=75, picture=False)
     add = parser.add_argument
     add("--cell", choices=LAYERS, default="lstm", help="kind of recurrent layer")
-    add("--backend", choices=["auto", "triton", "torch"], default="auto", help="whose kernels run")
-    add("--seconds", type=float, default=75, help="wall-clock budget of the training")
     add("--target", type=float, help="fail unless validation ends below this; 2.6 from 60 seconds on")
     add("--hidden-size", type=int, default=256, help="hidden units of a layer")
     add("--layers", type=int, default=1, help="recurrent layers")
     add("--batch-size", type=int, default=16, help="streams of text read side by side")
     add("--sequence-length", type=int, default=64, help="characters of a stream in a training step")
-    add("--seed", type=int, default=0, help="of weights and sample")
-    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     add("--dtype", choices=DTYPES, default="float32", help="of the computation; weights stay in float32")
-    add("--save", type=Path, metavar="PATH", default="char_language_model.pt", help="file of the checkpoint")
-    options = parser.parse_args()
+    add("--save", type=Path, metavar="PATH", default="character_language_model.pt", help="file of the checkpoint")
+    options = common.read_options(parser)
     if options.dtype == "float16" and options.device.type == "cpu":
         parser.error("argument --dtype: float16 needs a GPU, because PyTorch's CPU layers do not have it")
+    if options.quick:
+        options.hidden_size, options.batch_size = 16, 4
     if options.target is None:
         options.target = 2.6 if options.seconds >= 60 else math.inf
     return options
@@ -359,7 +306,6 @@ def read_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[str]:
     """The whole demonstration; what went wrong, in words."""
-    torch.manual_seed(options.seed)
     failures = []
     dtype = DTYPES[options.dtype]
     training_text, validation_text = read_source(TRAINING_FILES), read_source(VALIDATION_FILES)
@@ -390,8 +336,9 @@ def run(options: argparse.Namespace) -> list[str]:
         failures.append(f"the reloaded model's validation is {reloaded_bits} bits, the trained one's {bits}")
 
     if options.device.type == "cuda":
-        compare_speed(options, training)
-    else:
+        trainer = Trainer(model, training, options.sequence_length, dtype)
+        common.compare_speed(options, lambda: trainer.step(0.0))
+    elif not options.quick:
         print()
         if not selfcheck.in_interpreter([options.cell]):
             failures.append("the interpreted Triton kernels failed, or differ from torch.nn")
@@ -401,11 +348,8 @@ def run(options: argparse.Namespace) -> list[str]:
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     options = read_options()
-    with rnn_gpu.backend(options.backend):
-        failures = run(options)
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    failures = run(options)
+    return common.verdict(options, promises=("; ".join(failures) or "all that the text above says", not failures))
 
 
 if __name__ == "__main__":
