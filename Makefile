@@ -6,8 +6,9 @@ SET     ?= default
 # Processes for the tests: one a core; no more than 8, because each holds a PyTorch of its own.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); \
                    [ $$cores -lt 8 ] && echo $$cores || echo 8)
-# Options of the demo and of pytest: make demo DEMO="--cell gru", make test PYTEST="-x"
+# Options of the demo, the examples and pytest: make demo DEMO="--cell gru", make test PYTEST="-x"
 DEMO    ?=
+EXAMPLES ?=
 PYTEST  ?=
 
 VENV  := .venv$(if $(filter-out default,$(SET)),-$(SET))
@@ -23,7 +24,7 @@ unexport RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
 # One thread a worker, so that the workers do not fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
-.PHONY: help setup demo test test-oldest test-newest test-slow test-machine test-gpu lint format docs package clean
+.PHONY: help setup demo examples test test-oldest test-newest test-slow test-machine test-gpu lint format docs package clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +32,18 @@ help:  ## list the commands
 setup: $(READY)  ## the environment, in .venv
 
 demo: $(READY)  ## train a character language model on real text (about 75 seconds)
-	$(BIN)/python examples/char_language_model.py $(DEMO)
+	$(BIN)/python examples/character_language_model.py $(DEMO)
+
+# Each in turn, all of them even where one falls short, in a folder where they leave pictures and a checkpoint.
+NAMES := $(filter-out common distributed_training,$(basename $(notdir $(wildcard examples/*.py))))
+
+examples: $(READY)  ## solve a small real problem of each kind (20 minutes at most on two cores); build/examples
+	@mkdir -p build/examples; short=; \
+	for name in $(NAMES); do \
+	    echo; echo "==== $$name"; \
+	    (cd build/examples && $(abspath $(BIN))/python ../../examples/$$name.py $(EXAMPLES)) || short="$$short $$name"; \
+	done; \
+	if [ -n "$$short" ]; then echo; echo "fell short:$$short"; exit 1; fi
 
 # Three runs, because compiled and interpreted kernels cannot share a process, and the machine's tests are interpreted
 # ones on compiled kernels: a sample of them, and all of them in test-slow.
