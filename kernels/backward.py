@@ -3,6 +3,7 @@
     d_y       [R, N, H]      gradient of the outputs, or None
     d_h_n     [N, B, H]      gradient of the final state, or None
     d_carry_n [N, B, H]      gradient of the final carry (LSTM), or None
+    d_carry   [R, N, H]      gradient of the carry of every step (LSTM), or None
     weight    [N, HS, G, HS] recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u; zeros
                              past H
     gates     [R, N, G*H]    saved by the forward, or None (RNN)
@@ -14,6 +15,7 @@
     d_carry_0 [B, N, H]      gradient of the first carry: LSTM d c0; GRU, in float32, the direct part of d h0; or None.
                              (With sets first, as the other states, the largest plans would spill.)
     status    [1]            int32: becomes `launch` when a wait came to its limit
+    clip                     what the gradient of h is brought within at every step, -clip..clip, or None
     lengths, offsets, resets as in forward.py
 
 T, B, R, N, G, H, HS, UB, NB, S and the grid are those of forward.py. The slots are awaited in WAITS parts, one after
@@ -59,6 +61,7 @@ class Left(NamedTuple):
     """The buffers that the forward, and the gradient of the outputs, have left for each step."""
 
     d_y: Any
+    d_carry: Any
     gates: Any
     aux: Any
     history: Any
@@ -67,8 +70,8 @@ class Left(NamedTuple):
 
 @triton.jit
 def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl.constexpr):
-    """What is there for the step `now`, before any neighbour is awaited -> gradient of the output, gates, aux,
-    previous.
+    """What is there for the step `now`, before any neighbour is awaited -> gradient of the output, that of the carry (a
+    tuple of it, empty where there is none), gates, aux, previous.
 
     dh_n: gradient of the final state, added at a row's last step; None where this cannot be it. present: aux, if it is
     known, else None. `previous` comes from the step `earlier`, or from the initial state where there are no `more`
@@ -78,6 +81,7 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl
     dy = load_or_zero(left.d_y, now.row, place, there, C.H, C)
     if dh_n is not None:
         dy = tl.where(True if lengths is None else is_end(now.t, place, me), dy + dh_n, dy)
+    dc = () if left.d_carry is None else (load_or_zero(left.d_carry, now.row, place, there, C.H, C),)
     gates = () if left.gates is None else load_gates(left.gates, now.row, place, there, C)
     aux = load_or_zero(left.aux, now.row, place, there, C.HS, C) if present is None else present
     if left.history is None:
@@ -89,7 +93,7 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl
             left.history_0 + me.first * (C.N * C.HS),
         )
         previous = load_or_zero(p, 0, place, place.exists, C.HS, C)
-    return dy, gates, aux, previous
+    return dy, dc, gates, aux, previous
 
 
 @triton.jit
@@ -102,6 +106,8 @@ def prefetch_step(left, out, then, exists, place, lengths, AUX_IS_HISTORY: tl.co
         prefetch(entry(out, then.row, place, C.E * C.HS, C), C.E, C.HS, there, C)
     if left.d_y is not None:
         prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, there, C)
+    if left.d_carry is not None:
+        prefetch(entry(left.d_carry, then.row, place, C.H, C), 1, 0, there, C)
     if left.gates is not None:
         prefetch(entry(left.gates, then.row, place, C.G * C.H, C), C.G, C.H, there, C)
     if left.history is not None:
@@ -138,17 +144,29 @@ def through_gates_alone(W, slots, place, C: tl.constexpr):
     return tl.where(place.exists, lone_result(sums, C.STACK, C.S, C.UB, C.NB), 0.0)
 
 
+@triton.jit
+def clipped(dh, dcarry, clip, CARRIES_H: tl.constexpr):
+    """dh brought within -clip..clip, NaN for NaN, and dcarry. A carry that is h itself: what comes through it is a part
+    of h's gradient.
+    """
+    if clip is not None:
+        if CARRIES_H:
+            dh, dcarry = dh + dcarry, tl.zeros_like(dcarry)
+        dh = tl.where(dh > clip, clip, tl.where(dh < -clip, -clip, dh))
+    return dh, dcarry
+
+
 @triton.jit(
     do_not_specialize=["T", "B", "begin", "limit", "launch"],
     do_not_specialize_on_alignment=["d_h_n", "d_carry_n", "d_carry_0"],
 )
 def backward(
-    d_y, d_h_n, d_carry_n, weight, gates, aux, history, history_0, d_gates, d_carry_0, lengths, offsets, resets, T,
-    B, status, begin, limit, launch, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    AUX_IS_HISTORY: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
-    UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr,
-    SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
-    ALONE: tl.constexpr,
+    d_y, d_h_n, d_carry_n, d_carry, weight, gates, aux, history, history_0, d_gates, d_carry_0, lengths, offsets,
+    resets, T, B, status, begin, limit, launch, clip, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, AUX_IS_HISTORY: tl.constexpr, CARRIES_H: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
+    N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr,
+    S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
@@ -157,7 +175,7 @@ def backward(
     )  # fmt: skip
     me = this_program(begin, B, C)
     W = hold_weights(weight + me.n.to(tl.int64) * (C.HS * C.G * C.HS), me.unit, C)
-    left = Left(d_y=d_y, gates=gates, aux=aux, history=history, history_0=history_0)
+    left = Left(d_y=d_y, d_carry=d_carry, gates=gates, aux=aux, history=history, history_0=history_0)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     then = moment_after(now, ahead, steps > 1, B, offsets)
     bound = Bound(limit=limit, status=status, launch=launch)
@@ -188,7 +206,7 @@ def backward(
         dcarry_next, state_next, saved_next = (), (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
-            dy, saved_gates, present, previous = saved[j]
+            dy, dc, saved_gates, present, previous = saved[j]
             reset = starts_anew(resets, now.t, True, place, B)
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
             factors = FACTORS(as_float(saved_gates), present, tl.where(reset, 0.0, previous))
@@ -201,7 +219,9 @@ def backward(
                 dh = through_gates(W, p, bound, me.one, C)
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
             saved_next = saved_next + (saved_then,)
-            slots, kept = CELL(factors, dy + tl.where(reset_before, 0.0, dh), dcarry[j])
+            dc = dcarry[j] if len(dc) == 0 else dcarry[j] + dc[0]
+            dh, dc = clipped(dy + tl.where(reset_before, 0.0, dh), dc, clip, CARRIES_H)
+            slots, kept = CELL(factors, dh, dc)
             active = within(now.t, place.length, lengths)
             room = has_room(place, active, offsets)
             published = ()

@@ -113,8 +113,14 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
     )
     if plan.backward:
         factors, step = BACKWARD[plan.cell]
-        shared_tile = cell.aux == "c"  # LSTM: this step's `previous` is the next one's `aux`
-        return common | dict(FACTORS=factors, CELL=step, E=cell.slots, AUX_IS_HISTORY=shared_tile, WAITS=plan.waits)
+        return common | dict(
+            FACTORS=factors,
+            CELL=step,
+            E=cell.slots,
+            AUX_IS_HISTORY=cell.aux == "c",  # LSTM: this step's `previous` is the next one's `aux`
+            CARRIES_H=cell.carry == "h",
+            WAITS=plan.waits,
+        )
     return common | dict(CELL=FORWARD[plan.cell], PER=plan.gates_per_tile)
 
 
@@ -154,15 +160,18 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
     return _Ready(plan, Prepared(kernel, constants(plan, reversed_sets), options(plan), check), launches)
 
 
-def _launch(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict) -> None:
+def _launch(
+    plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict, **numbers: float | None
+) -> None:
     """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of
-    `device`.
+    `device`. numbers: arguments that are no tensors, each None where its code is to be left out.
     """
     raise_if_late(device)
-    given = tensors | rows.pointers()
+    given = tensors | rows.pointers() | numbers
     kinds = [None if tensor is None else tensor.dtype for tensor in tensors.values()]
     masked = rows.lengths is None, rows.offsets is None, rows.resets is None
-    key = id(plan), rows.batch, reversed_sets, device, *kinds, *masked
+    without = [number is None for number in numbers.values()]
+    key = id(plan), rows.batch, reversed_sets, device, *kinds, *masked, *without
     ready = _ready.get(key)
     if ready is None:
         ready = _get_ready(plan, rows, reversed_sets)
@@ -415,11 +424,14 @@ def backward(
     c0: Tensor | None,
     rows: Rows,
     reversed_sets: int,
+    d_cells: Tensor | None = None,
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All steps backward.
 
     d_y [R, N, H], d_h_n and d_c_n [N, B, H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H], aux
-    and y as `forward` left them; h0, c0 [N, B, H] or None for zeros.
+    and y as `forward` left them; h0, c0 [N, B, H] or None for zeros. d_cells [R, N, H]: by the carry of every step
+    (LSTM), or None. clip: limit of h's gradient at every step, or None.
     -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H]:
     LSTM the gradient of c0, GRU, in float32, what of h0's does not pass through the gates; None where that state is.
     """
@@ -464,6 +476,7 @@ def backward(
         d_carry_0 = torch.empty((batch, sets, hidden_size), dtype=exact, device=device)
     tensors = dict(
         d_y=None if d_y is None else _aligned(d_y),
+        d_carry=None if d_cells is None else _aligned(d_cells),
         d_h_n=_dense(d_h_n),
         d_carry_n=_dense(d_c_n) if cell.carry == "c" else None,
         weight=weight,
@@ -474,6 +487,6 @@ def backward(
         d_gates=d_gates.view(torch.int32),
         d_carry_0=d_carry_0,
     )
-    _launch(plan, device, rows, reversed_sets, tensors)
+    _launch(plan, device, rows, reversed_sets, tensors, clip=None if clip is None else float(clip))
     d_carry_0 = None if d_carry_0 is None else d_carry_0.transpose(0, 1)
     return _apart(d_gates[batch : batch + count, ..., :hidden_size]), d_carry_0

@@ -66,7 +66,7 @@ def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -
         call = Call(backends.CELL_OF_MODE[ours.mode], 1, 0)
         tensors = for_operator(inputs, rows)
         calls["ATen, called directly"] = lambda: aten.layer(inputs, rows, call)
-        calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, call.cell, call.reversed_sets, False)
+        calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, *call.options, False)
     return calls
 
 

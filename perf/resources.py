@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 from rnn_gpu.kernels.machine_code import machine_code, name_of, time_loop
@@ -98,8 +99,10 @@ def _counts(instructions: tuple[str, ...]) -> collections.Counter:
     return collections.Counter(name_of(instruction) for instruction in instructions)
 
 
-def signature(p: Plan, rows: str = "dense") -> dict:
-    """Types of the tensor arguments as launch.py passes them in training; None where it passes None."""
+def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> dict:
+    """Types of the arguments, but whole numbers, as launch.py passes them in training; None where it passes None.
+    options: of the layer, "clip" and "cells".
+    """
     cell, element, exact = (
         CELLS[p.cell],
         {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype],
@@ -128,6 +131,7 @@ def signature(p: Plan, rows: str = "dense") -> dict:
         "d_y": element,
         "d_h_n": element,
         "d_carry_n": element if cell.carry == "c" else None,
+        "d_carry": element if "cells" in options else None,
         "weight": element,
         "gates": gates,
         "aux": aux,
@@ -135,12 +139,13 @@ def signature(p: Plan, rows: str = "dense") -> dict:
         "history_0": carry,
         "d_gates": "*i32",
         "d_carry_0": {"c": element, "h": exact, None: None}[cell.carry],
+        "clip": "fp32" if "clip" in options else None,
         "status": "*i32",
         **lie,
     }
 
 
-def compile_kernel(p: Plan, arch: int, rows: str = "dense"):
+def compile_kernel(p: Plan, arch: int, rows: str = "dense", options: Collection[str] = ()):
     """The Triton kernel of a plan for an architecture. Tensors are aligned to 16 bytes, as launch.py sees to."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -151,7 +156,7 @@ def compile_kernel(p: Plan, arch: int, rows: str = "dense"):
     kernel = launch.backward_kernel.backward if p.backward else launch.forward_kernel.forward
     if not hasattr(kernel, "arg_names"):
         raise RuntimeError("nothing can be compiled with TRITON_INTERPRET=1")
-    tensors = signature(p, rows)
+    tensors = signature(p, rows, options)
     fixed = launch.constants(p, 2 if p.sets > 1 else 0) | {name: None for name, kind in tensors.items() if kind is None}
     types = {}
     for name in kernel.arg_names:
@@ -165,11 +170,11 @@ def compile_kernel(p: Plan, arch: int, rows: str = "dense"):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(p))
 
 
-def compile_plan(p: Plan, arch: int, rows: str = "dense") -> Resources:
+def compile_plan(p: Plan, arch: int, rows: str = "dense", options: Collection[str] = ()) -> Resources:
     """Compile the kernel of a plan for an architecture and count."""
     import triton
 
-    kernel = compile_kernel(p, arch, rows)
+    kernel = compile_kernel(p, arch, rows, options)
     usage, disassembly = machine_code(kernel.asm["cubin"])
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     code, scoreboards, begin, end = time_loop(disassembly)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import inductor, onnx, versions
-from .call import COUNT, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
+from .call import COUNT, OPTIONS, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS
 from .many_gradients import for_each_gradient
 from .rows import Rows
-from .second_order import save_for_second, second_backward
+from .second_order import reference_layer, save_for_second, second_backward
 
 FUNCTION = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
@@ -138,30 +138,37 @@ def _with_autograd(inputs: Inputs, rows: Rows, call: Call, need: Sequence[bool])
     # An operator's body runs below autograd; this one needs it.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, need, strict=True)]
-        return Inputs(*leaves), layer(Inputs(*leaves), rows, call)
+        return Inputs(*leaves), _computed(Inputs(*leaves), rows, call)
+
+
+def _computed(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor | None, ...]:
+    """y, h_n, c_n and the cells: by ATen, or by the readable loop where ATen does not know what is asked for."""
+    return reference_layer(inputs, rows, call) if call.beyond_aten else (*layer(inputs, rows, call), None)
 
 
 @torch.library.custom_op(
     "rnn_gpu::aten_layer",
     mutates_args=(),
-    schema=f"({TENSORS}, str cell, int reversed_sets, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({TENSORS}, {OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def aten_layer(*arguments):
-    """`layer`, opaque; c_n is empty for cells without c.
+    """`layer`, opaque, or where it cannot serve a call the readable loop; c_n is empty for cells without c, and c of
+    every step [R, N, H] where it is not wanted.
 
     keep: a backward may follow. The last result then stands for what autograd has kept for it (int64 [1]; else empty).
     """
     *arguments, keep = arguments
     inputs, rows, call = _taken(arguments)
     if not _has_token(keep, inputs) or torch.is_inference_mode_enabled():
-        y, h_n, c_n = layer(inputs, rows, call)
-        results = y.contiguous(), _own(h_n, inputs.h0), y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
+        y, h_n, c_n, cells = _computed(inputs, rows, call)
+        c_n = y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
+        results = y.contiguous(), _own(h_n, inputs.h0), c_n, y.new_empty(0) if cells is None else cells.contiguous()
         token = torch.zeros(int(_has_token(keep, inputs)), dtype=torch.int64, device="cpu")  # 0 stands for nothing
         return *results, token
     leaves, results = _with_autograd(inputs, rows, call, [t is not None for t in inputs])
     # Copies: a compiler that sees no further use of a result may write over it.
-    y, h_n, c_n = (inputs.input.new_empty(0) if r is None else r.detach().clone() for r in results)
-    return y.contiguous(), h_n.contiguous(), c_n.contiguous(), _keep(leaves, results)
+    copies = (inputs.input.new_empty(0) if r is None else r.detach().clone().contiguous() for r in results)
+    return *copies, _keep(leaves, results)
 
 
 def _has_token(keep: bool, inputs: Inputs) -> bool:
@@ -171,9 +178,9 @@ def _has_token(keep: bool, inputs: Inputs) -> bool:
 
 def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
     """What both operators are given."""
-    *tensors, cell, reversed_sets = arguments
+    *tensors, cell, reversed_sets, cells, clip = arguments
     inputs, rows = taken_by_operator(tensors)
-    return inputs, rows, Call(cell, inputs.h0.shape[0], reversed_sets)
+    return inputs, rows, Call(cell, inputs.h0.shape[0], reversed_sets, cells=cells, clip=clip)
 
 
 def _own(state: Tensor, given: Tensor) -> Tensor:
@@ -193,6 +200,7 @@ def _(*arguments):
         new(inputs.input.shape[0], h0.shape[0], h0.shape[2]),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         new(0) if c0 is None else torch.empty_like(c0, memory_format=torch.contiguous_format),
+        new(inputs.input.shape[0], h0.shape[0], c0.shape[2]) if call.cells else new(0),
         torch.empty(int(_has_token(keep, inputs)), dtype=torch.int64, device="cpu"),
     )
 
@@ -200,10 +208,10 @@ def _(*arguments):
 @torch.library.custom_op(
     "rnn_gpu::aten_layer_backward",
     mutates_args=(),
-    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {TENSORS}, str cell, int reversed_sets, bool[] need, "
+    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells, {TENSORS}, {OPTIONS}, bool[] need, "
     f"Tensor kept) -> ({', '.join(['Tensor'] * COUNT)})",
 )
-def aten_layer_backward(d_y, d_h_n, d_c_n, *arguments):
+def aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *arguments):
     """The gradients of a layer's inputs, empty where `need` says no: ATen's backward, from what the forward has kept,
     or else from the forward again.
     """
@@ -217,7 +225,8 @@ def aten_layer_backward(d_y, d_h_n, d_c_n, *arguments):
         known = None
     leaves, results = known or _with_autograd(given, rows, call, need)
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        pairs = [(r, d) for r, d in zip(results, (d_y, d_h_n, d_c_n), strict=True) if d is not None and r.requires_grad]
+        d_results = d_y, d_h_n, d_c_n, d_cells
+        pairs = [(r, d) for r, d in zip(results, d_results, strict=True) if d is not None and r.requires_grad]
         wanted = [leaf for leaf, n in zip(leaves, need, strict=True) if n]
         outputs, gradients = zip(*pairs, strict=True) if pairs else ((), ())
         # Kept for another backward, too, as long as somebody holds the tensor that stands for it.
@@ -235,7 +244,7 @@ def _dense(gradient: Tensor | None, tensor: Tensor) -> Tensor:
 
 
 @aten_layer_backward.register_fake
-def _(d_y, d_h_n, d_c_n, *arguments):
+def _(d_y, d_h_n, d_c_n, d_cells, *arguments):
     *arguments, need, _kept = arguments
     given, *_ = _taken(arguments)
     return tuple(t.new_empty(t.shape) if n else given.input.new_empty(0) for t, n in zip(given, need, strict=True))
@@ -252,7 +261,7 @@ def _may_be_kept(call: Call) -> bool:
 
 class AtenLayer(torch.autograd.Function):
     """`layer` for torch.compile, torch.export and torch.func: the operators above, differentiable twice. (call,
-    *inputs, *rows) -> y, h_n, c_n, empty for cells without c, and what stands for what is kept.
+    *inputs, *rows) -> y, h_n, c_n and the cells, empty where there are none, and what stands for what is kept.
     """
 
     generate_vmap_rule = True
@@ -265,7 +274,7 @@ class AtenLayer(torch.autograd.Function):
         """See `layer`."""
         return aten_layer(
             input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, lengths, offsets, resets, time,
-            call.cell, call.reversed_sets, _may_be_kept(call),
+            *call.options, _may_be_kept(call),
         )  # fmt: skip
 
     @staticmethod
@@ -273,30 +282,31 @@ class AtenLayer(torch.autograd.Function):
         """Save the inputs, and what stands for the rest."""
         ctx.call, *tensors = inputs
         given, rows = taken(tensors)
-        ctx.save_for_backward(*given, *rows[2:], output[3])
-        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_backward(*given, *rows[2:], output[4])
+        ctx.mark_non_differentiable(output[4])
         ctx.sizes = rows[:2]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n, _kept):
+    def backward(ctx, d_y, d_h_n, d_c_n, d_cells, _kept):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         gradients = AtenLayerBackward.apply if torch.is_grad_enabled() else aten_gradients
         need = list(ctx.needs_input_grad[1 : 1 + COUNT])
         d_c_n = d_c_n if CELLS[ctx.call.cell].carry == "c" else None
+        d_cells = d_cells if ctx.call.cells else None
         *saved, kept = ctx.saved_tensors
         inputs, masks = saved[:COUNT], saved[COUNT:]
         run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, kept)
-        found = for_each_gradient(run, (d_y, d_h_n, d_c_n))
+        found = for_each_gradient(run, (d_y, d_h_n, d_c_n, d_cells))
         found = [gradient if n else None for gradient, n in zip(found, need, strict=True)]
         return None, *found, *[None] * len(Rows._fields)
 
 
-def aten_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, *arguments) -> tuple[Tensor, ...]:
+def aten_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, d_cells, *arguments) -> tuple[Tensor, ...]:
     """`aten_layer_backward` of inputs, rows, and what stands for the rest."""
     *arguments, kept = arguments
     tensors = for_operator(*taken(arguments))
-    return aten_layer_backward(d_y, d_h_n, d_c_n, *tensors, call.cell, call.reversed_sets, list(need), kept)
+    return aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *tensors, *call.options, list(need), kept)
 
 
 class AtenLayerBackward(torch.autograd.Function):

@@ -203,30 +203,33 @@ def plainly_torch(input: Any) -> bool:
 
 
 def route(
-    module: torch.nn.RNNBase,
+    module: Any,
     input: torch.Tensor,
     batch_size: int,
     dtype: torch.dtype,
     packed: bool,
     masked: bool,
     drops: bool = False,
+    beyond: bool = False,
 ) -> str:
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
     input: the input, or, if `packed`, the data of a PackedSequence; dtype: that of the computation; masked: with
-    lengths or resets; drops: with dropout on the weights. RuntimeError where backend "triton" was asked for and cannot
-    serve the call.
+    lengths or resets; drops: with dropout on the weights; beyond: with what PyTorch's own kernels do not know.
+    RuntimeError where backend "triton" was asked for and cannot serve the call.
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
+        if beyond:
+            raise RuntimeError(f"torch.onnx.export cannot export {module.beyond_torch()}: ONNX has no such operator")
         return "onnx"
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # the old one, dynamo=False
         if masked:
             raise RuntimeError(
                 "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"
             )
-        if drops:
-            raise RuntimeError("torch.onnx.export(dynamo=False) cannot export weight_dropout: call eval() before")
+        if drops or beyond:
+            raise RuntimeError(f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}")
         return "torch.nn"
     kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
     if not tracing and forward_ad._current_level >= 0:
@@ -235,6 +238,8 @@ def route(
         return "kernels"
     if tracing or transforming():
         return "opaque"
+    if beyond:
+        return "reference"
     # cuDNN's own backward refuses a forward in eval mode; ours asks it for what a training forward keeps.
     if masked and (input.is_meta or isinstance(input, FakeTensor)):
         return "opaque"  # which knows the shapes of its results without looking at the masks
@@ -364,7 +369,7 @@ def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> S
 
 
 def kernels_for(
-    module: torch.nn.RNNBase,
+    module: Any,
     batch_size: int,
     dtype: torch.dtype,
     device: planning.Device,
@@ -377,7 +382,15 @@ def kernels_for(
     ragged: rows end early or start anew. precision: of float32 products; None: as PyTorch's switches say. It does not
     ask whether Triton is installed.
     """
-    return _weighed(_problem(module, batch_size, dtype), device, training, ragged, precision, module.num_layers)
+    choice = _weighed(_problem(module, batch_size, dtype), device, training, ragged, precision, module.num_layers)
+    if choice.plans and choice.name == "torch" and beyond_aten(module):
+        return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
+    return choice
+
+
+def beyond_aten(module: Any) -> bool:
+    """Whether a layer asks for what PyTorch's own kernels do not know."""
+    return isinstance(module, torch.nn.RNNBase) and getattr(module, "_beyond_aten", bool)()
 
 
 def _weighed(
@@ -416,17 +429,20 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_compiled(problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: int = 1) -> str:
+def _why_not_compiled(
+    problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: int = 1, beyond: bool = False
+) -> str:
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
-    the batch would be compiled anew for every size. wanted: the backend in force; "triton" compares with nothing.
+    the batch would be compiled anew for every size. wanted: the backend in force; "triton" compares with nothing, nor
+    does a layer `beyond` what PyTorch's own kernels know.
     """
     if missing := triton_missing() or (triton_untested() if wanted == "auto" else None):
         return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
     choice = _weighed(problem, device, training=True, ragged=ragged, layers=layers)
-    return "" if choice.name == "triton" or (choice.plans and wanted == "triton") else choice.reason
+    return "" if choice.name == "triton" or (choice.plans and (beyond or wanted == "triton")) else choice.reason
 
 
 def choose(
@@ -449,13 +465,14 @@ def choose(
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
         problem = _problem(module, 1, dtype)
-        reason = _why_not_compiled(problem, input.device.type, where, ragged, wanted, module.num_layers)
+        how = ragged, wanted, module.num_layers, beyond_aten(module)
+        reason = _why_not_compiled(problem, input.device.type, where, *how)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")
     precision = precision_of("float32") if dtype == torch.float32 else None
     kind = module.mode, module.hidden_size, module.num_layers, module.bidirectional, batch_size, dtype, input.device
-    key = wanted, kind, training, ragged, _max_programs, _allow_alone, precision
+    key = wanted, kind, training, ragged, _max_programs, _allow_alone, precision, beyond_aten(module)
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)

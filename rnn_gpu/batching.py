@@ -23,7 +23,7 @@ from .call import Inputs
 MASKS = {"lengths": "lengths", "offsets": "offsets", "resets": "resets"}
 RECURRENCE = {"x_part": "rows", "weight_hh": "weight", "bias_hn": "weight", "h0": "state", "c0": "state"} | MASKS
 RECURRENCE_RESULTS = ("rows", "state", "state", "rows", "rows")
-GRADIENTS = {"d_y": "rows", "d_h_n": "state", "d_c_n": "state"}
+GRADIENTS = {"d_y": "rows", "d_h_n": "state", "d_c_n": "state", "d_cells": "rows"}
 RECURRENCE_BACKWARD = (
     GRADIENTS
     | {"weight_hh": "weight", "gates": "rows", "aux": "rows", "y": "rows", "h0": "state", "c0": "state"}
@@ -164,12 +164,12 @@ def _kernel_rule(operator: Callable, kinds: dict, results: tuple, backward: bool
 
 def _aten_rule(info, in_dims, *arguments):
     count, given, mapped, (*how, _) = _split(info, in_dims, arguments, ATEN)
-    run = lambda **folded: aten.aten_layer(*(folded[name] for name in ATEN), *how, False)[:3]  # keeps nothing
+    run = lambda **folded: aten.aten_layer(*(folded[name] for name in ATEN), *how, False)[:4]  # keeps nothing
     if any(ATEN[name] == "weight" for name in mapped):
         found = _one_by_one(run, given, count)
     else:
-        found = _by_rows(run, given, ATEN, ("rows", "state", "state"), how[0], count)
-    return (*found, torch.empty(0, dtype=torch.int64, device="cpu")), (0, 0, 0, None)
+        found = _by_rows(run, given, ATEN, ("rows", "state", "state", "rows"), how[0], count)
+    return (*found, torch.empty(0, dtype=torch.int64, device="cpu")), (0, 0, 0, 0, None)
 
 
 def _aten_backward_rule(info, in_dims, *arguments):

@@ -20,6 +20,8 @@ TENSORS = (
     "Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
     "Tensor? start, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? offsets, Tensor? resets, SymInt time"
 )
+# And of one that takes what else of a call it must know: `Call.options`.
+OPTIONS = "str cell, int reversed_sets, bool cells, float? clip"
 
 
 class Inputs(NamedTuple):
@@ -48,7 +50,19 @@ class Call(NamedTuple):
     saving: str = "nothing"  # operators.SAVING
     limits: tuple[int, bool] = (0, True)  # of plans: backends.limits
     functional: bool = False  # write into no tensor that is not new, for torch.func
+    cells: bool = False  # c of every step is a result, too
+    clip: float | None = None  # most that the gradient of h may be at each step, by element
     watch: Callable[[int, Tensor], Tensor] | None = None  # on the route "reference": sees every h (reference.py)
+
+    @property
+    def options(self) -> tuple:
+        """The arguments of OPTIONS."""
+        return self.cell, self.reversed_sets, self.cells, self.clip
+
+    @property
+    def beyond_aten(self) -> bool:
+        """Whether something is asked for that PyTorch's own kernels do not know."""
+        return self.cells or self.clip is not None
 
     def backwards(self, n: int) -> bool:
         """Whether set n runs backwards in time."""

@@ -97,7 +97,7 @@ def forward(layer, input: Tensor, hx, lengths: Tensor | None, resets: Tensor | N
     ]
     one_state = hx is None or isinstance(hx, Tensor)
     states = [own_rows("hx", state, 1) for state in ([hx] if one_state else hx)]
-    output, final = type(layer).forward(
+    output, final, *cells = type(layer).forward(
         layer.with_weights(weights),
         own_rows("input", input, batch_dim),
         states[0] if one_state else tuple(states),
@@ -105,4 +105,4 @@ def forward(layer, input: Tensor, hx, lengths: Tensor | None, resets: Tensor | N
         resets=own_rows("resets", resets, batch_dim),
     )
     final = all_rows(final, 1) if isinstance(final, Tensor) else tuple(all_rows(state, 1) for state in final)
-    return all_rows(output, batch_dim), final
+    return all_rows(output, batch_dim), final, *(all_rows(one, batch_dim) for one in cells)

@@ -94,12 +94,12 @@ def gradient_flow(
     watched.__dict__ = layer.__dict__ | {"_watch": watch}
     masks = {name: mask for name, mask in (("lengths", lengths), ("resets", resets)) if mask is not None}
     with torch.inference_mode(False), torch.enable_grad():
-        output, final = watched(input, hx, **masks)
+        results = watched(input, hx, **masks)
         if loss is None:
-            h_n = final[0] if isinstance(final, tuple) else final
+            h_n = results[1][0] if isinstance(results[1], tuple) else results[1]
             value = h_n[-2 if layer.bidirectional else -1 :].sum()
         else:
-            value = loss(output, final)
+            value = loss(*results)
         _check_loss(value)
         found = torch.autograd.grad(value, [h for _, h in states], allow_unused=True)
     sets = layer.num_layers * (2 if layer.bidirectional else 1)

@@ -15,14 +15,15 @@ from .second_order import reference_layer
 
 def recurrent_stack(
     call: Call, rows: Rows, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], dropout: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run the layers that `weights` are of.
 
     input [R, I]; h0 [L*D, B, H] (projected: [L*D, B, P]), c0 [L*D, B, H] for the LSTM, else None, or both None for
     zeros; weights in the order of torch.nn: for each layer and direction weight_ih, weight_hh and, if call.biases,
     bias_ih, bias_hh, and, if call.projected, weight_hr. All of one dtype: float32, float16 or bfloat16 on the kernels,
     any floating one elsewhere. dropout: between layers.
-    -> output [R, D*H] (projected: [R, D*P]), h_n like h0, c_n like c0.
+    -> output [R, D*H] (projected: [R, D*P]), h_n like h0, c_n like c0, and, if call.cells, c of every step of the last
+    layer [R, D*H], else None.
     """
     each = 2 + 2 * call.biases + call.projected  # weights of a layer and direction
     count = len(weights) // each
@@ -32,7 +33,7 @@ def recurrent_stack(
     whole = None
     if call.route == "direct" and call.saving == "nothing" and not call.projected and count > call.sets:
         whole = final_states(call, rows, input, weights, count)
-    h_n, c_n = [], []
+    h_n, c_n, cells = [], [], None
     for first in range(0, count, call.sets):
         sets = slice(first, first + call.sets)
         mine = weights[first * each : sets.stop * each]
@@ -46,7 +47,8 @@ def recurrent_stack(
             states = [None if state is None else state[sets] for state in states]
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states)
         if whole is None:
-            y, h, c = ROUTES[call.route](inputs, rows, call)
+            of_layer = call if sets.stop == count else call._replace(cells=False)
+            y, h, c, cells = ROUTES[call.route](inputs, rows, of_layer)
         else:
             y, h, c, *_ = run_directly(inputs, rows, call, whole[0][sets], None if whole[1] is None else whole[1][sets])
         h_n.append(h)
@@ -55,9 +57,10 @@ def recurrent_stack(
         if dropout > 0 and sets.stop < count:
             input = functional.dropout(input, dropout)
     if whole is not None:
-        return input.contiguous(), *whole
+        return input.contiguous(), *whole, None
     h_n, c_n = (one[0] if len(one) == 1 else torch.cat(one) if one[0] is not None else None for one in (h_n, c_n))
-    return input.contiguous(), h_n, c_n if CELLS[call.cell].carry == "c" else None
+    cells = cells.flatten(1) if call.cells else None
+    return input.contiguous(), h_n, c_n if CELLS[call.cell].carry == "c" else None, cells
 
 
 def final_states(
@@ -92,8 +95,8 @@ def _without_projection(layer):
             whole = whole._replace(weight_hh=whole.weight_hh.unbind())
         else:
             whole = combined(inputs, rows, call)
-        y, h_n, c_n = layer(whole, rows, call)
-        return *projected(y, h_n, weight_hr, h0, rows), c_n
+        y, h_n, c_n, cells = layer(whole, rows, call)
+        return *projected(y, h_n, weight_hr, h0, rows), c_n, cells
 
     return route
 
@@ -101,25 +104,26 @@ def _without_projection(layer):
 def _directly(inputs: Inputs, rows: Rows, call: Call):
     """By the launchers, in an eager call."""
     if call.saving == "nothing":
-        return run_directly(inputs, rows, call)[:3]
+        return *run_directly(inputs, rows, call)[:3], None
     weights = [weight for kind in inputs[1:5] if kind is not None for weight in kind]
     return EagerLayer.apply(call, rows, inputs.input, inputs.start, inputs.h0, inputs.c0, *weights)
 
 
 def _by_operators(inputs: Inputs, rows: Rows, call: Call):
     """By the operators around the launchers, for compilers and transforms."""
-    return Layer.apply(call, *inputs, *rows)[:3]
+    return Layer.apply(call, *inputs, *rows)[:4]
 
 
 # How a layer is computed: by the persistent kernels, called directly or as operators; by PyTorch's own; by PyTorch's
 # own behind one opaque operator, for torch.compile, torch.export and torch.func; by the readable loops of reference.py,
-# for forward-mode differentiation; in an ONNX export, by ONNX's own operators. (inputs, rows, call) -> y [R, N, P], h_n
-# [N, B, P], c_n [N, B, H]; weights as one tensor [N, ...], but for "direct" as one of each set.
+# for forward-mode differentiation and for what PyTorch's own does not know; in an ONNX export, by ONNX's own operators.
+# (inputs, rows, call) -> y [R, N, P], h_n [N, B, P], c_n [N, B, H], c of every step [R, N, H] or whatever else if that
+# is not asked for; weights as one tensor [N, ...], but for "direct" as one of each set.
 ROUTES = {
     "direct": _without_projection(_directly),
     "kernels": _without_projection(_by_operators),
-    "aten": aten.layer,
-    "opaque": lambda inputs, rows, call: aten.AtenLayer.apply(call, *inputs, *rows)[:3],
+    "aten": lambda inputs, rows, call: (*aten.layer(inputs, rows, call), None),
+    "opaque": lambda inputs, rows, call: aten.AtenLayer.apply(call, *inputs, *rows)[:4],
     "reference": reference_layer,
-    "onnx": onnx.layer,
+    "onnx": lambda inputs, rows, call: (*onnx.layer(inputs, rows, call), None),
 }

@@ -100,10 +100,12 @@ def _check_pair(hx) -> None:
         raise RuntimeError("lstm expects two hidden states")
 
 
-def _check_no_projection(proj_size: None) -> None:
-    """The error of torch.nn for proj_size where there is none; GRU and RNN take it for nothing else."""
+def _check_lstm_alone(proj_size: None, return_cells: bool) -> None:
+    """The errors for what the LSTM alone has; GRU and RNN take these arguments for nothing else."""
     if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    if return_cells:
+        raise ValueError("return_cells argument is only supported for LSTM: the state of RNN and GRU is the output")
 
 
 def _probability(name: str, value: float, of: str) -> float:
@@ -111,6 +113,13 @@ def _probability(name: str, value: float, of: str) -> float:
     if not isinstance(value, numbers.Number) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1] representing the probability of {of}")
     return value
+
+
+def _positive(name: str, value: float) -> float:
+    """The value as a float; ValueError for what is no positive number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name} should be a positive number, got: {value!r}")
+    return float(value)
 
 
 def _cast(value, dtype: torch.dtype):
@@ -129,17 +138,27 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     _torch_class: Any  # torch.nn's class of the same name, whose forward serves the backend "torch"
     memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
     weight_dropout: float = 0.0  # probability of a recurrent weight being zeroed, in training
+    clip: float | None = None  # limit of the gradient of h at every step, by element
+    return_cells: bool = False  # of the LSTM: c of every step is a result
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
-    def _set_options(self, memory: backends.Memory | None, weight_dropout: float) -> None:
+    def _set_options(
+        self, memory: backends.Memory | None, weight_dropout: float, clip: float | None, return_cells: bool = False
+    ) -> None:
         """Keep the options that torch.nn does not know; ValueError for settings that are none."""
         if memory is not None:
             self.memory = backends.checked_memory(memory)
         self.weight_dropout = _probability("weight_dropout", weight_dropout, "a recurrent weight being zeroed")
+        self.clip = None if clip is None else _positive("clip", clip)
+        self.return_cells = bool(return_cells)
 
     def beyond_torch(self) -> str:
         """The options that change results and that torch.nn does not know, as in the layer's repr; "" for none."""
-        options = (("weight_dropout", self.weight_dropout, 0.0),)
+        options = (
+            ("weight_dropout", self.weight_dropout, 0.0),
+            ("clip", self.clip, None),
+            ("return_cells", self.return_cells, False),
+        )
         return ", ".join(f"{name}={value}" for name, value, default in options if value != default)
 
     def extra_repr(self) -> str:
@@ -188,8 +207,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._refuse_input(input, hx)
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
-        drops = self.training and self.weight_dropout > 0
-        plain = lengths is None and resets is None and self._watch is None and not drops
+        drops, beyond = self.training and self.weight_dropout > 0, self._beyond_aten()
+        plain = lengths is None and resets is None and self._watch is None and not drops and not beyond
         if plain and backends.plainly_torch(input):
             return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
@@ -203,7 +222,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        route = "reference" if self._watch else backends.route(self, data, batch_size, dtype, packed, masked, drops)
+        route = "reference"
+        if not self._watch:
+            route = backends.route(self, data, batch_size, dtype, packed, masked, drops, beyond)
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
@@ -294,6 +315,10 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._keep(named)
         return named
 
+    def _beyond_aten(self) -> bool:
+        """Whether a call asks for what PyTorch's own kernels do not know."""
+        return self.return_cells or (self.clip is not None and torch.is_grad_enabled())
+
     def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
         """The weights with `weight_dropout` on the recurrent ones, where it is on."""
         if not (self.training and self.weight_dropout > 0):
@@ -343,13 +368,14 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         rows = self._masked_rows(input, lengths, resets)
         if rows.lengths is not None:  # what stands in the padding, NaN perhaps, must not reach the weights' gradients
             input = input.masked_fill(past_the_end(rows).unsqueeze(2), 0)
-        output, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
-        output = output.unflatten(0, (rows.time, rows.batch))
-        output = output.transpose(0, 1) if self.batch_first else output
+        *outputs, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
+        for i, output in enumerate(outputs):
+            output = output.unflatten(0, (rows.time, rows.batch))
+            output = output.transpose(0, 1) if self.batch_first else output
+            outputs[i] = output if batched else output.squeeze(0 if self.batch_first else 1)
         if not batched:
-            output = output.squeeze(0 if self.batch_first else 1)
             final = tuple(state.squeeze(1) for state in final)
-        return output, final if len(final) == 2 else final[0]
+        return outputs[0], final if len(final) == 2 else final[0], *outputs[1:]
 
     def _forward_packed(self, input: PackedSequence, hx, batch: int, dtype: torch.dtype, route: str):
         """A PackedSequence, read as it lies."""
@@ -364,12 +390,15 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._check_sizes((hx[0], hx[1]) if lstm else (hx,), batch)  # before permuting, which would cut them
             hx = self.permute_hidden(hx, sorted_indices)
             states = (hx[0], hx[1]) if lstm else (hx,)
-        output, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
+        *outputs, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
         final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+        output, *cells = (PackedSequence(one, batch_sizes, sorted_indices, unsorted_indices) for one in outputs)
+        return output, final, *cells
 
     def _run(self, input: Tensor, states: tuple[Tensor, ...] | None, rows: Rows, dtype: torch.dtype, route: str):
-        """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H] and the tuple of final states."""
+        """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H], with `return_cells` c of every
+        step [R, D*H], and the tuple of final states.
+        """
         states, weights = states or (), self._dropped(self._weights())
         self._check_devices(input, states, weights)
         if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
@@ -386,13 +415,15 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             hidden = route == "kernels" and torch.compiler.is_compiling()
             if hidden or any(tensor.requires_grad for tensor in tensors):
                 saving = self.memory or backends.current_memory()
+        if self.return_cells and saving == "nothing":
+            saving = "lean"
         cell, (sets, reversed_sets) = backends.CELL_OF_MODE[self.mode], (2, 2) if self.bidirectional else (1, 0)
         how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
         h0, c0 = (*states, None, None)[:2]
         dropout = self.dropout if self.training else 0.0
-        call = Call(cell, sets, reversed_sets, *how, self._watch)
-        output, h_n, c_n = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
-        return output, (h_n,) if c_n is None else (h_n, c_n)
+        call = Call(cell, sets, reversed_sets, *how, self.return_cells, self.clip, self._watch)
+        output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
+        return output, *(() if cells is None else (cells,)), (h_n,) if c_n is None else (h_n, c_n)
 
     def _unbatched_masks(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None):
         """The masks of unbatched input, lengths [] or [1] and resets [T], as those of a batch of one row."""
@@ -482,7 +513,9 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
     `rnn_gpu.memory` says at each call. weight_dropout: probability of a recurrent weight being zeroed, in training.
-    Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+    clip: at every step of the backward the gradient of h is brought within -clip..clip. return_cells: c of every step
+    is a third result, [T, B, D*H] of the last layer. Types: float32, float16, bfloat16 on the kernels, others on
+    PyTorch's.
 
     More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
     torch.nn: isinstance(layer, torch.nn.LSTM) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -513,13 +546,15 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        clip: float | None = None,
+        return_cells: bool = False,
     ) -> None:
         """Arguments and initialisation as torch.nn.LSTM; what follows *: see the class."""
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(memory, weight_dropout)
+        self._set_options(memory, weight_dropout, clip, return_cells)
 
 
 class GRU(_Layer[Tensor]):
@@ -538,7 +573,8 @@ class GRU(_Layer[Tensor]):
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
     `rnn_gpu.memory` says at each call. weight_dropout: probability of a recurrent weight being zeroed, in training.
-    Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+    clip: at every step of the backward the gradient of h is brought within -clip..clip. Types: float32, float16,
+    bfloat16 on the kernels, others on PyTorch's.
 
     More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
     torch.nn: isinstance(layer, torch.nn.GRU) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -565,15 +601,17 @@ class GRU(_Layer[Tensor]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        clip: float | None = None,
+        return_cells: Literal[False] = False,
         proj_size: None = None,
     ) -> None:
         """Arguments and initialisation as torch.nn.GRU; what follows *: see the class. proj_size: the LSTM's alone."""
-        _check_no_projection(proj_size)
+        _check_lstm_alone(proj_size, return_cells)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(memory, weight_dropout)
+        self._set_options(memory, weight_dropout, clip)
 
 
 class RNN(_Layer[Tensor]):
@@ -590,7 +628,8 @@ class RNN(_Layer[Tensor]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: without effect here, since the outputs are all that the backward needs. weight_dropout: probability of a
-    recurrent weight being zeroed, in training. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+    recurrent weight being zeroed, in training. clip: at every step of the backward the gradient of h is brought within
+    -clip..clip. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
     More than torch.nn: lengths, resets, derivatives of any order, torch.compile(fullgraph=True). Not as in torch.nn:
     isinstance(layer, torch.nn.RNN) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -618,10 +657,12 @@ class RNN(_Layer[Tensor]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        clip: float | None = None,
+        return_cells: Literal[False] = False,
         proj_size: None = None,
     ) -> None:
         """Arguments and initialisation as torch.nn.RNN; what follows *: see the class. proj_size: the LSTM's alone."""
-        _check_no_projection(proj_size)
+        _check_lstm_alone(proj_size, return_cells)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
@@ -629,4 +670,4 @@ class RNN(_Layer[Tensor]):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(memory, weight_dropout)
+        self._set_options(memory, weight_dropout, clip)

@@ -19,7 +19,7 @@ from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded
 from .many_gradients import for_each_gradient, in_a_batch
 from .products import full_product
-from .rows import Rows, first_rows, rows_before, starts_anew
+from .rows import Rows, first_rows, past_the_end, rows_before, starts_anew
 from .second_order import save_for_second, second_backward
 
 # What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
@@ -143,6 +143,7 @@ def recurrence_backward(
     d_y: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    d_cells: Tensor | None,
     weight_hh: Tensor,
     gates: Tensor,
     aux: Tensor,
@@ -157,16 +158,19 @@ def recurrence_backward(
     reversed_sets: int,
     max_programs: int,
     alone: bool,
+    clip: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence backward, for all steps and sets.
 
-    d_y [R, N, H], d_h_n and d_c_n [N, B, H]: gradients, None for zero. The rest as `recurrence` took and left it.
+    d_y [R, N, H], d_h_n and d_c_n [N, B, H], d_cells [R, N, H], by the LSTM's c of every step: gradients, None for
+    zero. clip: what the gradient of h is brought within at every step, -clip..clip, or None. The rest as `recurrence`
+    took and left it.
     -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H], empty for cells without a carry:
     LSTM the gradient of c0, GRU, in float32, what of h0's gradient does not pass through the gates.
     """
     d_gates, d_carry_0 = recurrence_backward_directly(
-        d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
-        max_programs, alone,
+        d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell,
+        reversed_sets, max_programs, alone, clip,
     )  # fmt: skip
     return d_gates, y.new_empty(0) if d_carry_0 is None else d_carry_0
 
@@ -176,6 +180,7 @@ def _(
     d_y,
     d_h_n,
     d_c_n,
+    d_cells,
     weight_hh,
     gates,
     aux,
@@ -190,6 +195,7 @@ def _(
     reversed_sets,
     max_programs,
     alone,
+    clip,
 ):
     (count, sets, hidden_size), batch = y.shape, h0.shape[1]
     size = padded(hidden_size, backends.name_of(y.dtype))
@@ -202,11 +208,11 @@ def _(
 
 
 class Layer(torch.autograd.Function):
-    """One layer, all directions: (call, *inputs, *rows) -> (y, h_n, c_n), and what the backward needs.
+    """One layer, all directions: (call, *inputs, *rows) -> (y, h_n, c_n, cells), and what the backward needs.
 
     inputs, rows: `call.Inputs` without weight_hr, and `Rows`.
-    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), gates [R, N, G*H] and aux, which are not
-    differentiable.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), c of every step [R, N, H] (empty where
+    call.cells is not set), gates [R, N, G*H] and aux, which are not differentiable.
     """
 
     generate_vmap_rule = True
@@ -226,31 +232,42 @@ class Layer(torch.autograd.Function):
         else:
             results = recurrence(gates, weight_hh, bias_hn, h0, c0, *rows[2:], *how)
         y, h_n, c_n, aux = results
+        cells = cells_of(aux, y, rows) if call.cells else y.new_empty(0)
         if not (call.saving == "full" and CELLS[call.cell].saves_gates):
             gates = gates.new_empty(0)
-        return y, h_n, c_n, gates, aux
+        return y, h_n, c_n, cells, gates, aux
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
         ctx.call, *tensors = inputs
         given, rows = taken(tensors)
-        y, _, _, gates, aux = output
+        y, *_, gates, aux = output
         ctx.save_for_backward(*given, *rows[2:], y, gates, aux)
         ctx.sizes = rows[:2]
         ctx.mark_non_differentiable(gates, aux)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n, _gates, _aux):
+    def backward(ctx, d_y, d_h_n, d_c_n, d_cells, _gates, _aux):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint makes them again, and each once
         inputs, (*masks, y, gates, aux) = saved[:COUNT], saved[COUNT:]
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
         need = ctx.needs_input_grad[1 : 1 + COUNT]
         run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, y, gates, aux)
-        found = for_each_gradient(run, (d_y, d_h_n, d_c_n))
+        found = for_each_gradient(run, (d_y, d_h_n, d_c_n, d_cells if ctx.call.cells else None))
         return None, *found, *[None] * len(Rows._fields)
+
+
+def cells_of(aux: Tensor, y: Tensor, rows: Rows) -> Tensor:
+    """c of every step [R, N, H] in y's type, in memory of its own, zeros past a row's end, from what the forward has
+    kept of it, [R, N, HS].
+    """
+    cells = aux[..., : y.shape[2]].to(y.dtype, copy=True)
+    if rows.lengths is not None and rows.offsets is None:
+        cells = cells.masked_fill_(past_the_end(rows).flatten()[:, None, None], 0)
+    return cells
 
 
 def input_part(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -323,12 +340,14 @@ def _activate_gru(sums: tuple[Tensor, ...], aux: Tensor) -> None:
 ACTIVATE = {"lstm": _activate_lstm, "gru": _activate_gru}
 
 
-def layer_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, *arguments) -> tuple[Tensor | None, ...]:
+def layer_gradients(
+    call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, d_cells, *arguments
+) -> tuple[Tensor | None, ...]:
     """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux."""
     inputs, rows = taken(arguments)
     y, gates, aux = arguments[-3:]
     saved = y, gates, aux
-    found = gradients_by_set(recurrence_backward, call, need, (d_y, d_h_n, d_c_n), inputs, rows, saved)
+    found = gradients_by_set(recurrence_backward, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
     return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
 
 
@@ -344,7 +363,7 @@ def gradients_by_set(
     wanted = Inputs(*need)
     if cell.saves_gates and gates.numel() == 0 < y.numel():
         gates, aux = gates_again(inputs, rows, call, y, aux)
-    how = rows.time, call.cell, call.reversed_sets, *call.limits
+    how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip
     h0, d_h_n = inputs.h0, d_outputs[1]
     d_gates, d_carry_0 = backward(*d_outputs, inputs.weight_hh, gates, aux, y, h0, inputs.c0, *rows[2:], *how)
     (count, sets, _), size = y.shape, cell.gates * y.shape[2]
@@ -479,8 +498,8 @@ def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = No
 
 
 def recurrence_backward_directly(
-    d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
-    max_programs, alone,
+    d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
+    max_programs, alone, clip,
 ):  # fmt: skip
     """The body of the operator of that name."""
     from .kernels import launch
@@ -492,12 +511,13 @@ def recurrence_backward_directly(
     )
     plan = _plan(call, y.shape[2], y, batch, True, rows.ragged)
     gates = gates if CELLS[cell].saves_gates else None
-    return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, rows, reversed_sets)
+    how = rows, reversed_sets, d_cells, clip
+    return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, *how)
 
 
 class EagerLayer(torch.autograd.Function):
-    """`Layer` for eager calls: (call, rows, input, start, h0, c0, *weights) -> (y, h_n, c_n). weights: weight_ih of
-    each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
+    """`Layer` for eager calls: (call, rows, input, start, h0, c0, *weights) -> (y, h_n, c_n, cells). weights: weight_ih
+    of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
 
     No `setup_context`: with it, every call would ask Python for the signature of `forward`.
     """
@@ -511,7 +531,7 @@ class EagerLayer(torch.autograd.Function):
         ctx.save_for_backward(*rows[2:], y, kept, aux, input, start, h0, c0, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
-        return y, h_n, c_n
+        return y, h_n, c_n, cells_of(aux, y, rows) if call.cells else None
 
     @staticmethod
     def backward(ctx, *d_outputs):

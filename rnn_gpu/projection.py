@@ -30,8 +30,7 @@ def combined(inputs: Inputs, rows: Rows, call: Call) -> Inputs:
         first = [first_rows(rows, count, call.backwards(n)) for n in range(h0.shape[0])]
         h0 = h0.masked_fill(torch.stack([starts_anew(rows.resets, one) for one in first]), 0)
     # In full, and its gradients: one step's product, as is that of h0's gradient in a layer without projection.
-    product = torch.matmul if call.route == "reference" else full_product
-    start = product(h0, weight_hh.transpose(1, 2))
+    start = full_product(h0, weight_hh.transpose(1, 2))
     return whole._replace(start=start, h0=h0.new_zeros(*h0.shape[:2], weight_hr.shape[-1]))
 
 

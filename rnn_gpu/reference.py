@@ -278,6 +278,7 @@ def recurrence(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     see: Callable[[int, Tensor], Tensor] | None = None,
+    cells: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sequential part of one layer and direction: everything that needs the h of the step before.
 
@@ -293,6 +294,7 @@ def recurrence(
                             flow; past the row's end they do nothing
     see                     a function of t and h_t [B, H], called in the direction of flow, that gives what goes on
                             in place of h_t: a projection of it [B, P] (h0 and weight_hh have P, then), or itself
+    cells                   a list that c of every step is appended to, as one tensor [T, B, H], zeros past a row's end
 
     Returns y [T, B, H], h_n [B, H], and c_n [B, H] for the LSTM, else None. One floating dtype throughout.
     """
@@ -306,6 +308,7 @@ def recurrence(
         kept = ~resets
     h, carry = h0, h0 if c0 is None else c0
     y: dict[int, Tensor] = {}
+    c: dict[int, Tensor] = {}
     for t in time_order(steps, reverse):
         # Where nothing depends on a state, nothing may reach it either: 0 * NaN would.
         h_start, carry_start = (choose(active, t, choose(kept, t, state, 0), 0) for state in (h, carry))
@@ -315,8 +318,10 @@ def recurrence(
         if see is not None:
             seen = see(t, h_new)
             h_new, carry_new = seen, (seen if carry_new is h_new else carry_new)
-        y[t] = choose(active, t, h_new, 0)
+        y[t], c[t] = choose(active, t, h_new, 0), choose(active, t, carry_new, 0)
         h, carry = choose(active, t, h_new, h), choose(active, t, carry_new, carry)
+    if cells is not None:
+        cells.append(torch.stack([c[t] for t in range(steps)]))
     return torch.stack([y[t] for t in range(steps)]), h, (carry if cell == "lstm" else None)
 
 

@@ -13,11 +13,13 @@ from . import reference
 from .call import COUNT, Call, Inputs, taken
 from .rows import Rows, first_rows
 
-Results = tuple[Tensor, Tensor, Tensor | None]
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
-    """Outputs y [R, N, P], h_n [N, B, P] and c_n [N, B, H] or None, by the loop of reference.py."""
+    """Outputs y [R, N, P], h_n [N, B, P], c_n [N, B, H] or None and, if call.cells, c of every step [R, N, H], else
+    None, by the loop of reference.py.
+    """
     input, (time, batch, lengths, offsets, resets), place = inputs.input, rows, None
     if offsets is not None:  # packed: spread over [T, B], and gathered again below
         sizes = offsets[1:] - offsets[:-1]
@@ -37,21 +39,86 @@ def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
         x_part = x_part.view(time, batch, x_part.shape[-1])
         states = inputs.h0[n], None if inputs.c0 is None else inputs.c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
+        cells: list[Tensor] | None = [] if call.cells else None
         y, h_n, c_n = reference.recurrence(
             call.cell, x_part, inputs.weight_hh[n], bias_hn, *states, reverse=call.backwards(n), **masks,
-            see=_seen(call, None if inputs.weight_hr is None else inputs.weight_hr[n]),
+            cells=cells, see=_seen(call, None if inputs.weight_hr is None else inputs.weight_hr[n]),
         )  # fmt: skip
-        y = y.flatten(0, 1)
-        results.append((y if place is None else y[place], h_n, c_n))
-    y, h_n, c_n = zip(*results, strict=True)
-    return torch.stack(y, 1), torch.stack(h_n), None if inputs.c0 is None else torch.stack(c_n)
+        by_rows = [one.flatten(0, 1) for one in (y, *(cells or ()))]
+        y, *cells = by_rows if place is None else (one[place] for one in by_rows)
+        results.append((y, h_n, c_n, *cells))
+    y, h_n, c_n, *cells = zip(*results, strict=True)
+    c_n = None if inputs.c0 is None else torch.stack(c_n)
+    return torch.stack(y, 1), torch.stack(h_n), c_n, torch.stack(cells[0], 1) if cells else None
 
 
 def _seen(call: Call, weight_hr: Tensor | None) -> Callable[[int, Tensor], Tensor] | None:
-    """What becomes of each step's h before it goes on: its projection, and what `call.watch` makes of it."""
-    if weight_hr is None or call.watch is None:
-        return call.watch if weight_hr is None else lambda t, h: h @ weight_hr.T
-    return lambda t, h: call.watch(t, h @ weight_hr.T)
+    """What becomes of each step's h before it goes on: its gradient is clipped, it is projected, and watched."""
+    if weight_hr is None and call.clip is None:
+        return call.watch
+
+    def seen(t: int, h: Tensor) -> Tensor:
+        h = h if call.clip is None else ClippedGradient.apply(h, call.clip)
+        h = h if weight_hr is None else h @ weight_hr.T
+        return h if call.watch is None else call.watch(t, h)
+
+    return seen
+
+
+CLIPPED = "rnn_gpu: gradients of a layer with clip= are no function's gradients, and have no derivative of their own"
+
+
+class ClippedGradient(torch.autograd.Function):
+    """(x, clip) -> x, whose gradient is brought within -clip..clip."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, clip):
+        """x, as another tensor."""
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep the limit."""
+        ctx.clip = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradient within the limits."""
+        return Clamped.apply(gradient, ctx.clip), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        """As if it were not there."""
+        return tangent.clone()
+
+
+class Clamped(torch.autograd.Function):
+    """(gradient, clip) -> gradient within -clip..clip, which nobody may differentiate: autograd would clip on its way
+    back through the steps what belongs to the second derivative, and what comes out would be none.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient, clip):
+        """NaN stays."""
+        return gradient.clamp(-clip, clip)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx, _):
+        """RuntimeError."""
+        raise RuntimeError(CLIPPED)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        """RuntimeError."""
+        raise RuntimeError(CLIPPED)
 
 
 def second_gradients(
@@ -97,19 +164,21 @@ def second_gradients(
 def save_for_second(ctx, arguments: tuple) -> None:
     """Save of a backward Function's arguments what its own derivative needs.
 
-    arguments: call, need; d_y, d_h_n, d_c_n, inputs, rows; whatever else.
+    arguments: call, need; d_y, d_h_n, d_c_n, d_cells, inputs, rows; whatever else.
     """
     ctx.call, ctx.need, *tensors = arguments
-    inputs, rows = taken(tensors[3:])
-    ctx.save_for_backward(*tensors[:3], *inputs, *rows[2:])
-    ctx.sizes, ctx.rest = rows[:2], len(tensors) - 3 - COUNT
+    inputs, rows = taken(tensors[4:])
+    ctx.save_for_backward(*tensors[:4], *inputs, *rows[2:])
+    ctx.sizes, ctx.rest = rows[:2], len(tensors) - 4 - COUNT
     ctx.set_materialize_grads(False)
 
 
 def second_backward(ctx, d_gradients: tuple) -> tuple[Tensor | None, ...]:
     """The backward of a Function that was prepared with `save_for_second`."""
+    if ctx.call.clip is not None:
+        raise RuntimeError(CLIPPED)
     saved = ctx.saved_tensors
-    d_outputs, inputs, masks = saved[:3], saved[3 : 3 + COUNT], saved[3 + COUNT :]
+    d_outputs, inputs, masks = saved[:4], saved[4 : 4 + COUNT], saved[4 + COUNT :]
     run = lambda leaves: reference_layer(Inputs(*leaves), Rows(*ctx.sizes, *masks), ctx.call)
     found = second_gradients(run, d_outputs, inputs, ctx.need, d_gradients)
     return None, None, *found, *[None] * ctx.rest

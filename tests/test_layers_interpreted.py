@@ -278,7 +278,9 @@ def test_operators_keep_the_rules_of_torch_library(cell, gates):
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence.default, forward)
         y, h_n, _, aux = torch.ops.rnn_gpu.recurrence(*forward)
         d_c_n = torch.randn(N, B, H) if lstm else None
-        backward = (torch.randn_like(y), torch.randn_like(h_n), d_c_n, weight, x_part, aux, y, h0, c0, *rows)
+        d_cells = torch.randn_like(y) if lstm else None
+        given = torch.randn_like(y), torch.randn_like(h_n), d_c_n, d_cells
+        backward = (*given, weight, x_part, aux, y, h0, c0, *rows, 0.5)
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence_backward.default, backward)
 
 

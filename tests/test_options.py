@@ -1,6 +1,9 @@
-"""What the layers can do beyond torch.nn's: dropout of recurrent weights; on torch, and on the kernels."""
+"""What the layers can do beyond torch.nn's: dropout of recurrent weights, clipped gradients, the cells of every step;
+on torch, and on the kernels.
+"""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -8,10 +11,11 @@ import pytest
 import torch
 from torch.func import functional_call
 from torch.nn.functional import dropout
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import backends, reference
+from rnn_gpu.backends import CELL_OF_MODE
 from tests.layers import BACKEND, ON_BOTH_BACKENDS, pair
 from tests.tolerances import assert_close_to_oracle
 
@@ -22,12 +26,14 @@ NAMES = "LSTM", "GRU", "RNN"
 
 
 @pytest.fixture(autouse=True)
-def one_backend(tf32):
+def one_backend():
     """The backend of this run, several programs, and products in full, to be compared with PyTorch's on a CPU."""
     torch._dynamo.reset()
-    tf32("ieee")
+    before = torch._C._get_cudnn_allow_tf32()
+    torch._C._set_cudnn_allow_tf32(False)  # what torch.backends.cudnn.allow_tf32 sets; torch.export reads it back
     with rnn_gpu.backend(BACKEND), backends.always_exchange():
         yield
+    torch._C._set_cudnn_allow_tf32(before)
     torch._dynamo.reset()
 
 
@@ -41,6 +47,90 @@ def with_gradients(run, weights, input) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(results, [input, *weights.values()], gradients)
     results = {f"result {i}": result.detach() for i, result in enumerate(results)}
     return results | {f"gradient of {k}": d for k, d in zip(("input", *weights), found, strict=True)}
+
+
+def by_hand(layer, weights, input, states=None, lengths=None, resets=None):
+    """What a layer gives, one row and one step at a time, with its clip: output [T, B, D*H], the states as a tuple, and
+    what a cell carries after every step, of the last layer. weights: by name. In the dtype of the weights.
+    """
+    cell, (time, batch, _), size = CELL_OF_MODE[layer.mode], input.shape, layer.hidden_size
+    wide, finals = layer.proj_size or size, []
+    for number in range(layer.num_layers):
+        ways = [f"l{number}", f"l{number}_reverse"][: 2 if layer.bidirectional else 1]
+        y, cells = ([[None] * batch for _ in ways] for _ in range(2))
+        for n, way in enumerate(ways):
+            w_ih, w_hh, b_ih, b_hh = (
+                weights[f"{key}_{way}"] for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            for b in range(batch):
+                start = [s[len(finals) // batch, b] for s in states] if states else [input.new_zeros(wide)]
+                h, c = start[0], start[1] if len(start) == 2 else input.new_zeros(size) if cell == "lstm" else start[0]
+                steps, length = {}, time if lengths is None else lengths[b]
+                for t in reversed(range(length)) if n else range(length):
+                    if resets is not None and resets[t, b]:
+                        h, c = torch.zeros_like(h), torch.zeros_like(c)
+                    h_part = w_hh @ h + (b_hh if cell == "gru" else 0)
+                    x_part = w_ih @ input[t, b] + b_ih + (0 if cell == "gru" else b_hh)
+                    gates = x_part.view(-1, size).unbind(), h_part.view(-1, size).unbind()
+                    h, c, _ = reference.STEPS[cell](*gates, c)
+                    if layer.clip is not None and h.requires_grad:
+                        h.register_hook(lambda d: d.clamp(-layer.clip, layer.clip))
+                    h = weights[f"weight_hr_{way}"] @ h if layer.proj_size else h
+                    steps[t] = h, c
+                none = input.new_zeros(wide), input.new_zeros(size)
+                y[n][b], cells[n][b] = (torch.stack([steps.get(t, none)[i] for t in range(time)]) for i in (0, 1))
+                finals.append((h, c))
+        input, cells = (torch.cat([torch.stack(rows, 1) for rows in found], 2) for found in (y, cells))
+    finals = [torch.stack(part).unflatten(0, (-1, batch)) for part in zip(*finals, strict=True)]
+    return input, tuple(finals) if cell == "lstm" else finals[0], cells
+
+
+MASKS = {
+    "dense": {},
+    "lengths": {"lengths": [4, 0, 2]},
+    "resets": {"resets": [[False, True, False], [False, False, True], [True, False, False], [False, False, False]]},
+}
+
+
+def assert_as_by_hand(layer, masks: str = "dense", run=None, seed: int = 1) -> None:
+    """The layer's results and gradients, T 4 and B 3, in float32, against the loops of this file in float64; their peer
+    is the same loop in float32.
+    """
+    masks, generator = dict(MASKS[masks]), torch.Generator().manual_seed(seed)
+    if "resets" in masks:
+        masks["resets"] = torch.tensor(masks["resets"])
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
+    given = [draw(4, 3, layer.input_size), *(draw(count, 3, size) for size in sizes)]
+    given += [parameter.detach() for parameter in layer.parameters()]
+    names = ["input", "h_0", "c_0"][: 1 + len(sizes)] + list(dict(layer.named_parameters()))
+
+    def outcome(run, dtype):
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in zip(names, given, strict=True)}
+        states = tuple(leaves[name] for name in ("h_0", "c_0") if name in leaves)
+        output, final, *cells = run(leaves, leaves["input"], states)
+        results = [output, *(final if isinstance(final, tuple) else (final,)), *cells]
+        again = torch.Generator().manual_seed(seed + 1)
+        weighted = [(r * torch.randn(r.shape, generator=again, dtype=torch.float64).to(dtype)).sum() for r in results]
+        found = torch.autograd.grad(sum(weighted), list(leaves.values()))
+        results = {f"result {i}": result.detach() for i, result in enumerate(results)}
+        return results | {f"gradient of {name}": d for name, d in zip(names, found, strict=True)}
+
+    def ours(leaves, input, states):
+        weights = {name: leaves[name] for name, _ in layer.named_parameters()}
+        hx = states if len(states) == 2 else states[0]
+        return functional_call(layer, weights, (input, hx), masks)
+
+    def loop(leaves, input, states):
+        results = by_hand(layer, leaves, input, states, **masks)
+        return results if layer.return_cells else results[:2]
+
+    actual = outcome(run or ours, torch.float32)
+    expected, peer = outcome(loop, torch.float64), outcome(loop, torch.float32)
+    assert actual.keys() == expected.keys()
+    for key, value in actual.items():
+        assert_close_to_oracle(value, expected[key], peer[key], key)
 
 
 # ---- weight_dropout --------------------------------------------------------------------------------------------------
@@ -117,13 +207,140 @@ def test_weight_dropout_draws_from_its_distribution():
     assert not weight_hh.any()
 
 
+# ---- return_cells and clip -------------------------------------------------------------------------------------------
+
+
+def each(cases: list[tuple], *shown: tuple):
+    """Parameters: each case with each of MASKS, but those not `shown` (numbers of cases, names of masks) are slow."""
+    found = [
+        pytest.param(*case, masks, marks=[] if (number, masks) in shown else pytest.mark.slow)
+        for number, case in enumerate(cases)
+        for masks in MASKS
+    ]
+    return pytest.mark.parametrize("name, kwargs, masks", found)
+
+
+@each(
+    [("LSTM", kwargs) for kwargs in ({}, STACK, {"proj_size": 5}, {"memory": "lean"}, {"clip": 0.3})],
+    (0, "resets"), (1, "lengths"), (2, "dense"), (3, "lengths"), (4, "dense"),
+)  # fmt: skip
+def test_cells_of_every_step(name, kwargs, masks):
+    """Catches: cells of another layer or direction, of steps past a row's end; a gradient that is not theirs, or that
+    is added to other steps or rows.
+    """
+    assert_as_by_hand(rnn_gpu.LSTM(3, 12, return_cells=True, **kwargs), masks)
+
+
+@each(
+    [("LSTM", STACK), ("LSTM", {"proj_size": 5}), ("GRU", STACK), ("RNN", {})],
+    (0, "dense"), (1, "lengths"), (2, "resets"), (3, "lengths"),
+)  # fmt: skip
+def test_clip_of_the_gradient_of_h_at_every_step(name, kwargs, masks):
+    """Catches: a part of the gradient that is added after it was clipped (the output's, the final state's, the GRU's
+    direct path), a limit on the cell's gradient.
+    """
+    torch.manual_seed(3)
+    layer = getattr(rnn_gpu, name)(3, 12, clip=0.4, **kwargs)
+    assert_as_by_hand(layer, masks)
+
+
+def test_clip_leaves_nothing_beyond():
+    """Catches: a limit that is not the one given, whatever the loss; a NaN that is lost."""
+    for name in NAMES:
+        layer = getattr(rnn_gpu, name)(3, 12, clip=1e-3)
+        flow = rnn_gpu.gradient_flow(layer, torch.randn(6, 2, 3), loss=lambda output, _: 100 * output.sum())
+        assert flow.rows.max() > 1  # before it is clipped
+        (d_bias,) = torch.autograd.grad(1e3 * layer(torch.randn(6, 2, 3))[0].sum(), layer.bias_ih_l0)
+        assert d_bias.abs().max() <= 6 * 2 * 1e-3 * 6 and bool(d_bias.any())  # an LSTM adds up c's gradient over steps
+        (nan,) = torch.autograd.grad(layer(torch.randn(6, 2, 3))[0].sum() * torch.nan, layer.bias_ih_l0)
+        assert bool(nan.isnan().all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_compiled_exported_mapped_and_differentiated_twice(name):
+    """Catches: an option that another route forgets, or that breaks a graph."""
+    options = {"clip": 0.2} | ({"return_cells": True} if name == "LSTM" else {})
+    layer = getattr(rnn_gpu, name)(3, 12, **options)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_as_by_hand(layer, run=lambda leaves, input, states: functional_call(
+        compiled, {f"_orig_mod.{k}": w for k, w in leaves.items() if k in dict(layer.named_parameters())},
+        (input, states if len(states) == 2 else states[0])))  # fmt: skip
+    input = torch.randn(2, 4, 3, 3)
+    program = torch.export.export(layer, (input[0],)).module()
+    for ours, theirs in zip(program(input[0]), layer(input[0]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    parameters = dict(layer.named_parameters())
+
+    def loss(weights, x):
+        output, _, *cells = functional_call(layer, weights, (x,))
+        return output.square().sum() + sum(c.square().sum() for c in cells)
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, input)
+    for v in range(2):
+        alone = torch.autograd.grad(loss(parameters, input[v]), list(parameters.values()), create_graph=True)
+        for a, b in zip(mapped.values(), alone, strict=True):
+            torch.testing.assert_close(a[v], b)
+    with pytest.raises(RuntimeError, match="gradients of a layer with clip= are no function's gradients"):
+        torch.autograd.grad(alone[0].sum(), layer.weight_hh_l0)
+
+
+def test_cells_differentiated_twice():
+    """Catches: cells left out of the second derivative."""
+    layer, input = rnn_gpu.LSTM(3, 12, return_cells=True), torch.randn(4, 3, 3)
+
+    def second(run, dtype):
+        weights = {name: w.detach().to(dtype).requires_grad_() for name, w in layer.named_parameters()}
+        _, _, cells = run(weights, input.to(dtype))
+        first = torch.autograd.grad(cells.square().sum(), weights["weight_hh_l0"], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), weights["weight_hh_l0"])[0]
+
+    loop = functools.partial(by_hand, layer)
+    actual = second(lambda weights, x: functional_call(layer, weights, (x,)), torch.float32)
+    assert_close_to_oracle(actual, second(loop, torch.float64), second(loop, torch.float32))
+
+
+def test_cells_of_packed_and_unbatched_input_and_without_gradients():
+    """Catches: cells in the padded layout, in the sorted order, with a dimension too many; none in inference."""
+    layer, input = rnn_gpu.LSTM(3, 12, return_cells=True), torch.randn(4, 3, 3)
+    lengths = torch.tensor([2, 4, 1])
+    output, states, cells = layer(input, lengths=lengths)
+    packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
+    with torch.no_grad():
+        packed_output, packed_states, packed_cells = layer(packed)
+    torch.testing.assert_close(pad_packed_sequence(packed_cells)[0], cells)
+    torch.testing.assert_close(pad_packed_sequence(packed_output)[0], output)
+    torch.testing.assert_close(packed_states, states)
+    assert torch.equal(cells[lengths - 1, torch.arange(3)], states[1][0])
+    with torch.inference_mode():
+        one = layer(input[:, 1])
+    assert one[2].shape == (4, 12)
+    torch.testing.assert_close(one[2], cells[:, 1])
+    layer.batch_first = True
+    torch.testing.assert_close(layer(input.transpose(0, 1), lengths=lengths)[2], cells.transpose(0, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(input)[2].dtype == torch.bfloat16
+    cells.zero_()  # memory of its own
+    assert bool(torch.autograd.grad(output.sum(), layer.weight_hh_l0)[0].any())
+
+
+def test_wrong_clips_and_cells():
+    """Catches: a limit that zeroes or turns the gradient; cells of a layer that has none."""
+    for name in NAMES:
+        for wrong in (0, -1.0, float("nan"), True, "1"):
+            with pytest.raises(ValueError, match="clip should be a positive number, got: "):
+                getattr(rnn_gpu, name)(3, 4, clip=wrong)
+    for name in ("GRU", "RNN"):
+        with pytest.raises(ValueError, match="return_cells argument is only supported for LSTM"):
+            getattr(rnn_gpu, name)(3, 4, return_cells=True)
+
+
 # ---- All options -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_kept_and_shown(name):
     """Catches: an option lost by pickle or deepcopy, shown where it was not given, or in the state dict."""
-    options = {"weight_dropout": 0.25}
+    options = {"weight_dropout": 0.25, "clip": 2.0} | ({"return_cells": True} if name == "LSTM" else {})
     layer, plain = getattr(rnn_gpu, name)(3, 4, **options), getattr(rnn_gpu, name)(3, 4)
     file = io.BytesIO()
     torch.save(layer, file)
