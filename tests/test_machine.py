@@ -340,16 +340,49 @@ def first_words_lost(text: str) -> str:
     return text[: m.start()] + m[0].replace("]", "+2 ]").replace("+ 0 +2", "+ 2") + text[m.end() :]
 
 
-def publish_late(text: str) -> str:
-    """The publishing stores stand at the end of the step behind, that is: they never come before the next wait."""
+PUBLISHED = re.compile(r"(@%p\d+ )?st\.global\.cg\.(b\d+) \[ ?(%rd\d+) ?(\+ ?\d+)? ?\], \{ (%\w+) \};")
+
+
+def published_in_the_loop(text: str) -> list[re.Match]:
     begin, end = loop_of(text)
-    stores = re.findall(r"\n\t(?:@%p\d+ )?st\.global\.cg[^;]*;", text[begin:end])
-    if not stores:
+    found = [m for m in PUBLISHED.finditer(text) if begin < m.start() < end]
+    if not found:
         raise LookupError("nothing is published in the loop")
-    body = text[begin:end]
-    for store in stores:
-        body = body.replace(store, "", 1)
-    return text[:begin] + body + text[end:]
+    return found
+
+
+def unpublished(text: str) -> str:
+    for m in reversed(published_in_the_loop(text)):
+        text = text[: m.start()] + text[m.end() :]
+    return text
+
+
+def publish_behind_the_wait(text: str) -> str:
+    """What a step publishes is stored when the wait of the next step is over."""
+    found = published_in_the_loop(text)
+    begin, end = loop_of(text)
+    declared, first, later = [], [], []
+    for i, m in reversed(list(enumerate(found))):
+        guard, kind, place, offset, value = m.groups()
+        declared.append(f".reg .pred late{i}; .reg .b64 place{i}; .reg .{kind} value{i};")
+        first.append(f"setp.ne.b32 late{i}, 0, 0;")
+        later.append(f"@late{i} st.global.cg.{kind} [place{i}{(offset or '').replace(' ', '')}], {{value{i}}};")
+        kept = f"mov.b64 place{i}, {place}; mov.{kind} value{i}, {value};"
+        condition = f"mov.pred late{i}, {guard[1:-1]};" if guard else f"setp.eq.b32 late{i}, 0, 0;"
+        text = text[: m.start()] + kept + " " + condition + text[m.end() :]
+    behind = text.index("DONE:", begin)  # the end of the first wait of a step
+    behind = text.index("// end inline asm", behind)
+    text = text[:behind] + " ".join(later) + "\n" + text[behind:]
+    return text[:begin] + " ".join(declared + first) + "\n" + text[begin:]
+
+
+def shuffle_in_part(text: str) -> str:
+    """Five lanes of each warp exchange a register in every step; the kernels have no shuffle of their own."""
+    begin, _ = loop_of(text)
+    at = text.index("// begin inline asm", begin)
+    shuffle = "@part shfl.sync.bfly.b32 lane, lane, 1, 31, -1;"
+    head = ".reg .pred part; .reg .b32 lane; mov.u32 lane, %laneid; setp.lt.u32 part, lane, 5;"
+    return f"{text[:at]}\n{{ {head} {shuffle} }}\n{text[at:]}"
 
 
 def swapped_rows(text: str) -> str:
@@ -362,7 +395,8 @@ MISTAKES = {  # name -> the mistake, and what is to be said of it
     "the last barrier of a step left out": (without_barrier(-1), "race"),
     "polls may be served by a cache": (lambda t: changed(t, POLL, "ld.global"), "plain"),
     "half of what is published is lost": (first_words_lost, "Error|nobody writes|race|too"),
-    "published by nobody": (publish_late, "nobody writes"),
+    "published by nobody": (unpublished, "nobody writes"),
+    "published behind the next wait": (publish_behind_the_wait, "nobody writes"),
     "a wait that tests some of its vectors": (
         lambda t: changed(t, r"or\.pred (some\w*), \1, p[1-9]\d*\w*;", ""),
         "Assertion",
@@ -371,6 +405,7 @@ MISTAKES = {  # name -> the mistake, and what is to be said of it
     "a wait that does not look again": (lambda t: changed(t, r"@!(some\w*) bra", "bra"), "AssertionError"),
     "rows of a fragment exchanged": (swapped_rows, "AssertionError"),
     "a product in part of a warp": (lambda t: changed(t, r"\t(mma\.sync)", r"\t@%p1 \1", 1), "only some lanes"),
+    "a shuffle in part of a warp": (shuffle_in_part, "only some lanes"),
     "a misaligned vector": (
         lambda t: changed(t, POLL + r"(\.v4\.b32 [^\[]*\[ ?%rd\d+) ?(?:\+ ?0)? ?\]", r"ld.volatile.global\1+4]", 1),
         "misaligned",
