@@ -429,6 +429,11 @@ def _wrap_fma(fma):
 # Inline assembly: PTX, a text that each `pack` elements run ----------------------------------------------------
 
 
+def _flushed(x):
+    """`.ftz`: zero, of the same sign, in place of what is smaller than a normal number."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
 # Instruction -> what it computes of arrays. Infinities and zeros come out as in hardware, without a warning.
 _PTX = {
     "mov.b32": lambda a: a,
@@ -441,7 +446,7 @@ _PTX = {
     "setp.ne.b32": lambda a, b: a != b,
     "setp.lt.s32": lambda a, b: a < b,
     "setp.gt.s32": lambda a, b: a > b,
-    "rcp.approx.ftz.f32": lambda x: np.float32(1) / x,
+    "rcp.approx.ftz.f32": lambda x: _flushed(np.float32(1) / _flushed(x)),
 }
 
 

@@ -11,9 +11,8 @@ import zlib
 import pytest
 import torch
 
-from rnn_gpu.kernels.machine import on_machine
 from tests import progress
-from tests.interpreter import ARCH, ON_MACHINE
+from tests.interpreter import ARCH, ON_MACHINE, on_machine
 
 BASE_SEED = int(os.environ.get("RNN_GPU_TEST_SEED", "0"))
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,7 +93,7 @@ def _on_the_machine(request):
     if not ON_MACHINE or why_not(request.node) is not None:
         yield
         return
-    with on_machine(ARCH, request.node.stash[SEED]):
+    with on_machine(request.node.stash[SEED]):
         yield
 
 

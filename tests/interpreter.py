@@ -22,11 +22,20 @@ __all__ = ["ARCH", "INTERPRETED", "ON_MACHINE", "concurrent_programs", "interpre
 @contextlib.contextmanager
 def concurrent_programs(seed: int = 0, torn: bool = False, leave_out=()):
     """Schedules drawn from a seed, by whatever runs the kernels here. On the machine every store is torn; `torn` makes
-    it later.
+    it later. -> what `on_machine` gives, or None.
     """
     if ON_MACHINE:
-        with machine.on_machine(ARCH, seed, delay=0.05 if torn else 0.3, leave_out=leave_out):
-            yield
+        with on_machine(seed, delay=0.05 if torn else 0.3, leave_out=leave_out) as log:
+            yield log
     else:
         with interpreter.concurrent_programs(seed, torn, leave_out):
             yield
+
+
+@contextlib.contextmanager
+def on_machine(seed: int, **schedule):
+    """The machine, for the architecture of this process; nothing may be prefetched that does not exist."""
+    with machine.on_machine(ARCH, seed, **schedule) as log:
+        yield log
+    outside = [name for name, counts in log if counts.prefetched_outside]
+    assert not outside, f"{outside[0]} prefetched from an address that does not exist"

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from rnn_gpu import reference
-from rnn_gpu.kernels import exchange, interpreter, launch
+from rnn_gpu.kernels import cells, exchange, interpreter, launch, tiles
 from rnn_gpu.kernels.spec import CELLS
 from tests.problems import (
     Poison,
@@ -593,6 +593,85 @@ def test_a_wait_is_exact(width, limit):
         await_kernel[(len(words),)](words, out, status, limit, width == 16)
     assert status.tolist() == [n + 1 if is_lost else 0 for n, is_lost in enumerate(lost)]
     assert torch.equal(out, words if width == 16 else words.masked_fill(words == -1, 0x7FC00000))
+
+
+@triton.jit
+def reciprocal_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, cells.reciprocal(tl.load(x + at)))
+
+
+def test_a_reciprocal_is_within_a_unit_and_never_less_than_normal():
+    """Catches another instruction for it, in the compiler or in the interpreter: what the equations' error and a
+    saturated gate rest on.
+    """
+    special = torch.tensor([1.0, 2.0**125, 2.0**126, 2.0**126 * 1.5, 3e38, torch.inf, torch.nan, 2.0])
+    x = torch.cat([special, 1 + torch.rand(56), 2 ** (126 * torch.rand(64))])
+    out = torch.empty_like(x)
+    with concurrent_programs():
+        reciprocal_kernel[(1,)](x, out, len(x))
+    exact = 1 / x.double()
+    tiny = exact < torch.finfo(torch.float32).tiny
+    assert (out[tiny] == 0).all() and out[x.isnan()].isnan().all()
+    known = ~tiny & x.isfinite()
+    unit = 2.0 ** (exact[known].log2().floor() - 23)
+    assert ((out[known].double() - exact[known]).abs() <= unit).all()
+
+
+@triton.jit
+def copies_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    words = (tl.load(x + at), tl.load(x + N + at))
+    same = tiles.copies(words, 0) + tiles.copies(words, 1)
+    for i in tl.static_range(4):
+        tl.store(out + i * N + at, same[i])
+
+
+def test_copies_of_words_are_the_words():
+    """Catches a move that changes, loses or exchanges what the second product of a step multiplies."""
+    x = torch.randint(-(1 << 31), 1 << 31, (2, 64)).int()
+    out = torch.zeros(4, 64, dtype=torch.int32)
+    with concurrent_programs():
+        copies_kernel[(1,)](x, out, 64)
+    assert torch.equal(out, torch.cat([x, x]))
+
+
+@triton.jit
+def prefetch_kernel(x, there, COUNT: tl.constexpr, STRIDE: tl.constexpr, PACK: tl.constexpr, N: tl.constexpr):
+    """A prefetch as exchange.py has it, of PACK neighbours by one thread."""
+    at = tl.arange(0, N)
+    tl.inline_asm_elementwise(
+        exchange.prefetch_assembly(COUNT, 4 * STRIDE, PACK), exchange.prefetch_constraints(PACK),
+        [x + at, tl.load(there + at)], tl.int32, is_pure=False, pack=PACK,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "pack"), [(1, 1), (4, 1), (3, 2), (4, 4)])
+def test_a_prefetch_is_of_what_is_there_and_of_nothing_else(count, pack, monkeypatch):
+    """Catches a flag or a place of another thread, places left out, and addresses that do not exist: beyond what is
+    there nothing may be asked for, though hardware would not say so.
+    """
+    N, stride = 128 * pack, 600  # so that each of four warps' threads has `pack` neighbours
+    x, there = torch.zeros(N + (count - 1) * stride), torch.ones(N, dtype=torch.int32)
+    there[40:80] = 0
+    first = torch.arange(0, N, pack)[there[::pack] == 1]
+    expected = sorted((first[:, None] + stride * torch.arange(count)).flatten().tolist())
+    found, execute = [], interpreter._Assembly.execute
+
+    def kept(self, name, operands, active):
+        if name.startswith("prefetch"):
+            found.extend(((self.address(operands[0])[active] - x.data_ptr()) // 4).tolist())
+        execute(self, name, operands, active)
+
+    monkeypatch.setattr(interpreter._Assembly, "execute", kept)
+    with concurrent_programs() as log:
+        prefetch_kernel[(1,)](x, there, count, stride, pack, N)
+    if ON_MACHINE:
+        assert log[0][1].prefetched == len(expected)
+        with pytest.raises(AssertionError, match="that does not exist"), concurrent_programs():
+            prefetch_kernel[(1,)](x[4:].clone(), there, count, stride, pack, N)
+    else:
+        assert sorted(found) == expected
 
 
 @triton.jit

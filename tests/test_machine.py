@@ -360,7 +360,7 @@ def unpublished(text: str) -> str:
 def publish_behind_the_wait(text: str) -> str:
     """What a step publishes is stored when the wait of the next step is over."""
     found = published_in_the_loop(text)
-    begin, end = loop_of(text)
+    begin, _ = loop_of(text)
     declared, first, later = [], [], []
     for i, m in reversed(list(enumerate(found))):
         guard, kind, place, offset, value = m.groups()

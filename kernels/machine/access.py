@@ -101,7 +101,9 @@ def prefetch(d: Decoder, s: Statement) -> Instruction:
     base, offset = d.address(s.operands[0])
 
     def look(run, mask):
-        run.launch.counts.prefetched_outside += run.outside(run.address(base, offset), mask)
+        counts = run.launch.counts
+        counts.prefetched += 32 * run.warps if mask is None else int(mask.sum())
+        counts.prefetched_outside += run.outside(run.address(base, offset), mask)
 
     return d.act(look)
 

@@ -35,6 +35,7 @@ class Counts:
     most: int = 0  # instructions of one warp
     polls: int = 0  # strong loads of global memory and atomics, of warps
     barriers: int = 0  # of programs
+    prefetched: int = 0  # lanes that asked for a prefetch
     prefetched_outside: int = 0  # lanes whose prefetch was of no allocation
     draws: int = 0  # of the schedule
 
