@@ -19,7 +19,7 @@ SOURCES := kernels rnn_gpu tests perf examples docs
 # Idle OpenMP threads must sleep: where they spin on busy cores, a call of 23 ms can stall for seconds.
 export OMP_WAIT_POLICY := passive
 # What a user's shell has set must choose neither the backend nor the mode of a run.
-unexport RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
+unexport RNN_GPU_AUTOTUNE RNN_GPU_BACKEND RNN_GPU_MEMORY TRITON_INTERPRET
 
 # One thread a worker, so that the workers do not fight for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 from .spec import CELLS, DTYPES, chunk_width, itemsize, padded, stacked
 
@@ -83,6 +84,7 @@ class Plan:
     alone: one program holds all units, no exchange.
     unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
+    measured: when this plan was found to be the fastest of some, "" where the model chose it.
     """
 
     cell: str
@@ -108,6 +110,7 @@ class Plan:
     shared_bytes: int
     microseconds: float
     reason: str
+    measured: str = ""
 
     @property
     def programs(self) -> int:
@@ -123,7 +126,7 @@ class Plan:
         return (
             f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x "
             f"{self.rows} rows x {self.sets} sets = {self.programs} programs of {self.warps} warps, {self.launches} "
-            f"launch(es); {weights}"
+            f"launch(es); {weights}{f'; measured {self.measured}' if self.measured else ''}"
         )
 
 
@@ -221,6 +224,22 @@ PERSISTENT_BATCH = 63
 PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 500e6, "bfloat16": 500e6}  # of large products, a microsecond
 
 
+# What the plans of one problem differ in.
+CUT = ("alone", "units", "rows", "slices", "warps", "registers", "shared", "waits")
+
+
+class Measured(NamedTuple):
+    """What was measured of a problem: the fastest plan's values of CUT, and when."""
+
+    cut: tuple[int, ...]
+    when: str
+
+
+def cut(p: Plan) -> tuple[int, ...]:
+    """A plan's values of CUT."""
+    return tuple(int(getattr(p, name)) for name in CUT)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One pass of a recurrence on a device: what a plan is made for. The names are those of `plan`."""
@@ -285,14 +304,41 @@ def plan(
     max_programs: int | None = None,
     allow_alone: bool = True,
     ragged: bool = False,
+    measured: Measured | None = None,
 ) -> Plan | str:
     """The best plan that fits, or a sentence that says why there is none.
 
     sets: weight sets that run side by side (directions). precision: "tf32" or "ieee" for float32. max_programs: the
     user's cap on programs that must run at the same time; fewer than the multiprocessors leave room for collectives.
     allow_alone=False: exchange even where one program could hold all units (for tests). ragged: sequences are packed,
-    end early or start anew.
+    end early or start anew. measured: what to take in place of the model's choice, if it is one of `every_plan`.
     """
+    found = every_plan(
+        cell, hidden_size, batch_size, sets, dtype, device, backward, precision, max_programs, allow_alone, ragged
+    )
+    if isinstance(found, str):
+        return found
+    if measured is not None:
+        for p in found:
+            if cut(p) == measured.cut:
+                return replace(p, measured=measured.when)
+    return found[0] if found[0].alone else preferred([(p, p.microseconds) for p in found])
+
+
+def every_plan(
+    cell: str,
+    hidden_size: int,
+    batch_size: int,
+    sets: int,
+    dtype: str,
+    device: Device,
+    backward: bool = False,
+    precision: str | None = None,
+    max_programs: int | None = None,
+    allow_alone: bool = True,
+    ragged: bool = False,
+) -> list[Plan] | str:
+    """All plans that fit, one program alone first, or why there is none. Arguments as of `plan`."""
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(DTYPES)}, not in {dtype}"
     if device.arch < 80:
@@ -301,13 +347,12 @@ def plan(
     precision = (precision or "tf32") if dtype == "float32" else None
     problem = Problem(cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision, ragged)
     alone = alone_plan(problem) if allow_alone else None
-    if alone is not None:
-        return alone
-    found = [with_batch(p, device, resident) for p in exchanging_plans(problem, resident)]
+    found = [] if alone is None else [alone]
+    found += [with_batch(p, device, resident) for p in exchanging_plans(problem, resident)]
     if not found:
         what = f"{hidden_size} hidden units in {sets} set(s)"
         return f"{what} need more than the {resident} programs that can run at the same time"
-    return preferred([(p, p.microseconds) for p in found])
+    return found
 
 
 def preferred(timed: list[tuple[Plan, float]]) -> Plan:

@@ -4,6 +4,7 @@
     python -m perf.tune --check                          a sample of shapes: what the plan's own choice loses
     python -m perf.tune --check --fit constants.json     the model's constants, fitted to all that was measured
     python -m perf.tune --check --recorded perf/results  the model against recordings (recorded.py); needs no GPU
+    python -m perf.tune --ship rnn_gpu/measured.json     `autotune` for the benchmark's cases, to come with the library
 
 Every plan is checked against the readable loop in float64 before it is timed. All this needs a GPU. Without one it says
 so, and prints the ranking of the model, which is an estimate.
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rnn_gpu import backends, reference
+import rnn_gpu
+from rnn_gpu import autotuning, backends, measured, reference
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
@@ -29,7 +31,8 @@ from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
 
 from . import compiling, ledger, recorded
 from .benchmark import Clock, OutOfTime, device_seconds, one_line, progress
-from .providers import float32_precision, interpreted
+from .cases import Case, core
+from .providers import float32_precision, interpreted, torch_layer
 
 STEPS = 256  # of a timed call
 CHECKED_STEPS = 24
@@ -281,7 +284,7 @@ def same_plan(a: Plan, b: Plan) -> bool:
     return all(getattr(a, f.name) == getattr(b, f.name) for f in dataclasses.fields(Plan) if f.name not in _SAID)
 
 
-_SAID = ("microseconds", "reason", "shared_bytes")
+_SAID = ("microseconds", "reason", "shared_bytes", "measured")
 
 
 def loss(measured: list[tuple[Plan, float]], own: Plan) -> float | None:
@@ -318,6 +321,21 @@ def without_gpu(shape: tuple, device: Device, precision: str | None) -> int:
     return 0
 
 
+def ship(path: str, cases: list[Case], device: torch.device, timer, clock: Clock, say) -> int:
+    """Measure each case in training and in inference as `rnn_gpu.autotune` does, and write all choices to a file."""
+    measured.forget()
+    for case in cases:
+        clock.check()
+        dtype = getattr(torch, case.dtype)
+        layer = torch_layer(case, device, dtype, library=rnn_gpu)
+        input = torch.randn(case.time, case.batch_size, case.hidden_size, device=device, dtype=dtype)
+        for training in (True, False):
+            with torch.set_grad_enabled(training):
+                choice = autotuning.tune(layer, input, None, None, timer, again=True)
+            say(f"{case}, {'training' if training else 'inference'}: {choice.name}, {choice.reason}")
+    return measured.write_shipped(path)
+
+
 def against_recordings(folder: str, most: float) -> tuple[list[str], bool]:
     """`recorded.check` of the model as it stood for the kernels that were recorded."""
     with constants(recorded.AS_RECORDED):
@@ -337,6 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--check", action="store_true", help="a sample of shapes instead of one")
     add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
     add("--recorded", metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
+    add("--ship", metavar="PATH", help="measure the core grid with autotune, and write the choices as JSON")
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
     add(
         "--budget",
@@ -368,6 +387,10 @@ def main(arguments: list[str] | None = None) -> int:
         return without_gpu(shape, DEVICES[options.device], precision)
     device, clock = torch.device("cuda"), Clock(options.budget)
     mine = backends.device_of(device)
+    if options.ship:
+        steps, say = progress(core(), len(core()), "case")
+        print(f"{ship(options.ship, steps, device, autotuning.device_seconds, clock, say)} choices in {options.ship}")
+        return 0
     shapes = [(cell, h, b, 1, dtype) for cell, dtype, h, b in SAMPLE] if options.check else [shape]
     work = [(one, backward) for one in shapes for backward in (False, True)]
     everything, losses, done = [], [], 0
@@ -383,12 +406,12 @@ def main(arguments: list[str] | None = None) -> int:
                 found = candidates(*one, mine, backward, precision)
                 tasks = [(compiling.plan, p, None, options.float32_precision, str(device)) for p in found]
                 compiling.in_parallel(tasks, options.jobs, min(compiling.SECONDS, clock.left / 2))
-                measured = time_all(found, device, clock, say)
-                everything += measured
+                timed = time_all(found, device, clock, say)
+                everything += timed
                 done += 1
-                if measured:
-                    say(ranking(measured, own))
-                    found = loss(measured, own)
+                if timed:
+                    say(ranking(timed, own))
+                    found = loss(timed, own)
                     losses.append(math.inf if found is None else found)
         except OutOfTime:
             say(f"The budget of {options.budget:.0f} s has ended: {done} of {len(work)} done.")

@@ -9,6 +9,7 @@ import torch
 
 from . import batching as batching  # registers the rules of torch.func.vmap
 from . import init as init
+from .autotuning import autotune
 from .backends import backend, current_backend, current_memory, max_programs, memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns
@@ -25,6 +26,7 @@ __all__ = [
     "GradientFlow",
     "LSTMCell",
     "RNNCell",
+    "autotune",
     "backend",
     "check",
     "current_backend",

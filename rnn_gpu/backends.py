@@ -9,6 +9,7 @@ Environment variables, read when rnn_gpu is imported:
     RNN_GPU_MEMORY        full or lean: what training keeps for the backward
     RNN_GPU_MAX_PROGRAMS  most programs that may have to run at the same time (default: one for each multiprocessor)
     RNN_GPU_ALONE         0: exchange between programs even where one could hold all units (for tests)
+    RNN_GPU_AUTOTUNE      1: the first call of a shape is measured (autotuning.py)
     RNN_GPU_WAIT_LIMIT    polls before a wait becomes an error (kernels/spec.py)
 """
 
@@ -25,6 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from . import measured
 from .kernels import machine
 from .kernels import plan as planning
 from .kernels.spec import CELLS, TRITON_VERSIONS, choice_from_environment, integer_from_environment
@@ -234,9 +236,14 @@ def route(
     kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
     if not tracing and forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative
-    if kernels:
-        return "kernels"
-    if tracing or transforming():
+    return "kernels" if kernels else route_of_torch(module, input, masked, drops, beyond)
+
+
+def route_of_torch(
+    module: torch.nn.RNNBase, input: torch.Tensor, masked: bool, drops: bool = False, beyond: bool = False
+) -> str:
+    """The route of a call that PyTorch's own kernels serve; arguments as of `route`."""
+    if torch.compiler.is_compiling() or transforming():
         return "opaque"
     if beyond:
         return "reference"
@@ -338,13 +345,19 @@ def plan_for(
     ragged: bool = False,
     under: tuple[int, bool] | None = None,
     precision: str | None = None,
+    saving: str = "full",
 ) -> planning.Plan | str:
-    """The plan of one pass, or why there is none. ragged: rows end early or start anew. under: `limits`, or now's.
-    precision: of float32 products; None: as PyTorch's switches say.
+    """The plan of one pass, or why there is none: the one that was measured to be the fastest, or the model's.
+
+    ragged: rows end early or start anew. under: `limits`, or now's. precision: of float32 products; None: as PyTorch's
+    switches say. saving: what a forward keeps, for what was measured.
     """
     cap, alone = limits() if under is None else under
     problem = cell, hidden_size, batch_size, sets, dtype, device, backward
-    return planning.cached_plan(*problem, precision or precision_of(dtype), cap or None, alone, ragged)
+    precision, found = precision or precision_of(dtype), None
+    if measured.anything():
+        found = measured.plan(measured.key_of_plan(*problem, precision, ragged, (cap, alone), saving))
+    return planning.cached_plan(*problem, precision, cap or None, alone, ragged, found)
 
 
 def limits() -> tuple[int, bool]:
@@ -356,11 +369,15 @@ def limits() -> tuple[int, bool]:
 
 
 class Choice(NamedTuple):
-    """A backend, "triton" or "torch", the reason, and the plans of the passes where it is "triton"."""
+    """A backend, "triton" or "torch", the reason, and the plans of the passes where the kernels could serve.
+
+    measured: when the two backends were timed against each other, "" where the reason is an estimate or there is none.
+    """
 
     name: str
     reason: str
     plans: tuple[planning.Plan, ...] = ()
+    measured: str = ""
 
 
 def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> Sizes:
@@ -382,15 +399,39 @@ def kernels_for(
     ragged: rows end early or start anew. precision: of float32 products; None: as PyTorch's switches say. It does not
     ask whether Triton is installed.
     """
-    choice = _weighed(_problem(module, batch_size, dtype), device, training, ragged, precision, module.num_layers)
+    problem, saving = _problem(module, batch_size, dtype), saving_of(module, training)
+    choice = _weighed(problem, device, training, ragged, precision, module.num_layers, saving)
     if choice.plans and choice.name == "torch" and beyond_aten(module):
         return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
-    return choice
+    if not choice.plans or not measured.anything() or beyond_aten(module):
+        return choice
+    found = measured.rival(key_of(module, problem, device, training, ragged, precision))
+    if found is None:
+        return choice
+    both = " forward and backward" if training else ""
+    reason = f"measured {found.when}: {found.ours:.2f} us a step{both}, PyTorch's own {found.theirs:.2f}"
+    return Choice(found.name, reason, choice.plans, found.when)
 
 
 def beyond_aten(module: Any) -> bool:
     """Whether a layer asks for what PyTorch's own kernels do not know."""
     return isinstance(module, torch.nn.RNNBase) and getattr(module, "_beyond_aten", bool)()
+
+
+def saving_of(module: torch.nn.RNNBase, training: bool) -> str:
+    """What the forward of a layer keeps for a backward: "nothing", "lean" or "full"."""
+    return getattr(module, "memory", None) or _memory if training else "nothing"
+
+
+def key_of(
+    module: torch.nn.RNNBase, problem: Sizes, device: planning.Device, training: bool, ragged: bool,
+    precision: str | None,
+) -> measured.Key:  # fmt: skip
+    """Under which key a comparison of the backends for a call is kept."""
+    return measured.key_of_layer(
+        *problem, device, module.num_layers, module.proj_size, precision or precision_of(problem[-1]), ragged,
+        limits(), saving_of(module, training),
+    )  # fmt: skip
 
 
 def _weighed(
@@ -400,11 +441,12 @@ def _weighed(
     ragged: bool,
     precision: str | None = None,
     layers: int = 1,
+    saving: str = "full",
 ) -> Choice:
-    """The same for a `_problem` of a module with so many layers."""
+    """The same by the estimates alone, for a `_problem` of a module with so many layers."""
     plans = []
     for backward in (False, True) if training else (False,):
-        found = plan_for(*problem, device, backward, ragged, precision=precision)
+        found = plan_for(*problem, device, backward, ragged, precision=precision, saving=saving)
         if isinstance(found, str):
             return Choice("torch", found)
         plans.append(found)
@@ -472,7 +514,9 @@ def choose(
         return Choice("torch" if reason else "triton", reason or "compiled")
     precision = precision_of("float32") if dtype == torch.float32 else None
     kind = module.mode, module.hidden_size, module.num_layers, module.bidirectional, batch_size, dtype, input.device
-    key = wanted, kind, training, ragged, _max_programs, _allow_alone, precision, beyond_aten(module)
+    key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, precision, beyond_aten(module)
+    if measured.anything():  # which is of all that its key says
+        key = *key, saving_of(module, training), module.proj_size
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)
@@ -481,6 +525,11 @@ def choose(
 
 # The choices by all that they depend on, because the same is asked at every call of a layer.
 _chosen: dict[tuple[Any, ...], Choice] = {}
+
+
+def choose_anew() -> None:
+    """Forget what was chosen: something else has been measured."""
+    _chosen.clear()
 
 
 def _choose(

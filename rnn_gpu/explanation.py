@@ -14,7 +14,7 @@ def _pass_lines(plan: Plan, device: Device, layers: int) -> list[str]:
         f"  {name}: {plan}",
         f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
         f"    estimated {plan.microseconds:.2f} us a step; cuDNN {cudnn_microseconds(plan, device, layers):.2f}",
-    ]
+    ] + ([f"    chosen because it was the fastest when it was measured, {plan.measured}"] if plan.measured else [])
 
 
 def _projection_line(layer: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:
@@ -75,8 +75,8 @@ def explain(
     (lengths) or start anew (resets). training: forward and backward; False: inference. precision: of float32 products,
     "tf32" or "ieee" (full); default: as PyTorch's switches for RNNs say.
 
-    The times are estimates of a model, not measurements: see docs/design.md. TypeError and ValueError for wrong
-    arguments.
+    The times are estimates of a model, not measurements (docs/design.md), but for what `autotune` has measured, which
+    says when. TypeError and ValueError for wrong arguments.
 
     >>> print(explain(torch.nn.GRU(64, 128), batch_size=16, device="T4"))  # doctest: +ELLIPSIS
     on NVIDIA T4 ...
@@ -108,7 +108,10 @@ def explain(
         planned = planned or any(line.startswith("  ") for line in found)
         lines += [f"{name}: {found[0]}" if name else found[0], *found[1:]]
     if planned:
-        lines.append("Times are estimates of a model, not measured; docs/design.md explains it and the words above.")
+        estimates = "Times are estimates of a model, not measured"
+        if any(" measured " in line for line in lines):
+            estimates = "Times are estimates of a model but where they are said to be measured"
+        lines.append(f"{estimates}; docs/design.md explains it and the words above.")
     if backends.triton_missing():
         lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
     elif untested := backends.triton_untested():

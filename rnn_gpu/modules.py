@@ -17,7 +17,7 @@ from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, distributed, onnx
+from . import backends, distributed, measured, onnx
 from .call import Call
 from .functional import recurrent_stack
 from .operators import directly
@@ -222,14 +222,24 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
+        if measured.automatic and self._watch is None and not torch.compiler.is_compiling():
+            from . import autotuning
+
+            autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
         route = "reference"
         if not self._watch:
             route = backends.route(self, data, batch_size, dtype, packed, masked, drops, beyond)
+        return self._by_route(route, input, hx, batch_size, dtype, lengths, resets)
+
+    def _by_route(
+        self, route: str, input: Tensor | PackedSequence, hx: Any, batch_size: int, dtype: torch.dtype, lengths, resets
+    ) -> Any:
+        """A call on one of `functional.ROUTES`, or "torch.nn"."""
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
             onnx.refuse(onnx.NO_PROJECTION)
-        if packed:
+        if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, batch_size, dtype, route)
         return self._forward_rows(input, hx, dtype, lengths, resets, route)
 

@@ -35,16 +35,23 @@ def _plan(call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool
     """The plan of one pass; RuntimeError where there is none."""
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
     key = call.cell, hidden_size, like.dtype, like.device, batch, call.sets, backward, ragged, call.limits, precision
+    if not backward:
+        key = *key, call.saving
     plan = _plans.get(key)
     if plan is None:
         name, device = backends.name_of(like.dtype), backends.device_of(like.device)
         problem = call.cell, hidden_size, batch, call.sets, name, device, backward, ragged
-        plan = backends.plan_for(*problem, call.limits)
+        plan = backends.plan_for(*problem, call.limits, saving=call.saving)
         if isinstance(plan, str):
             raise RuntimeError(f"rnn_gpu: no plan for {call.cell}: {plan}")
         if like.device.index is not None or like.device.type != "cuda":
             _plans[key] = plan
     return plan
+
+
+def plan_anew() -> None:
+    """Forget the plans: something else has been measured."""
+    _plans.clear()
 
 
 @torch.library.custom_op("rnn_gpu::recurrence", mutates_args=("x_part",))
@@ -79,7 +86,7 @@ def recurrence(
 
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets)
-    call = Call(cell, sets, reversed_sets, limits=(max_programs, alone))
+    call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = _plan(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving)
     empty = x_part.new_empty(0)

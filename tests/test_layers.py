@@ -369,6 +369,7 @@ def test_a_gpu_that_is_not_there():
 def test_environment_variables_are_checked_at_import():
     """Catches: a setting of nonsense that is taken for something, or found only when the first kernel runs."""
     wrong = {
+        "RNN_GPU_AUTOTUNE": (["on", "2", ""], "should be an integer, at least 0, at most 1"),
         "RNN_GPU_ALONE": (["yes", "2", ""], "should be an integer, at least 0, at most 1"),
         "RNN_GPU_MAX_PROGRAMS": (["0", "2.5"], "should be an integer, at least 1"),
         "RNN_GPU_WAIT_LIMIT": (["1e6", "20,000,000", "-1"], "no comma, point, sign or exponent"),
@@ -377,12 +378,13 @@ def test_environment_variables_are_checked_at_import():
     }
     program = """
 import importlib, json, os, sys
-import rnn_gpu.backends, rnn_gpu.kernels.spec as spec
+import rnn_gpu.backends, rnn_gpu.measured, rnn_gpu.kernels.spec as spec
 for name, (values, words) in json.load(sys.stdin).items():
     for value in values:
         os.environ[name] = value
         try:
             importlib.reload(spec)
+            importlib.reload(rnn_gpu.measured)
             importlib.reload(rnn_gpu.backends)
         except ValueError as error:
             assert str(error).startswith(f"the environment variable {name}") and words in str(error), str(error)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import autotuning, backends, measured, operators
+from tests import contract
 from tests.interpreter import concurrent_programs
 from tests.layers import STATES, draw, outcome, pair, same
 from tests.tolerances import assert_close_to_oracle
@@ -322,3 +324,41 @@ def test_saved_tensors_may_come_back_in_other_strides():
     peer(input)[0].sum().backward()
     for a, e, p in zip(layer.parameters(), oracle.parameters(), peer.parameters(), strict=True):
         assert_close_to_oracle(a.grad, e.grad, p.grad)
+
+
+# ---- Measured choices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", *(pytest.param(k, marks=pytest.mark.slow) for k in ("packed", "lengths, projected, two layers"))]
+)
+def test_autotune_runs_all_that_it_times_and_changes_nothing(kind, monkeypatch, tmp_path):
+    """Catches: a plan or a route that cannot run; weights, gradients, hooks or random numbers that a measurement
+    touches; and results that are wrong by the plan that was chosen.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotuning, "ROUNDS", 1)
+    monkeypatch.setattr(autotuning, "FEW", 2)
+    monkeypatch.setattr(backends, "triton_untested", lambda: None)
+    two = "two" in kind
+    layer = rnn_gpu.LSTM(3, 20, 1 + two, dropout=0.5 * two, proj_size=7 * ("projected" in kind))
+    layer.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    input, lengths = torch.randn(2, 3, 3), [2, 0, 1] if "lengths" in kind else None
+    given = pack_padded_sequence(input, [2, 1, 1]) if kind == "packed" else input
+    before, numbers = [p.detach().clone() for p in layer.parameters()], torch.get_rng_state()
+    seconds = iter(range(1, 1000))  # the first of what is timed is the fastest
+    with backends.always_exchange(), concurrent_programs(5):
+        choice = autotuning.tune(layer, given, lengths, None, lambda call: (call(), next(seconds))[1])
+        assert choice.name == "triton" and choice.measured and all(p.measured for p in choice.plans)
+        assert torch.equal(torch.get_rng_state(), numbers)
+        assert all(p.grad is None and torch.equal(p, b) for p, b in zip(layer.parameters(), before, strict=True))
+        layer._forward_hooks.clear()
+        layer.eval()
+        with rnn_gpu.backend("triton"):
+            found = layer(given, lengths=lengths) if lengths else layer(given)
+    with rnn_gpu.backend("torch"):
+        expected = layer(given, lengths=lengths) if lengths else layer(given)
+    torch.testing.assert_close(contract.tensors(found), contract.tensors(expected), atol=1e-5, rtol=1e-5)
+    measured.forget()
+    backends.choose_anew()
+    operators.plan_anew()

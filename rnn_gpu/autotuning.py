@@ -1,0 +1,347 @@
+"""`autotune`: the plans of a call and PyTorch's own kernels timed against each other, on the GPU that will run it.
+
+The model of kernels/plan.py is fitted to one GPU. Here the few plans that it puts first are timed in turns, and then
+the best of them and PyTorch's own kernels: whole calls of a layer, with all products and gradients, since that is what
+a user waits for. What was found is kept by measured.py, and from then on taken wherever a plan or a backend is chosen.
+
+Timed is a layer of the same kind with weights of its own, on the data of the call: neither weights, gradients, hooks
+nor random numbers of the user's are touched.
+"""
+
+import datetime
+import logging
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from . import backends, measured, operators
+from .backends import Choice
+from .kernels import plan as planning
+from .modules import GRU, LSTM, RNN, _computed_in, _Layer, _sequences
+
+Timer = Callable[[Callable[[], object]], float]  # seconds of a call that has been made before
+
+STEPS = 256  # at most, of a timed call: more take longer and tell nothing new
+FEW = 4  # plans of a pass that are timed
+NEAR = 1.5  # but none that the model believes to take so many times as long as the best
+ROUNDS = 5  # in each of which everything is timed once
+SAMPLE_SECONDS = 0.004  # of a timer's sample
+
+logger = logging.getLogger("rnn_gpu")
+_at_work = threading.Lock()  # two at the same time would time each other
+_seen: set[tuple[Any, ...]] = set()  # calls that `first_call` has looked at
+
+
+def autotune(
+    layer: _Layer[Any],
+    input: Tensor | PackedSequence,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    again: bool = False,
+) -> Choice:
+    """Time the best plans and PyTorch's own kernels for calls such as `layer(input, lengths=..., resets=...)`, and let
+    all later ones of this shape take what was fastest.
+
+    layer: an LSTM, GRU or RNN of this library, on a GPU. input: as the layer takes it, on that GPU; of a dense one at
+    most 256 steps are timed. With gradients enabled forward and backward are timed, under torch.no_grad() the forward;
+    autocast, precision, memory and the other settings are those of now. It takes a second or two, and what it takes to
+    compile up to eight kernels, once: they stay in Triton's cache.
+
+    What was measured is kept in memory and in files in Triton's cache (triton.knobs.cache.dir), by device, versions and
+    shape, whatever T is: a later call for the same, in another process too, returns it and measures nothing, unless
+    `again`. It waits for the device, and leaves weights, gradients and random numbers as they are.
+
+    -> the choice of backend "auto": `name` ("triton" or "torch"), `reason`, with the times, and `plans`.
+
+    TypeError for another layer or input; RuntimeError where nothing can be timed: on a CPU, while a CUDA graph is
+    captured, under torch.compile and torch.func, while something traces or looks on. The errors of the layer for input
+    that it does not take.
+    """
+    if not isinstance(layer, _Layer):
+        raise TypeError(f"autotune expects an LSTM, GRU or RNN of rnn_gpu, got: {type(layer).__name__}")
+    if not isinstance(input, (Tensor, PackedSequence)):
+        raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
+    data = _data_of(input)
+    device = data.device
+    if device.type != "cuda":
+        raise RuntimeError(f"autotune times kernels on a GPU: the input is on {device}")
+    if (reason := why_not(data)) is not None:
+        raise RuntimeError(f"autotune can time nothing: {reason}")
+    with _at_work:
+        return tune(layer, input, lengths, resets, device_seconds, again)
+
+
+def why_not(data: Tensor) -> str | None:
+    """Why a call with this input must not be timed now, or None."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "the call is traced"
+    if backends.transforming() or forward_ad._current_level >= 0:
+        return "a transform (torch.func, forward-mode differentiation) is at work"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode looks on"
+    if type(data) not in operators.PLAIN:
+        return f"the input is a {type(data).__name__}"
+    if data.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    return None
+
+
+def first_call(
+    layer: _Layer[Any],
+    input: Tensor | PackedSequence,
+    lengths: Tensor | Sequence[int] | None,
+    resets: Tensor | None,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    """With RNN_GPU_AUTOTUNE=1, before each call of a layer: time its shape, if nothing is known of it yet.
+
+    Whatever goes wrong is logged, and the call goes on with the choice of the model. Never on a CPU, where `autotune`
+    would refuse, or in a test of pytest's.
+    """
+    data = _data_of(input)
+    if not _on_gpu(data) or backends.current_backend() == "torch" or _in_a_test():
+        return
+    if why_not(data) is not None or not _at_work.acquire(blocking=False):  # while another call is timed: by the model
+        return
+    try:
+        ragged = lengths is not None or resets is not None or isinstance(input, PackedSequence)
+        sizes = layer.mode, layer.hidden_size, layer.num_layers, layer.bidirectional, layer.proj_size
+        now = torch.is_grad_enabled(), layer.memory, backends.current_memory(), backends.limits()
+        key = batch, ragged, dtype, data.device, *sizes, *now, backends.precision_of("float32")
+        if key not in _seen:
+            _seen.add(key)
+            tune(layer, input, lengths, resets, device_seconds)
+    except Exception as error:
+        logger.warning("rnn_gpu: a call could not be timed, and the model of the plan decides: %s", error)
+    finally:
+        _at_work.release()
+
+
+def _in_a_test() -> bool:
+    return "PYTEST_CURRENT_TEST" in os.environ
+
+
+def _data_of(input: Tensor | PackedSequence) -> Tensor:
+    return input.data if isinstance(input, PackedSequence) else input
+
+
+def _on_gpu(data: Tensor) -> bool:
+    return data.is_cuda
+
+
+# ---- What is timed ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Trial:
+    """A call like the user's, of a layer of its own."""
+
+    layer: _Layer[Any]
+    input: Tensor | PackedSequence
+    lengths: Tensor | Sequence[int] | None
+    resets: Tensor | None
+    steps: int
+    batch: int
+    dtype: torch.dtype
+    wanted: list[Tensor]  # what has a gradient; empty in inference
+    gradient: Tensor | None = None  # of the output
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows end early or start anew."""
+        return isinstance(self.input, PackedSequence) or self.lengths is not None or self.resets is not None
+
+    def run(self, route: str) -> None:
+        """Call the layer on a route, and differentiate."""
+        output, _ = self.layer._by_route(
+            route, self.input, None, self.batch, self.dtype, self.lengths, self.resets
+        )  # fmt: skip
+        if self.wanted:
+            result = _data_of(output)
+            if self.gradient is None:
+                self.gradient = torch.randn_like(result)
+            torch.autograd.grad(result, self.wanted, self.gradient)
+
+
+def _like(
+    layer: _Layer[Any], input: Tensor | PackedSequence, lengths: Any, resets: Tensor | None
+) -> _Trial:  # fmt: skip
+    """The call of a layer with weights of its own, cut to STEPS steps."""
+    first = next(layer.parameters())
+    given: dict[str, Any] = dict(
+        num_layers=layer.num_layers, bias=layer.bias, batch_first=layer.batch_first, dropout=layer.dropout,
+        bidirectional=layer.bidirectional, device=first.device, dtype=first.dtype, memory=layer.memory,
+    )  # fmt: skip
+    sizes = layer.input_size, layer.hidden_size
+    if layer.mode == "LSTM":
+        mine: _Layer[Any] = LSTM(*sizes, **given, proj_size=layer.proj_size)
+    elif layer.mode == "GRU":
+        mine = GRU(*sizes, **given)
+    else:
+        mine = RNN(*sizes, **given, nonlinearity="tanh" if layer.mode == "RNN_TANH" else "relu")
+    mine.train(layer.training)
+    for own, theirs in zip(mine.parameters(), layer.parameters(), strict=False):
+        own.requires_grad_(theirs.requires_grad)
+    data = _data_of(input)
+    data = data.detach().requires_grad_(data.requires_grad and torch.is_grad_enabled())
+    if isinstance(input, PackedSequence):
+        trial: Tensor | PackedSequence = PackedSequence(data, *input[1:])
+        steps, batch = len(input.batch_sizes), _sequences(input, None)
+    else:
+        axis = 1 if layer.batch_first and input.dim() == 3 else 0
+        steps = min(input.shape[axis], STEPS)
+        trial = data.narrow(axis, 0, steps)
+        batch = input.shape[1 - axis] if input.dim() == 3 else 1
+        if isinstance(lengths, Tensor):
+            lengths = lengths.clamp(max=steps)
+        elif lengths is not None:
+            lengths = [min(length, steps) for length in lengths]
+        resets = None if resets is None else resets.narrow(axis, 0, steps)
+    differentiated = [t for t in (data, *mine.parameters()) if t.requires_grad] if torch.is_grad_enabled() else []
+    return _Trial(mine, trial, lengths, resets, steps, batch, _computed_in(data), differentiated)
+
+
+def device_seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call on the current stream, the mean of as many as take SAMPLE_SECONDS."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    count = max(1, min(50, int(SAMPLE_SECONDS / (time.perf_counter() - begin))))
+    events: Any = torch.cuda.Event
+    start, end = events(enable_timing=True), events(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / count
+
+
+def _in_turns(calls: Sequence[Callable[[], object]], timer: Timer, device: torch.device) -> list[float]:
+    """Seconds of each call, the median of ROUNDS rounds. One that fails takes for ever; where all do, their error."""
+    from .kernels import launch
+
+    times: list[list[float]] = [[] for _ in calls]
+    failed: dict[int, Exception] = {}
+    for number in range(-1, ROUNDS):  # the first compiles
+        for i, call in enumerate(calls):
+            if i in failed:
+                continue
+            try:
+                if number < 0:
+                    call()
+                else:
+                    times[i].append(timer(call))
+                launch.check(device)  # that no wait has given up
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler or a launch raises
+                failed[i] = error
+                logger.info("rnn_gpu: what was to be timed failed: %s", error)
+    if len(failed) == len(calls):
+        raise failed[0]
+    return [float("inf") if i in failed else statistics.median(times[i]) for i in range(len(calls))]
+
+
+# ---- The choice ------------------------------------------------------------------------------------------------------
+
+
+def tune(
+    layer: _Layer[Any],
+    input: Tensor | PackedSequence,
+    lengths: Tensor | Sequence[int] | None,
+    resets: Tensor | None,
+    timer: Timer,
+    again: bool = False,
+) -> Choice:
+    """`autotune` by any timer."""
+    where = _data_of(input).device
+    with torch.random.fork_rng([where] if where.type == "cuda" else []):
+        trial, training = _like(layer, input, lengths, resets), torch.is_grad_enabled()
+        problem = backends._problem(layer, trial.batch, trial.dtype)
+        device, precision = backends.device_of(where), backends.precision_of(problem[-1])
+        asked = layer, trial.batch, trial.dtype, device, training, trial.ragged
+
+        def chosen() -> Choice:
+            backends.choose_anew()
+            operators.plan_anew()
+            return backends.kernels_for(*asked)
+
+        if missing := backends.triton_missing() or backends.triton_untested():
+            return Choice("torch", missing)
+        choice = chosen()
+        if not choice.plans:
+            return choice
+        saving = backends.saving_of(layer, training) if trial.wanted else "nothing"
+        for p in choice.plans:
+            if p.backward and not trial.wanted:
+                continue
+            shape = *problem, device, p.backward, precision, trial.ragged, backends.limits(), saving
+            key = measured.key_of_plan(*shape)
+            if again or measured.known(key, True) is None:
+                measured.keep(key, _fastest_plan(p, device, key, trial, timer), again)
+        key = backends.key_of(layer, problem, device, training, trial.ragged, precision)
+        if again or measured.known(key, True) is None:
+            chosen()
+            measured.keep(key, _faster_backend(trial, timer), again)
+        return chosen()
+
+
+def _fastest_plan(
+    own: planning.Plan, device: planning.Device, key: measured.Key, trial: _Trial, timer: Timer
+) -> dict[str, Any]:
+    """What is to be kept of the fastest of the few best plans of a pass. own: the one that holds now."""
+    cap, alone = backends.limits()
+    found = planning.every_plan(
+        own.cell, own.hidden_size, own.batch_size, own.sets, own.dtype, device, own.backward, own.precision,
+        cap or None, alone, trial.ragged,
+    )  # fmt: skip
+    assert not isinstance(found, str), found
+    ranked = sorted(found, key=lambda p: (planning.cut(p) != planning.cut(own), p.microseconds))
+    least = min(p.microseconds for p in found)
+    ranked = [p for p in ranked[:FEW] if p is ranked[0] or p.microseconds <= NEAR * least]
+
+    def with_plan(p: planning.Plan) -> Callable[[], None]:
+        def call() -> None:
+            with measured.trying({key: _entry(p)}):
+                operators.plan_anew()
+                trial.run("kernels")
+
+        return call
+
+    times = _in_turns([with_plan(p) for p in ranked], timer, _data_of(trial.input).device)
+    operators.plan_anew()
+    best = min(range(len(ranked)), key=lambda i: times[i])
+    us = [round(seconds * 1e6 / trial.steps, 3) for seconds in times]
+    timed = [{"plan": str(p), "microseconds": took} for p, took in zip(ranked, us, strict=True)]
+    return _entry(ranked[best]) | {"when": _now(), "timed": timed}
+
+
+def _entry(p: planning.Plan) -> dict[str, Any]:
+    return {"cut": dict(zip(planning.CUT, planning.cut(p), strict=True)), "when": ""}
+
+
+def _faster_backend(trial: _Trial, timer: Timer) -> dict[str, Any]:
+    """What is to be kept of our kernels, as they are planned now, against PyTorch's own."""
+    masked = trial.lengths is not None or trial.resets is not None
+    theirs = backends.route_of_torch(trial.layer, _data_of(trial.input), masked)
+    calls = [lambda: trial.run("kernels"), lambda: trial.run(theirs)]
+    times = _in_turns(calls, timer, _data_of(trial.input).device)
+    ours, others = (seconds * 1e6 / trial.steps for seconds in times)
+    return {"name": "triton" if ours <= others else "torch", "ours": ours, "theirs": others, "when": _now()}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
