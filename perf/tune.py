@@ -4,7 +4,7 @@
     python -m perf.tune --check                          a sample of shapes: what the plan's own choice loses
     python -m perf.tune --check --fit constants.json     the model's constants, fitted to all that was measured
     python -m perf.tune --check --recorded perf/results  the model against recordings (recorded.py); needs no GPU
-    python -m perf.tune --ship rnn_gpu/measured.json     `autotune` for the benchmark's cases, to come with the library
+    python -m perf.tune --ship                           `autotune` for the benchmark's cases, to come with the library
 
 Every plan is checked against the readable loop in float64 before it is timed. All this needs a GPU. Without one it says
 so, and prints the ranking of the model, which is an estimate.
@@ -355,7 +355,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--check", action="store_true", help="a sample of shapes instead of one")
     add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
     add("--recorded", metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
-    add("--ship", metavar="PATH", help="measure the core grid with autotune, and write the choices as JSON")
+    add("--ship", nargs="?", const=measured.SHIPPED, metavar="PATH", help="measure the core grid as autotune does, and "
+        "write the choices as JSON, where the library looks for them unless a path is given")  # fmt: skip
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
     add(
         "--budget",

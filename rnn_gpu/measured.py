@@ -29,6 +29,7 @@ from .kernels.spec import integer_from_environment
 
 Key = str  # a JSON object, sorted
 FOLDER = "rnn_gpu"  # in Triton's cache
+SHIPPED = os.path.join(os.path.dirname(__file__), "measured.json")  # choices that come with the library, if any do
 
 logger = logging.getLogger("rnn_gpu")
 
@@ -190,7 +191,7 @@ def _of_any_version(key: Key) -> Key:
 
 
 @functools.cache
-def shipped(path: str = os.path.join(os.path.dirname(__file__), "measured.json")) -> dict[Key, dict[str, Any]]:
+def shipped(path: str = SHIPPED) -> dict[Key, dict[str, Any]]:
     """The choices that come with the library, by key: none where there is no such file."""
     if not os.path.exists(path):
         return {}
