@@ -2,23 +2,26 @@
 
     d_y       [R, N, H]      gradient of the outputs, or None
     d_h_n     [N, B, H]      gradient of the final state, or None
-    d_carry_n [N, B, H]      gradient of the final carry (LSTM), or None
-    d_carry   [R, N, H]      gradient of the carry of every step (LSTM), or None
+    d_carry_n [N, B, K*H]    gradient of the final states (LSTM: of c), or None
+    d_carry   [R, N, K*H]    gradient of the states of every step, or None
     weight    [N, HS, G, HS] recurrent weight by unit: weight[n, u, slot, k] = d (sum of slot of unit k) / d h_u; zeros
                              past H
+    parameters [N, P, H]     as forward.py has them, or None
     gates     [R, N, G*H]    saved by the forward, or None (RNN)
-    aux       [R, N, HS]     LSTM: c; GRU: q; RNN: y
-    history   [R, N, HS]     LSTM: c; GRU: y: its values one step before the present one are `previous`; or None (RNN)
-    history_0 [B, N, HS]     LSTM: c0; GRU: h0; in the type of `history`, or None
+    aux       [R, N, P*HS]   as forward.py wrote it (LSTM: c; GRU: q); y where the backward reads h (RNN); or None
+    history   [R, N, P*HS]   aux for cells with states, y for those that carry h: its values one step before the present
+                             one are what the step began with; or None (RNN)
+    history_0 [B, N, P*HS]   the same before the first step (LSTM: c0; GRU: h0), in the type of `history`, or None
     d_gates   [B+R+B, N, E, HS]  as 32-bit words: the first B rows hold zeros, the R rows after them are unwritten and
                              become the gradients of the gate sums, E slots a unit (cells.py)
-    d_carry_0 [B, N, H]      gradient of the first carry: LSTM d c0; GRU, in float32, the direct part of d h0; or None.
+    d_carry_0 [B, N, K*H]    gradient of the first carry: LSTM d c0; GRU, in float32, the direct part of d h0; or None.
                              (With sets first, as the other states, the largest plans would spill.)
+    d_parameters [B, N, P*H] float32: each row's part of the parameters' gradient, or None
     status    [1]            int32: becomes `launch` when a wait came to its limit
     clip                     what the gradient of h is brought within at every step, -clip..clip, or None
     lengths, offsets, resets as in forward.py
 
-T, B, R, N, G, H, HS, UB, NB, S and the grid are those of forward.py. The slots are awaited in WAITS parts, one after
+T, B, R, N, G, K, H, HS, UB, NB, S and the grid are those of forward.py. The slots are awaited in WAITS parts, one after
 another: all at once saves the latency of all but one, and takes registers for as many words. What does not depend on
 the neighbours is computed before the wait; between await and publish stand the product, one exchange through shared
 memory and a few multiplications. What the next step needs is loaded behind the wait, or its lateness would be waited
@@ -37,12 +40,15 @@ from .program import (
     Place,
     as_float,
     cleared,
+    either,
     entry,
     has_room,
     is_end,
     load_gates,
     load_or_zero,
-    load_state,
+    load_parameters,
+    load_planes,
+    load_states,
     moment_after,
     moved,
     place_of,
@@ -53,6 +59,7 @@ from .program import (
     this_program,
     walk,
     within,
+    zero_where,
 )
 from .tiles import lone_result, over_warps
 
@@ -70,34 +77,75 @@ class Left(NamedTuple):
 
 @triton.jit
 def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl.constexpr):
-    """What is there for the step `now`, before any neighbour is awaited -> gradient of the output, that of the carry (a
-    tuple of it, empty where there is none), gates, aux, previous.
+    """What is there for the step `now`, before any neighbour is awaited -> gradient of the output, and, as tuples, that
+    of the states (empty where there is none), the values that stand where x did, the values of aux (states first), and
+    the carry before the step.
 
-    dh_n: gradient of the final state, added at a row's last step; None where this cannot be it. present: aux, if it is
-    known, else None. `previous` comes from the step `earlier`, or from the initial state where there are no `more`
-    steps, or the row has no such step.
+    dh_n: gradient of the final state, added at a row's last step; None where this cannot be it. present: the states
+    after the step, if they are known, else None. The carry before comes from the step `earlier`, or from the initial
+    state where there are no `more` steps, or the row has no such step.
     """
+    WIDTH: tl.constexpr = (C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
     there = place.exists & within(now.t, place.length, lengths)
     dy = load_or_zero(left.d_y, now.row, place, there, C.H, C)
     if dh_n is not None:
         dy = tl.where(True if lengths is None else is_end(now.t, place, me), dy + dh_n, dy)
-    dc = () if left.d_carry is None else (load_or_zero(left.d_carry, now.row, place, there, C.H, C),)
-    gates = () if left.gates is None else load_gates(left.gates, now.row, place, there, C)
-    aux = load_or_zero(left.aux, now.row, place, there, C.HS, C) if present is None else present
-    if left.history is None:
-        previous = tl.zeros(C.SHAPE, tl.float32)
-    else:  # a choice between two addresses, not between two tiles
+    dc = ()
+    if left.d_carry is not None:
+        for i in tl.static_range(C.STATES):
+            dc = dc + (load_or_zero(left.d_carry + i * C.H, now.row, place, there, C.STATES * C.H, C),)
+    gates = () if left.gates is None else load_gates(left.gates, now.row, place, there, C.SAVED, C)
+    FIRST: tl.constexpr = 0 if present is None else C.STATES
+    aux = () if present is None else present
+    aux = aux + load_planes(left.aux, now.row, place, there, FIRST, C.PLANES, C.PLANES * C.HS, C)
+    before = ()
+    if left.history is not None:  # a choice between two addresses, not between two tiles
         p = tl.where(
             more & within(earlier.t, place.length, lengths),
-            left.history + earlier.row * (C.N * C.HS),
-            left.history_0 + me.first * (C.N * C.HS),
+            left.history + earlier.row * (C.N * WIDTH),
+            left.history_0 + me.first * (C.N * WIDTH),
         )
-        previous = load_or_zero(p, 0, place, place.exists, C.HS, C)
-    return dy, dc, gates, aux, previous
+        before = load_planes(p, 0, place, place.exists, 0, C.CARRIED, WIDTH, C)
+    return dy, dc, gates, aux, before
 
 
 @triton.jit
-def prefetch_step(left, out, then, exists, place, lengths, AUX_IS_HISTORY: tl.constexpr, C: tl.constexpr):
+def states_of(beside, C: tl.constexpr):
+    """Of the values of aux those that the step made: its states, or h."""
+    x = ()
+    for i in tl.static_range(C.PLANES - C.FURTHER):
+        x = x + (beside[i],)
+    return x
+
+
+@triton.jit
+def further(beside, C: tl.constexpr):
+    """The others: what the cell saved beyond G values."""
+    x = ()
+    for i in tl.static_range(C.PLANES - C.FURTHER, C.PLANES):
+        x = x + (beside[i],)
+    return x
+
+
+@triton.jit
+def added(active, sums, tiles):
+    """sums + tiles in the active rows."""
+    x = ()
+    for i in tl.static_range(len(sums)):
+        x = x + (tl.where(active, sums[i] + tiles[i], sums[i]),)
+    return x
+
+
+@triton.jit
+def save_all(p, row, place, tiles, COUNT: tl.constexpr, C: tl.constexpr):
+    """Store COUNT tiles in a buffer [rows, N, COUNT*H], if there is one."""
+    if p is not None:
+        for i in tl.static_range(COUNT):
+            save(p + i * C.H, row, place, tiles[i], place.own & place.exists, COUNT * C.H, C)
+
+
+@triton.jit
+def prefetch_step(left, out, then, exists, place, lengths, C: tl.constexpr):
     """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
     wait for memory.
     """
@@ -107,13 +155,13 @@ def prefetch_step(left, out, then, exists, place, lengths, AUX_IS_HISTORY: tl.co
     if left.d_y is not None:
         prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, there, C)
     if left.d_carry is not None:
-        prefetch(entry(left.d_carry, then.row, place, C.H, C), 1, 0, there, C)
+        prefetch(entry(left.d_carry, then.row, place, C.STATES * C.H, C), C.STATES, C.H, there, C)
     if left.gates is not None:
-        prefetch(entry(left.gates, then.row, place, C.G * C.H, C), C.G, C.H, there, C)
-    if left.history is not None:
+        prefetch(entry(left.gates, then.row, place, C.G * C.H, C), C.SAVED, C.H, there, C)
+    if C.STATES == 0 and left.history is not None:
         prefetch(entry(left.history, then.row, place, C.HS, C), 1, 0, there, C)
-    if not AUX_IS_HISTORY:
-        prefetch(entry(left.aux, then.row, place, C.HS, C), 1, 0, there, C)
+    if left.aux is not None:  # states too: their history is the same buffer
+        prefetch(entry(left.aux, then.row, place, C.PLANES * C.HS, C), C.PLANES, C.HS, there, C)
 
 
 @triton.jit
@@ -145,13 +193,13 @@ def through_gates_alone(W, slots, place, C: tl.constexpr):
 
 
 @triton.jit
-def clipped(dh, dcarry, clip, CARRIES_H: tl.constexpr):
+def clipped(dh, dcarry, clip, C: tl.constexpr):
     """dh brought within -clip..clip, NaN for NaN, and dcarry. A carry that is h itself: what comes through it is a part
     of h's gradient.
     """
     if clip is not None:
-        if CARRIES_H:
-            dh, dcarry = dh + dcarry, tl.zeros_like(dcarry)
+        if C.CARRIED > C.STATES:
+            dh, dcarry = dh + dcarry[0], (tl.zeros_like(dcarry[0]),)
         dh = tl.where(dh > clip, clip, tl.where(dh < -clip, -clip, dh))
     return dh, dcarry
 
@@ -161,17 +209,19 @@ def clipped(dh, dcarry, clip, CARRIES_H: tl.constexpr):
     do_not_specialize_on_alignment=["d_h_n", "d_carry_n", "d_carry_0"],
 )
 def backward(
-    d_y, d_h_n, d_carry_n, d_carry, weight, gates, aux, history, history_0, d_gates, d_carry_0, lengths, offsets,
-    resets, T, B, status, begin, limit, launch, clip, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr,
-    E: tl.constexpr, AUX_IS_HISTORY: tl.constexpr, CARRIES_H: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
+    d_y, d_h_n, d_carry_n, d_carry, weight, parameters, gates, aux, history, history_0, d_gates, d_carry_0,
+    d_parameters, lengths, offsets, resets, T, B, status, begin, limit, launch, clip, FACTORS: tl.constexpr,
+    CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr,
+    SAVES: tl.constexpr, READS_H: tl.constexpr, PARAMETERS: tl.constexpr, QUIET: tl.constexpr, H: tl.constexpr,
+    HS: tl.constexpr,
     N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr,
     S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr,
     BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
-        G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, E=E,
-        BACKWARD=True, WAITS=WAITS,
+        G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
+        PRECISION, ALONE, E=E, READS_H=READS_H, QUIET=QUIET, BACKWARD=True, WAITS=WAITS,
     )  # fmt: skip
     me = this_program(begin, B, C)
     W = hold_weights(weight + me.n.to(tl.int64) * (C.HS * C.G * C.HS), me.unit, C)
@@ -184,12 +234,13 @@ def backward(
     out = d_gates.to(tl.pointer_type(C.DTYPE))
     zeros = me.first - B
     before = zeros  # where the step before, which is the later one in time, begins
-    places, dh_n, dcarry, state, saved = (), (), (), (), ()
+    places, dh_n, dcarry, state, saved, of_rows = (), (), (), (), (), ()
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
-        dh_n = dh_n + (load_state(d_h_n, me, tile, B, C),)
-        dcarry = dcarry + (load_state(d_carry_n, me, tile, B, C),)
+        dh_n = dh_n + load_states(d_h_n, me, tile, B, 1, C)
+        dcarry = dcarry + (load_states(d_carry_n, me, tile, B, C.CARRIED, C),)
+        of_rows = of_rows + (load_states(None, me, tile, B, C.PARAMETERS, C),)  # zeros
         nothing = ()
         for _ in tl.static_range(C.G):
             nothing = nothing + (tl.zeros(C.SHAPE, C.DTYPE),)
@@ -197,20 +248,25 @@ def backward(
         saved = saved + (load_step(left, dh_n[j], None, now, then, steps > 1, me, tile, lengths, C),)
         for i in tl.static_range(1, PREFETCHED):
             far = moved(now, i * ahead, steps > i, B, offsets)
-            prefetch_step(left, out, far, steps > i, tile, lengths, AUX_IS_HISTORY, C)
+            prefetch_step(left, out, far, steps > i, tile, lengths, C)
+    of_unit = load_parameters(parameters, me, Place(*places[0]), C)
 
     for s in range(steps):
         earlier = moment_after(then, ahead, s + 2 < steps, B, offsets)
         more = steps - s > PREFETCHED
         far = moved(now, ahead * PREFETCHED, more, B, offsets)
-        dcarry_next, state_next, saved_next = (), (), ()
+        dcarry_next, state_next, saved_next, of_rows_next = (), (), (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
-            dy, dc, saved_gates, present, previous = saved[j]
+            dy, dc, saved_gates, beside, carried = saved[j]
             reset = starts_anew(resets, now.t, True, place, B)
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
-            factors = FACTORS(as_float(saved_gates), present, tl.where(reset, 0.0, previous))
-            dh_end, aux_then = None if lengths is None else dh_n[j], previous if AUX_IS_HISTORY else None
+            values, after = as_float(saved_gates) + further(beside, C), states_of(beside, C)
+            if C.PARAMETERS == 0:
+                factors = FACTORS(values, zero_where(reset, carried), after)
+            else:
+                factors = FACTORS(values, zero_where(reset, carried), after, of_unit)
+            dh_end, aux_then = None if lengths is None else dh_n[j], carried if C.STATES > 0 else None
             if C.ALONE:  # no wait that a load could hold up
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
                 dh = through_gates_alone(W, state[j], place, C)
@@ -219,10 +275,14 @@ def backward(
                 dh = through_gates(W, p, bound, me.one, C)
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
             saved_next = saved_next + (saved_then,)
-            dc = dcarry[j] if len(dc) == 0 else dcarry[j] + dc[0]
-            dh, dc = clipped(dy + tl.where(reset_before, 0.0, dh), dc, clip, CARRIES_H)
-            slots, kept = CELL(factors, dh, dc)
+            dc = dcarry[j] if len(dc) == 0 else added(True, dcarry[j], dc)
+            dh, dc = clipped(dy + tl.where(reset_before, 0.0, dh), dc, clip, C)
             active = within(now.t, place.length, lengths)
+            if C.PARAMETERS == 0:
+                slots, kept = CELL(factors, dh, dc)
+            else:
+                slots, kept, of_step = CELL(factors, dh, dc)
+                of_rows_next = of_rows_next + (added(active, of_rows[j], of_step),)
             room = has_room(place, active, offsets)
             published = ()
             for e in tl.static_range(C.E):
@@ -230,12 +290,15 @@ def backward(
                 publish(out, now.row, place, e, slot, room, C)
                 if e < C.G:
                     published = published + (slot.to(C.DTYPE),)
-            prefetch_step(left, out, far, more, place, lengths, AUX_IS_HISTORY, C)
-            dcarry_next = dcarry_next + (tl.where(active, tl.where(reset, 0.0, kept), dcarry[j]),)
+            prefetch_step(left, out, far, more, place, lengths, C)
+            dcarry_next = dcarry_next + (either(active, zero_where(reset, kept), dcarry[j]),)
             state_next = state_next + (published,)
         dcarry, state, saved = dcarry_next, state_next, saved_next
+        if C.PARAMETERS > 0:
+            of_rows = of_rows_next
         before = now.row
         now, then = moved(now, ahead, s + 1 < steps, B, offsets), earlier
     for j in tl.static_range(C.SLICES):
         place = Place(*places[j])
-        save(d_carry_0, me.first, place, dcarry[j], place.own & place.exists, C.H, C)
+        save_all(d_carry_0, me.first, place, dcarry[j], C.CARRIED, C)
+        save_all(d_parameters, me.first, place, of_rows[j], C.PARAMETERS, C)

@@ -9,15 +9,16 @@ A product and a sum that belong together are written as one `fma`: the compiler 
 interpreter rounds alike. Errors in units in the last place are those measured in the interpreter (every 512th float32,
 tests/test_accuracy.py), where `exp2` and `reciprocal` round correctly; on a GPU each adds up to 2 and 1 of its own.
 
-The README says what to add for a new cell.
+The functions of a cell, as spec.Cell describes them; docs/cells.md shows how to write a cell of one's own.
 
-    forward   (x, r, carry)                     -> h, carry, gates to save, aux to save
-    factors   (gates, aux, previous)            -> all that the backward needs and that no neighbour must be awaited for
-    backward  (factors, dh, dcarry)             -> gradient at each gate's sum ("slots"), dcarry of the step before
+    forward   (x, r, carry)             -> h, carry, saved
+    factors   (saved, before, after)    -> all that the backward needs and that no neighbour must be awaited for
+    backward  (factors, dh, dcarry)     -> gradients at the gate sums ("slots"), dcarry of the step before
 
 x: G tiles, the input's part of each gate with its biases. r: G tiles, the hidden state's part. carry: what the cell
-keeps from step to step besides the published h. dh: gradient of h from the outputs and from the later step. A
-gradient's slots are published for the neighbours; the first G of them are at the hidden side of the gate sums, the
+keeps from step to step besides the published h; before, after: the same of the step before and of this step, as far as
+the backward has it. dh: gradient of h from the outputs and from the later step. All are tuples of tiles, but h and dh.
+A gradient's slots are published for the neighbours; the first G of them are at the hidden side of the gate sums, the
 last G at the input side.
 """
 
@@ -79,21 +80,21 @@ def tanh(x):
 
 @triton.jit
 def lstm_forward(x, r, carry):
-    """i, f, o = sigmoid, g = tanh of the gate sums; c' = f * c + i * g; h' = o * tanh(c'). Carry and aux: c."""
+    """i, f, o = sigmoid, g = tanh of the gate sums; c' = f * c + i * g; h' = o * tanh(c'). Carry: c."""
     i, f = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1])
     g, o = tanh(x[2] + r[2]), sigmoid(x[3] + r[3])
-    c = tl.fma(f, carry, i * g)
-    return o * tanh(c), c, (i, f, g, o), c
+    c = tl.fma(f, carry[0], i * g)
+    return o * tanh(c), (c,), (i, f, g, o)
 
 
 @triton.jit
-def lstm_factors(gates, aux, previous):
+def lstm_factors(saved, before, after):
     """Derivatives of c' by the gate sums i, f, g and of h' by o and by c', and f."""
-    i, f, g, o = gates
-    t = tanh(aux)
+    i, f, g, o = saved
+    t = tanh(after[0])
     return (
         g * minus(i, i, i),
-        previous * minus(f, f, f),
+        before[0] * minus(f, f, f),
         i * minus(1.0, g, g),
         t * minus(o, o, o),
         o * minus(1.0, t, t),
@@ -105,70 +106,70 @@ def lstm_factors(gates, aux, previous):
 def lstm_backward(factors, dh, dcarry):
     """dc = dcarry + dh * o * (1 - tanh(c')^2); slots i, f, g from dc, o from dh; dcarry of before: dc * f."""
     ki, kf, kg, ko, kc, f = factors
-    dc = tl.fma(dh, kc, dcarry)
-    return (dc * ki, dc * kf, dc * kg, dh * ko), dc * f
+    dc = tl.fma(dh, kc, dcarry[0])
+    return (dc * ki, dc * kf, dc * kg, dh * ko), (dc * f,)
 
 
 @triton.jit
 def gru_forward(x, r, carry):
-    """r, z = sigmoid; n = tanh(x_n + r * q) with q the hidden part of n; h' = (1 - z) * n + z * h. Carry: h. Aux: q.
+    """r, z = sigmoid; n = tanh(x_n + r * q) with q the hidden part of n; h' = (1 - z) * n + z * h. Carry: h.
 
     Of n, the last to be known, one instruction makes h'; and a gate z near 1 keeps h without an error of n's size.
     """
     reset, z = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1])
     n = tanh(tl.fma(reset, r[2], x[2]))
-    h = tl.fma(1.0 - z, n, z * carry)
-    return h, h, (reset, z, n), r[2]
+    h = tl.fma(1.0 - z, n, z * carry[0])
+    return h, (h,), (reset, z, n, r[2])
 
 
 @triton.jit
-def gru_factors(gates, aux, previous):
+def gru_factors(saved, before, after):
     """Derivatives of h' by the sum of n and of z, of the sum of n by that of r, and r, z."""
-    r, z, n = gates
-    return (1.0 - z) * minus(1.0, n, n), (previous - n) * minus(z, z, z), aux * minus(r, r, r), r, z
+    r, z, n, q = saved
+    return (1.0 - z) * minus(1.0, n, n), (before[0] - n) * minus(z, z, z), q * minus(r, r, r), r, z
 
 
 @triton.jit
 def gru_backward(factors, dh, dcarry):
     """Slots: n at the hidden side, r, z, n at the input side; dcarry of before: the direct path, dh * z."""
     kn, kz, kr, r, z = factors
-    dh += dcarry
+    dh += dcarry[0]
     dn = dh * kn
-    return (dn * r, dn * kr, dh * kz, dn), dh * z
+    return (dn * r, dn * kr, dh * kz, dn), (dh * z,)
 
 
 @triton.jit
 def rnn_tanh_forward(x, r, carry):
     """h' = tanh(x + r). No carry; the backward needs h' alone, which is the output."""
-    return tanh(x[0] + r[0]), carry, (), carry
+    return tanh(x[0] + r[0]), (), ()
 
 
 @triton.jit
-def rnn_tanh_factors(gates, aux, previous):
+def rnn_tanh_factors(saved, before, after):
     """1 - h'^2, the derivative of h' by its sum."""
-    return (minus(1.0, aux, aux),)
+    return (minus(1.0, after[0], after[0]),)
 
 
 @triton.jit
 def rnn_tanh_backward(factors, dh, dcarry):
     """One slot: dh * (1 - h'^2)."""
-    return (dh * factors[0],), dcarry
+    return (dh * factors[0],), ()
 
 
 @triton.jit
 def rnn_relu_forward(x, r, carry):
     """h' = relu(x + r), NaN for NaN."""
     s = x[0] + r[0]
-    return tl.where(s <= 0.0, 0.0, s), carry, (), carry
+    return tl.where(s <= 0.0, 0.0, s), (), ()
 
 
 @triton.jit
-def rnn_relu_factors(gates, aux, previous):
+def rnn_relu_factors(saved, before, after):
     """Where nothing flows: h' <= 0."""
-    return (aux <= 0.0,)
+    return (after[0] <= 0.0,)
 
 
 @triton.jit
 def rnn_relu_backward(factors, dh, dcarry):
     """One slot: dh, or 0 where h' <= 0, whatever dh is: 0 * NaN would be NaN, and torch.nn has 0 there."""
-    return (tl.where(factors[0], 0.0, dh),), dcarry
+    return (tl.where(factors[0], 0.0, dh),), ()

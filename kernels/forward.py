@@ -2,13 +2,15 @@
 
     x_part  [R, N, G*H]      input part of the gates, biases included; in place, the gates are saved over it
     weight  [N, G*H, HS]     recurrent weight, rows padded with zeros to HS
-    bias    [N, H]           hidden bias of the last gate (GRU), or None
+    bias    [N, APART*H]     hidden biases of the last gates, those apart (spec.Cell; GRU: of n), or None
+    parameters [N, P, H]     weights that a unit has beside the matrices, or None
     y       [B+R+B, N, HS]   as 32-bit words: the first B rows hold h0 of forward sets, the last B that of reversed
                              ones; the R rows between are unwritten and become the outputs
-    carry_0 [N, B, H]        carry before the first step (LSTM: c0; GRU: h0), or None for zeros
+    carry_0 [N, B, K*H]      carry before the first step (LSTM: c0; GRU: h0), or None for zeros
     gates   [R, N, G*H]      x_part itself, or None where nothing is saved
-    aux     [R, N, HS]       what else the backward needs (LSTM: c, float32; GRU: q), or None
-    carry_n [N, B, H]        becomes the carry after each row's last step; or None
+    aux     [R, N, P*HS]     what else the backward needs: states (LSTM: c; all in float32) and what the cell saves
+                             beyond G values (GRU: q); or None
+    carry_n [N, B, K*H]      becomes the states after each row's last step; or None
     h_n     [N, B, H]        becomes the state at each row's end
     status  [1]              int32: becomes `launch` when a wait came to its limit
     lengths [B]              int32, steps of each row, or None where all have T
@@ -16,9 +18,9 @@
     resets  [T, B]           int8, not zero where the row's state is zero before the step; or None
 
 T steps, B rows of the batch, R rows of all steps (step t has the rows from t*B on, packed from offsets[t] on), N weight
-sets (directions of a layer), G gates, H hidden units, HS their padded number. Grid: unit slices of UB units x batch
-slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group: only they exchange y. ALONE: one
-program holds all units; nothing is exchanged, and y is only written.
+sets (directions of a layer), G gates, K values carried, H hidden units, HS their padded number. Grid: unit slices of UB
+units x batch slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group: only they exchange
+y. ALONE: one program holds all units; nothing is exchanged, and y is only written.
 
 Rows outside their sequence keep their carry and publish zeros (packed: they have no place to publish). A row whose
 neighbour in time lies outside the sequence reads its h0 instead.
@@ -34,16 +36,18 @@ from .program import (
     Place,
     as_float,
     cleared,
+    either,
     entry,
     has_room,
     load_gates,
     load_or_zero,
-    load_state,
+    load_parameters,
+    load_states,
     moved,
     place_of,
     rows_before,
     save,
-    save_state,
+    save_states,
     sizes,
     source,
     starts_anew,
@@ -52,7 +56,7 @@ from .program import (
     within,
     zero_where,
 )
-from .tiles import copies, lone_result, over_warps, side_by_side
+from .tiles import copies, lone_result, over_warps, power_of_two, side_by_side
 
 
 @triton.jit
@@ -68,8 +72,8 @@ def prefetch_step(x_part, out, then, exists, place, lengths, C: tl.constexpr):
 
 @triton.jit
 def hidden_part(W, p, bound, one, C: tl.constexpr):
-    """The hidden state's part of the gate sums: awaits the state at p and multiplies it with the weights -> G or 4
-    tiles [NB, UB].
+    """The hidden state's part of the gate sums: awaits the state at p and multiplies it with the weights -> G tiles
+    [NB, UB], or 4 for 3.
     """
     words = await_held(p, 1, bound, C)
     held, sums = (), ()
@@ -79,7 +83,7 @@ def hidden_part(W, p, bound, one, C: tl.constexpr):
     for tile in tl.static_range(len(held)):
         sums = sums + multiply_streamed(held[tile], W, tile, 1, p, bound, one, C)
     sums = side_by_side(sums, len(sums), C.S, C.PER, C.UB, C.NB)
-    return over_warps(sums, C.S, 4 if C.G > 1 else 1, C.UB, C.NB)
+    return over_warps(sums, C.S, power_of_two(C.G), C.UB, C.NB)
 
 
 @triton.jit
@@ -89,17 +93,23 @@ def hidden_part_alone(W, h, C: tl.constexpr):
 
 
 @triton.jit
-def load_bias(bias, n, place, C: tl.constexpr):
-    """The hidden bias of a place's units, in float32."""
-    return tl.load(bias + n * C.H + place.units, mask=place.exists, other=0.0).to(tl.float32)
+def load_bias(bias, n, place, APART: tl.constexpr, C: tl.constexpr):
+    """The hidden biases of a place's units, those of the gates apart, in float32; none where there are none."""
+    x = ()
+    if bias is not None:
+        for i in tl.static_range(APART):
+            there = bias + (n * APART + i) * C.H + place.units
+            x = x + (tl.load(there, mask=place.exists, other=0.0).to(tl.float32),)
+    return x
 
 
 @triton.jit
 def with_bias(r, bias, C: tl.constexpr):
-    """r with `bias`, where there is one, added to the last gate."""
+    """r with `bias` added to the last gates."""
+    FIRST: tl.constexpr = C.G - len(bias)
     out = ()
     for g in tl.static_range(C.G):
-        out = out + (r[g] + bias if g == C.G - 1 and bias is not None else r[g],)
+        out = out + (r[g] if g < FIRST else r[g] + bias[g - FIRST],)
     return out
 
 
@@ -118,16 +128,18 @@ def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
     do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n"],
 )
 def forward(
-    x_part, weight, bias, y, carry_0, gates, aux, carry_n, h_n, lengths, offsets, resets, T, B, status, begin, limit,
-    launch, CELL: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
-    N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr,
-    S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr,
-    PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    x_part, weight, bias, parameters, y, carry_0, gates, aux, carry_n, h_n, lengths, offsets, resets, T, B, status,
+    begin, limit, launch, CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr,
+    CARRIED: tl.constexpr, SAVES: tl.constexpr, PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr,
+    HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr,
+    SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
-        G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, PER=PER
-    )
+        G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
+        PRECISION, ALONE, PER=PER,
+    )  # fmt: skip
     me = this_program(begin, B, C)
     W = hold_weights(weight + me.n.to(tl.int64) * (C.G * C.H * C.HS), me.unit, C)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
@@ -140,11 +152,12 @@ def forward(
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
-        carry = carry + (load_state(carry_0, me, tile, B, C),)
+        carry = carry + (load_states(carry_0, me, tile, B, C.CARRIED, C),)
         state = state + (load_or_zero(out, h0, tile, tile.own, C.HS, C).to(C.DTYPE),)
         for i in tl.static_range(1, PREFETCHED):
             prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, tile, lengths, C)
-    b_n = None if bias is None else load_bias(bias, me.n, Place(*places[0]), C)
+    hidden_bias = load_bias(bias, me.n, Place(*places[0]), APART, C)
+    of_unit = load_parameters(parameters, me, Place(*places[0]), C)
 
     for s in range(steps):
         more = steps - s > PREFETCHED
@@ -153,24 +166,30 @@ def forward(
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
             active = within(now.t, place.length, lengths)
-            x = load_gates(x_part, now.row, place, place.exists & active, C)
+            x = load_gates(x_part, now.row, place, place.exists & active, C.G, C)
             reset = starts_anew(resets, now.t, True, place, B)
             if C.ALONE:
                 r = hidden_part_alone(W, state[j], C)
             else:
                 p = source(y, before, h0, place, s, now.t - ahead, lengths, C)
                 r = hidden_part(W, p, bound, me.one, C)
-            r = with_bias(zero_where(reset, r), b_n, C)
-            h, kept, saved, extra = CELL(as_float(x), r, tl.where(reset, 0.0, carry[j]))
+            r = with_bias(zero_where(reset, r), hidden_bias, C)
+            if C.PARAMETERS == 0:
+                h, kept, saved = CELL(as_float(x), r, zero_where(reset, carry[j]))
+            else:
+                h, kept, saved = CELL(as_float(x), r, zero_where(reset, carry[j]), of_unit)
             room = has_room(place, active, offsets)
             h = cleared(h, active, place, C)
             publish(out, now.row, place, 0, h, room, C)
             if gates is not None:
-                for g in tl.static_range(len(saved)):
+                for g in tl.static_range(C.SAVED):
                     save(gates + g * C.H, now.row, place, saved[g], place.own & place.exists & active, C.G * C.H, C)
-            save(aux, now.row, place, extra, room, C.HS, C)
+            if aux is not None:
+                for i in tl.static_range(C.PLANES):
+                    extra = kept[i] if i < C.STATES else saved[C.G + i - C.STATES]
+                    save(aux + i * C.HS, now.row, place, extra, room, C.PLANES * C.HS, C)
             prefetch_step(x_part, out, far, more, place, lengths, C)
-            carry_next = carry_next + (tl.where(active, kept, carry[j]),)
+            carry_next = carry_next + (either(active, kept, carry[j]),)
             state_next = state_next + (tl.where(active, h.to(C.DTYPE), state[j]),)
         carry, state = carry_next, state_next
         before = now.row
@@ -179,6 +198,6 @@ def forward(
         tl.debug_barrier()  # what a thread reads below, another one may have published
     for j in tl.static_range(C.SLICES):
         place = Place(*places[j])
-        save_state(carry_n, me, place, carry[j], B, C)
+        save_states(carry_n, me, place, carry[j], B, C.STATES, C)
         last = state[j] if C.ALONE else own_last(out, h0, place, me, B, offsets, C)
-        save_state(h_n, me, place, last, B, C)
+        save_states(h_n, me, place, (last,), B, 1, C)

@@ -2,7 +2,7 @@
 
 Buffers are allocated here in the layouts that forward.py and backward.py describe, and given back as views in the
 layouts of torch. T steps, B rows of the batch, R rows of all steps, N weight sets, G gates, H hidden units, HS =
-padded H, E slots.
+padded H, E slots, A gates apart, K states beside h, P parameters (spec.Cell).
 """
 
 import ctypes
@@ -15,28 +15,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from . import again, interpreter, machine, prepare
 from . import backward as backward_kernel
-from . import cells, interpreter, machine, prepare
 from . import forward as forward_kernel
 from .direct import Prepared
 from .machine_code import complain, untested
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, WAIT_LIMIT, itemsize, padded
-
-FORWARD = {
-    "lstm": cells.lstm_forward,
-    "gru": cells.gru_forward,
-    "rnn_tanh": cells.rnn_tanh_forward,
-    "rnn_relu": cells.rnn_relu_forward,
-}
-BACKWARD = {
-    "lstm": (cells.lstm_factors, cells.lstm_backward),
-    "gru": (cells.gru_factors, cells.gru_backward),
-    "rnn_tanh": (cells.rnn_tanh_factors, cells.rnn_tanh_backward),
-    "rnn_relu": (cells.rnn_relu_factors, cells.rnn_relu_backward),
-}
-
 
 _numbers = itertools.count(1)
 # The latest launches by number, for the message of a wait that did not end: plan, rows, the first row of the batch.
@@ -96,6 +82,10 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
     cell, dtype = CELLS[plan.cell], getattr(tl, plan.dtype)
     common = dict(
         G=cell.gates,
+        STATES=len(cell.states),
+        CARRIED=cell.carried,
+        SAVES=cell.saves,
+        PARAMETERS=len(cell.parameters),
         H=plan.hidden_size,
         HS=padded(plan.hidden_size, plan.dtype),
         N=plan.sets,
@@ -112,16 +102,9 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
         ALONE=plan.alone,
     )
     if plan.backward:
-        factors, step = BACKWARD[plan.cell]
-        return common | dict(
-            FACTORS=factors,
-            CELL=step,
-            E=cell.slots,
-            AUX_IS_HISTORY=cell.aux == "c",  # LSTM: this step's `previous` is the next one's `aux`
-            CARRIES_H=cell.carry == "h",
-            WAITS=plan.waits,
-        )
-    return common | dict(CELL=FORWARD[plan.cell], PER=plan.gates_per_tile)
+        functions = dict(FACTORS=cell.function("factors"), CELL=cell.function("backward"))
+        return common | functions | dict(E=cell.slots, READS_H=cell.reads_h, QUIET=cell.quiet, WAITS=plan.waits)
+    return common | dict(CELL=cell.function("forward"), APART=cell.apart, PER=plan.gates_per_tile)
 
 
 def options(plan: Plan) -> dict:
@@ -175,7 +158,7 @@ def _launch(
     ready = _ready.get(key)
     if ready is None:
         ready = _get_ready(plan, rows, reversed_sets)
-        if not interpreter.interpreting():  # where a test may have put another cell into the tables
+        if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
     given["status"], given["limit"] = status_word(device), WAIT_LIMIT
     for begin, grid in ready.launches:
@@ -250,7 +233,7 @@ class Begun(NamedTuple):
     """What stands ready before the input product and the recurrence.
 
     y: all of its buffer [B + R + B, N, HS]. weight_hh [N, G*H, HS]. For the input product, where the weights of each
-    set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, H] (GRU).
+    set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, A*H] (GRU: n's).
     """
 
     y: Tensor
@@ -282,10 +265,10 @@ def begin(
     y = torch.empty((batch + count + batch, sets, size), dtype=dtype, device=device)
     bias = bias_hn = input_weight = None
     if bias_ih is not None:
-        apart = sets * hidden_size if cell.bias_apart else 0
+        apart = sets * cell.apart * hidden_size
         bias = torch.empty((sets * width + apart,), dtype=dtype, device=device)
         if apart:
-            bias, bias_hn = bias[:-apart], bias[-apart:].view(sets, hidden_size)
+            bias, bias_hn = bias[:-apart], bias[-apart:].view(sets, -1)
     both = weight_ih is not None and len(weight_ih) == 2
     if both:
         input_weight = torch.empty((2 * width, weight_ih[0].shape[1]), dtype=dtype, device=device)
@@ -304,7 +287,7 @@ def begin(
     programs = [-(-job // prepare.BLOCK) for job in jobs]
     _prepare(
         prepare.prepare_forward,
-        (cell.gates, hidden_size, size, sets, cell.bias_apart, plan.dtype, prepare.BLOCK),
+        (cell.gates, hidden_size, size, sets, cell.apart, plan.dtype, prepare.BLOCK),
         device,
         sum(programs),
         (
@@ -354,20 +337,21 @@ def forward(
     reversed_sets: int,
     saving: str,
     c_n: Tensor | None = None,
+    parameters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """All steps forward.
 
     x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
-    "nothing", "lean" (aux alone, where it is c) or "full".
-    weight_hh [N, G*H, H], bias_hn [N, H] or None, h0 [N, B, H] and c0 [N, B, H] or None; reversed_sets: 0 none of the
-    sets runs backwards in time, 1 all, 2 every second one.
+    "nothing", "lean" (aux alone, where there are states) or "full".
+    weight_hh [N, G*H, H], bias_hn [N, A*H] or None, h0 [N, B, H] and c0 [N, B, K*H] or None; reversed_sets: 0 none of
+    the sets runs backwards in time, 1 all, 2 every second one. parameters [N, P*H] or None.
     c_n: where to write it, or a new tensor.
-    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] or None, aux [R, N, HS] or None.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] or None, aux [R, N, planes * HS] or None.
     """
     begun = begin(plan, rows, x_part.shape[0], h0, weight_hh)
     if bias_hn is not None:
         begun = begun._replace(bias_hn=_aligned(bias_hn))
-    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, c_n=c_n)
+    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, c_n=c_n, parameters=parameters)
 
 
 def go_on(
@@ -381,6 +365,7 @@ def go_on(
     saving: str,
     h_n: Tensor | None = None,
     c_n: Tensor | None = None,
+    parameters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`forward` after `begin`, when the input product is there. h_n, c_n: where to write those, or new tensors."""
     assert rows.time > 0 and x_part.is_contiguous()
@@ -390,19 +375,20 @@ def go_on(
     size, y = padded(hidden_size, plan.dtype), begun.y
     aux = None
     if cell.keeps_aux(saving):
-        aux = torch.empty((count, sets, size), dtype=torch.float32 if cell.aux == "c" else dtype, device=device)
+        exact = torch.float32 if cell.states else dtype
+        aux = torch.empty((count, sets, cell.planes * size), dtype=exact, device=device)
     if h_n is None:
         h_n = torch.empty((sets, batch, hidden_size), dtype=dtype, device=device)
-    if c_n is None and cell.carry == "c":
-        c_n = torch.empty_like(h_n)
-    carry_0 = _dense(c0 if cell.carry == "c" else h0 if cell.carry == "h" else None)
+    if c_n is None and cell.states:
+        c_n = torch.empty((sets, batch, len(cell.states) * hidden_size), dtype=dtype, device=device)
     tensors = dict(
         x_part=x_part,
         weight=begun.weight_hh,
         bias=begun.bias_hn,
+        parameters=None if parameters is None else _aligned(parameters),
         y=y.view(torch.int32),
-        carry_0=carry_0,
-        gates=x_part if saving == "full" and cell.saves_gates else None,
+        carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
+        gates=x_part if saving == "full" and cell.saves else None,
         aux=aux,
         carry_n=c_n,
         h_n=h_n,
@@ -426,14 +412,17 @@ def backward(
     reversed_sets: int,
     d_cells: Tensor | None = None,
     clip: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    parameters: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """All steps backward.
 
-    d_y [R, N, H], d_h_n and d_c_n [N, B, H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H], aux
-    and y as `forward` left them; h0, c0 [N, B, H] or None for zeros. d_cells [R, N, H]: by the carry of every step
-    (LSTM), or None. clip: limit of h's gradient at every step, or None.
-    -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [N, B, H]:
-    LSTM the gradient of c0, GRU, in float32, what of h0's does not pass through the gates; None where that state is.
+    d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H],
+    aux and y as `forward` left them; h0 [N, B, H] and c0 [N, B, K*H], each None for zeros. d_cells [R, N, K*H]: by the
+    states of every step (LSTM: c), or None. clip: limit of h's gradient at every step, or None. parameters [N, P*H] or
+    None.
+    -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots; d_carry_0: of c0 where
+    there are states, [N, B, K*H]; where the cell carries h (GRU), in float32, what of h0's does not pass through the
+    gates; None where that state is; d_parameters [N, B, P*H] in float32, each row's part, or None.
     """
     cell = CELLS[plan.cell]
     count, sets, hidden_size = y.shape
@@ -441,17 +430,17 @@ def backward(
     size = padded(hidden_size, plan.dtype)
     if batch * sets * cell.slots * size * dtype.itemsize >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
-    if cell.keeps_aux("full") and y.numel() > 0 and (aux is None or aux.numel() == 0):
+    if cell.planes > 0 and y.numel() > 0 and (aux is None or aux.numel() == 0):
         raise RuntimeError("rnn_gpu: a backward was asked for, and the forward kept nothing for one")
     d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
     weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
     state_0 = history_0 = None
-    if cell.aux == "y":
-        aux, history = _padded_rows(y, size), None
-    else:
-        aux = _aligned(aux)
-        history, state_0 = (aux, c0) if cell.carry == "c" else (_padded_rows(y, size), h0)
-        history_0 = torch.empty((batch, sets, size), dtype=history.dtype, device=device)
+    aux = _padded_rows(y, size) if cell.reads_h else _aligned(aux) if cell.planes > 0 else None
+    history = aux if cell.states else _padded_rows(y, size) if cell.carries_h else None
+    planes = cell.planes if cell.states else 1  # of a unit in `history`
+    if history is not None:
+        state_0 = c0 if cell.states else h0
+        history_0 = torch.empty((batch, sets, planes * size), dtype=history.dtype, device=device)
     weight_hh = [_aligned(one) for one in weight_hh]
     words = sets * cell.slots * size * itemsize(plan.dtype) // 4  # of a row
     jobs = 0 if plan.alone else count * words, batch * words, 0 if history_0 is None else history_0.numel()
@@ -462,31 +451,76 @@ def backward(
         _prepare(
             prepare.prepare_backward,
             (
-                cell.gates, cell.slots, hidden_size, size, sets, cell.slot_order[0], plan.dtype, prepare.BLOCK,
-                prepare.TILE,
+                cell.gates, cell.slots, cell.carried, planes, hidden_size, size, sets, cell.slot_order[0], plan.dtype,
+                prepare.BLOCK, prepare.TILE,
             ),
             device,
             sum(programs) + tiles,
             (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs),
         )  # fmt: skip
         programs = [0, 0, 0]  # of further sets the weights alone
-    d_carry_0 = None
-    if (c0 if cell.carry == "c" else h0 if cell.carry == "h" else None) is not None:
-        exact = dtype if cell.carry == "c" else torch.float32
-        d_carry_0 = torch.empty((batch, sets, hidden_size), dtype=exact, device=device)
+    d_carry_0 = d_parameters = None
+    if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
+        exact = dtype if cell.states else torch.float32
+        d_carry_0 = torch.empty((batch, sets, cell.carried * hidden_size), dtype=exact, device=device)
+    if cell.parameters:
+        width = len(cell.parameters) * hidden_size
+        d_parameters = torch.empty((batch, sets, width), dtype=torch.float32, device=device)
     tensors = dict(
         d_y=None if d_y is None else _aligned(d_y),
         d_carry=None if d_cells is None else _aligned(d_cells),
         d_h_n=_dense(d_h_n),
-        d_carry_n=_dense(d_c_n) if cell.carry == "c" else None,
+        d_carry_n=_dense(d_c_n) if cell.states else None,
         weight=weight,
+        parameters=None if parameters is None else _aligned(parameters),
         gates=None if gates is None else _aligned(gates),
         aux=aux,
         history=history,
         history_0=history_0,
         d_gates=d_gates.view(torch.int32),
         d_carry_0=d_carry_0,
+        d_parameters=d_parameters,
     )
     _launch(plan, device, rows, reversed_sets, tensors, clip=None if clip is None else float(clip))
     d_carry_0 = None if d_carry_0 is None else d_carry_0.transpose(0, 1)
-    return _apart(d_gates[batch : batch + count, ..., :hidden_size]), d_carry_0
+    d_parameters = None if d_parameters is None else d_parameters.transpose(0, 1)
+    return _apart(d_gates[batch : batch + count, ..., :hidden_size]), d_carry_0, d_parameters
+
+
+def saved_again(
+    cell: str,
+    sums: Tensor,
+    apart: Tensor | None,
+    y: Tensor,
+    aux: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    places: Tensor | None,
+    batch: int,
+    parameters: Tensor | None = None,
+) -> Tensor | None:
+    """What a forward with saving "full" leaves for its backward, made again in the place of the gate sums.
+
+    sums [R, N, G*H]: of each gate, but the input's part alone of those apart; apart [R, N, A*H]: the hidden part of
+    these. y, aux, h0, c0, parameters: as `backward` takes them. places int64 [R, N]: as again.py has them, for cells
+    that carry something. batch: B.
+    -> aux with the values that the cell saves beyond the gates, where the forward has not kept it with the states.
+    """
+    (count, sets, hidden_size), spec, name = y.shape, CELLS[cell], str(y.dtype).removeprefix("torch.")
+    size = padded(hidden_size, name)
+    made = y.new_zeros(count, sets, spec.planes * size) if spec.further and not spec.states else None
+    history, state_0 = (aux, c0) if spec.states else (_padded_rows(y, size), h0) if spec.carries_h else (None, None)
+    _prepare(
+        again.again,
+        (
+            spec.function("forward"), spec.gates, spec.apart, spec.carried, len(spec.parameters), spec.saves,
+            spec.planes, history.shape[-1] if spec.states else size, hidden_size, size, sets, name, prepare.BLOCK // 4,
+        ),
+        y.device,
+        -(-y.numel() // (prepare.BLOCK // 4)),
+        (
+            sums, apart, None if parameters is None else _aligned(parameters), history, _dense(state_0), places, made,
+            count, batch,
+        ),
+    )  # fmt: skip
+    return made

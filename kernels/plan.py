@@ -444,8 +444,8 @@ def _warps(problem: Problem) -> tuple[int, ...]:
 
 def _gates_per_tile(problem: Problem, units: int) -> int:
     """Gates that share a tile of weights forward."""
-    if problem.gates == 4 and units < 64:  # fewer exchanges through shared memory
-        return 4
+    if problem.gates % 2 == 0 and units < 64:  # fewer exchanges through shared memory
+        return problem.gates
     # Of 64 units one gate alone, or a chunk would take half the registers. But two of the GRU where the rows of its
     # input are not aligned, which takes registers of its own, and with 8 units, where two fill the rows of a tile.
     unaligned = problem.hidden_size % 64 != 0 and problem.precision != "ieee"
@@ -544,7 +544,7 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
 
 def _sums(problem: Problem) -> int:
     """Tiles of sums that go over the warps at the same time, as tiles.side_by_side makes them."""
-    return 1 if problem.backward or problem.gates == 1 else 4
+    return 1 if problem.backward else 1 << (problem.gates - 1).bit_length()
 
 
 def _scratch_bytes(problem: Problem, tiling: Tiling) -> int:

@@ -31,14 +31,20 @@ def fill(p, block, count, VALUE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def state_by_rows(state, i, B, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
-    """Elements i of a state [N, B, H], None for zeros, laid out as [B, N, HS]."""
-    row, unit = i // HS, i % HS
+def state_by_rows(
+    state, i, B, COUNT: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Elements i of COUNT states side by side [N, B, COUNT*H], None for zeros, laid out as [B, N, PLANES, HS]; zeros
+    past them.
+    """
+    row, plane, unit = i // (PLANES * HS), i // HS % PLANES, i % HS
     if state is None:
         x = tl.zeros(i.shape, DTYPE)
     else:
-        place = ((row % N) * B + row // N) * H + unit
-        x = tl.load(state + place, mask=(row < B.to(tl.int64) * N) & (unit < H), other=0.0).to(DTYPE)
+        place = ((row % N) * B + row // N) * (COUNT * H) + plane * H + unit
+        exists = (row < B.to(tl.int64) * N) & (plane < COUNT) & (unit < H)
+        x = tl.load(state + place, mask=exists, other=0.0).to(DTYPE)
     return x
 
 
@@ -48,7 +54,7 @@ def put_initial_state(
 ):  # fmt: skip
     """h0 into the first and the last B rows of y [B+R+B, N, HS]; a NaN of the user's could be all ones."""
     i = elements(block, BLOCK)
-    x = state_by_rows(h0, i, B, H, HS, N, DTYPE)
+    x = state_by_rows(h0, i, B, 1, 1, H, HS, N, DTYPE)
     x = tl.where(x == x, x, float("nan"))
     tl.store(y + i, x, mask=i < B.to(tl.int64) * (N * HS))
     tl.store(y + (B.to(tl.int64) + R) * (N * HS) + i, x, mask=i < B.to(tl.int64) * (N * HS))
@@ -59,18 +65,18 @@ def fold_biases(
     ih_0, ih_1, hh_0, hh_1, bias, bias_hn, block, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """bias [N, G*H]: both biases of a gate in one; but, if APART, of the last gate the input's, and the hidden one in
-    bias_hn [N, H].
+    """bias [N, G*H]: both biases of a gate in one; but of the last APART gates the input's, and the hidden ones in
+    bias_hn [N, APART*H].
     """
-    LAST: tl.constexpr = (G - 1) * H if APART else G * H
+    LAST: tl.constexpr = (G - APART) * H
     i = elements(block, BLOCK)
     n, row = i // (G * H), i % (G * H)
     ih = tl.load(of_set(ih_0, ih_1, n) + row, mask=i < N * G * H, other=0.0)
     hh = tl.load(of_set(hh_0, hh_1, n) + row, mask=i < N * G * H, other=0.0)
     both = (ih.to(tl.float32) + hh.to(tl.float32)).to(ih.dtype)
     tl.store(bias + i, tl.where(row < LAST, both, ih), mask=i < N * G * H)
-    if APART:
-        tl.store(bias_hn + n * H + row - LAST, hh, mask=(i < N * G * H) & (row >= LAST))
+    if APART > 0:
+        tl.store(bias_hn + n * (APART * H) + row - LAST, hh, mask=(i < N * G * H) & (row >= LAST))
 
 
 @triton.jit
@@ -146,11 +152,11 @@ def prepare_forward(
 @triton.jit(do_not_specialize=["R", "B", "fills", "zeros", "states"], do_not_specialize_on_alignment=["state_0"])
 def prepare_backward(
     d_gates, state_0, history_0, weight_hh_0, weight_hh_1, weight, R, B, fills, zeros, states, G: tl.constexpr,
-    E: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, ROTATION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    E: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
+    ROTATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """d_gates [B+R+B, N, E, HS]: zeros in the first B rows, the R after them unwritten; history_0 [B, N, HS] from
-    state_0 [N, B, H], None for zeros; the weights transposed.
+    """d_gates [B+R+B, N, E, HS]: zeros in the first B rows, the R after them unwritten; history_0 [B, N, PLANES*HS]
+    from the states state_0 [N, B, COUNT*H], None for zeros; the weights transposed.
 
     fills, zeros, states: programs of the jobs, one after another; the rest transposes.
     """
@@ -164,7 +170,7 @@ def prepare_backward(
     elif job < fills + zeros + states:
         if history_0 is not None:
             i = elements(job - fills - zeros, BLOCK)
-            x = state_by_rows(state_0, i, B, H, HS, N, history_0.dtype.element_ty)
-            tl.store(history_0 + i, x, mask=i < B.to(tl.int64) * (N * HS))
+            x = state_by_rows(state_0, i, B, COUNT, PLANES, H, HS, N, history_0.dtype.element_ty)
+            tl.store(history_0 + i, x, mask=i < B.to(tl.int64) * (N * PLANES * HS))
     else:
         transpose(weight_hh_0, weight_hh_1, weight, job - fills - zeros - states, G, H, HS, ROTATION, TILE)

@@ -29,6 +29,13 @@ class Sizes(NamedTuple):
 
     G: Any  # gates of the cell
     E: Any  # values that a unit publishes in a step: 1 forward (h), backward the slots of the cell (cells.py)
+    STATES: Any  # states of a unit beside h
+    CARRIED: Any  # values that it keeps from step to step: those, or its own h, or none
+    SAVED: Any  # values saved where x stood
+    FURTHER: Any  # values saved beside
+    PLANES: Any  # values of a unit in aux: states, or (backward) h, and those
+    PARAMETERS: Any  # weights that a unit has beside the matrices
+    QUIET: Any  # backward: where all is zero, the cell makes zeros
     H: Any  # hidden units
     HS: Any  # H padded to whole 16-byte loads
     N: Any  # weight sets: directions of a layer, members of an ensemble
@@ -60,20 +67,20 @@ stack = triton.constexpr_function(stacked)
 
 @triton.constexpr_function
 def sizes(
-    G, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS, PRECISION, ALONE, E=1, PER=1,
-    BACKWARD=False, WAITS=1,
+    G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
+    PRECISION, ALONE, E=1, READS_H=False, QUIET=True, PER=1, BACKWARD=False, WAITS=1,
 ):  # fmt: skip
     """`Sizes` from the compile-time arguments of a kernel. (All is computed here, because Triton's cache of compiled
     kernels sees this function change, and not the class.)
     """
     K = chunk_values(DTYPE)
     known = Sizes(
-        G=G, E=E, H=H, HS=HS, N=N, REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K,
-        WIDE=wide(DTYPE, NB), CHUNKS=-(-HS // (S * K)), STEP=S * chunk_words(),
-        WORDS=HS * DTYPE.primitive_bitwidth // 32,
-        REGISTERS=REGISTERS, HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE,
-        BITS=BITS, PRECISION=PRECISION, ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB),
-        STACK=stack(G, BACKWARD, PRECISION),
+        G=G, E=E, STATES=STATES, CARRIED=CARRIED, SAVED=min(SAVES, G), FURTHER=max(SAVES - G, 0),
+        PLANES=STATES + max(SAVES - G, 0) + int(READS_H), PARAMETERS=PARAMETERS, QUIET=QUIET, H=H, HS=HS, N=N,
+        REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K, WIDE=wide(DTYPE, NB), CHUNKS=-(-HS // (S * K)),
+        STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32, REGISTERS=REGISTERS,
+        HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION,
+        ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB), STACK=stack(G, BACKWARD, PRECISION),
     )  # fmt: skip
     return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
 
@@ -225,9 +232,10 @@ def has_room(place, active, offsets):
 @triton.jit
 def cleared(x, active, place, C: tl.constexpr):
     """x with zeros where a row is not `active`, and in what is multiplied beside the H units: the padding of a row,
-    which the neighbours read, or all further units of a lone program (backward `through_gates_alone` has seen to them).
+    which the neighbours read, or all further units of a lone program (backward `through_gates_alone` has seen to them,
+    if the cell makes zeros of zeros).
     """
-    END: tl.constexpr = (C.H if C.BACKWARD else C.UB) if C.ALONE else C.HS
+    END: tl.constexpr = (C.H if C.BACKWARD and C.QUIET else C.UB) if C.ALONE else C.HS
     return tl.where(active if C.H == END else place.exists & active, x, 0.0)
 
 
@@ -274,10 +282,10 @@ def load_or_zero(p, row, place, mask, WIDTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_gates(p, row, place, mask, C: tl.constexpr):
-    """The G tiles of a buffer [rows, N, G*H], as stored; zeros where the mask is false."""
+def load_gates(p, row, place, mask, COUNT: tl.constexpr, C: tl.constexpr):
+    """The first COUNT tiles of a buffer [rows, N, G*H], as stored; zeros where the mask is false."""
     x = ()
-    for g in tl.static_range(C.G):
+    for g in tl.static_range(COUNT):
         x = x + (tl.load(entry(p, row, place, C.G * C.H, C) + g * C.H, mask=mask, other=0.0),)
     return x
 
@@ -289,38 +297,80 @@ def save(p, row, place, x, mask, WIDTH: tl.constexpr, C: tl.constexpr):
         tl.store(entry(p, row, place, WIDTH, C), x, mask=mask)
 
 
-# States before the first and after the last step: [N, B, H], as torch has them ----------------------------------------
+@triton.jit
+def load_planes(p, row, place, mask, FIRST: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """The tiles FIRST to END of a buffer [rows, N, WIDTH] with HS values each, in float32; zeros where the mask is
+    false.
+    """
+    x = ()
+    for i in tl.static_range(FIRST, END):
+        x = x + (load_or_zero(p + i * C.HS, row, place, mask, WIDTH, C),)
+    return x
+
+
+# States before the first and after the last step, as torch has them: [N, B, H]; several side by side ------------------
 
 
 @triton.jit
-def state_entry(p, me, place, B, C: tl.constexpr):
-    """Pointers to a place's units in a state."""
-    return p + (me.n.to(tl.int64) * B + place.row) * C.H + place.units
+def state_entry(p, me, place, B, COUNT: tl.constexpr, C: tl.constexpr):
+    """Pointers to a place's units in the first of COUNT states."""
+    return p + (me.n.to(tl.int64) * B + place.row) * (COUNT * C.H) + place.units
 
 
 @triton.jit
-def load_state(p, me, place, B, C: tl.constexpr):
-    """The tile of a state in float32; zeros where p is None, and where there is no unit."""
-    if p is None:
-        return tl.zeros(C.SHAPE, tl.float32)
-    else:
-        return tl.load(state_entry(p, me, place, B, C), mask=place.exists, other=0.0).to(tl.float32)
+def load_states(p, me, place, B, COUNT: tl.constexpr, C: tl.constexpr):
+    """The tiles of COUNT states in float32; zeros where p is None, and where there is no unit."""
+    x = ()
+    for i in tl.static_range(COUNT):
+        if p is None:
+            x = x + (tl.zeros(C.SHAPE, tl.float32),)
+        else:
+            there = state_entry(p, me, place, B, COUNT, C) + i * C.H
+            x = x + (tl.load(there, mask=place.exists, other=0.0).to(tl.float32),)
+    return x
 
 
 @triton.jit
-def save_state(p, me, place, x, B, C: tl.constexpr):
-    """Store a tile in a state, if there is one, in its type."""
+def save_states(p, me, place, tiles, B, COUNT: tl.constexpr, C: tl.constexpr):
+    """Store the tiles of COUNT states, if there are any, in their type."""
     if p is not None:
-        tl.store(state_entry(p, me, place, B, C), x, mask=place.own & place.exists)
+        for i in tl.static_range(COUNT):
+            there = state_entry(p, me, place, B, COUNT, C) + i * C.H
+            tl.store(there, tiles[i], mask=place.own & place.exists)
+
+
+@triton.jit
+def load_parameters(p, me, place, C: tl.constexpr):
+    """The parameters of a place's units, [N, PARAMETERS, H], in float32."""
+    x = ()
+    for i in tl.static_range(C.PARAMETERS):
+        there = p + (me.n * C.PARAMETERS + i) * C.H + place.units
+        x = x + (tl.load(there, mask=place.exists, other=0.0).to(tl.float32),)
+    return x
 
 
 @triton.jit
 def as_float(tiles):
     """The tiles in float32."""
-    return [tile.to(tl.float32) for tile in tiles]
+    x = ()
+    for i in tl.static_range(len(tiles)):
+        x = x + (tiles[i].to(tl.float32),)
+    return x
 
 
 @triton.jit
 def zero_where(mask, tiles):
     """The tiles with zeros where the mask is set."""
-    return [tl.where(mask, 0.0, tile) for tile in tiles]
+    x = ()
+    for i in tl.static_range(len(tiles)):
+        x = x + (tl.where(mask, 0.0, tiles[i]),)
+    return x
+
+
+@triton.jit
+def either(mask, new, old):
+    """The tiles `new` where the mask is set, else those of `old`."""
+    x = ()
+    for i in tl.static_range(len(new)):
+        x = x + (tl.where(mask, new[i], old[i]),)
+    return x

@@ -1,54 +1,166 @@
-"""What the host must know about each cell: sizes and names, no device code (cells.py has the equations)."""
+"""What a cell is: its description, from which layers, kernels, operators and the oracle come; and sizes that host and
+device agree on. No device code: the built-in cells are in rnn_gpu/equations.py, their Triton functions in cells.py.
+"""
 
+import importlib
 import os
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeVar
 
 Text = TypeVar("Text", bound=str)
+# A Triton function, or where it is to be imported from, as "module:name": so that a description needs no Triton.
+Function = Any
+FUNCTIONS = ("forward", "factors", "backward")  # of a cell, in Triton
+MOST_GATES = 4  # that the kernels' tiles have room for
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent cell.
+    """A recurrent cell: all that a layer, its kernels and its oracle must know. docs/cells.md shows how to write one.
 
-    gates: G, the tiles of the input's and of the hidden state's part.
-    slots: E, the gradients a unit publishes backwards; the first G are at the hidden side of the gate sums, in the
-        order `slot_order` of the gates, the last G at the input side, in the order of the gates.
-    carry: what stays in registers from step to step besides h: "c" (LSTM, float32), "h" (GRU: its own h) or None.
-    saves_gates: the backward needs the gates; otherwise the output y is enough.
-    aux: what else it needs: "c" (float32), "q" (the hidden part of the GRU's n), or "y".
+    A step has, for each unit, the sums of its gates in two parts: x from the input, with the biases, and r from the
+    state h of the step before, `W_hh h`. From these and from what the unit carries it makes h.
+
+    name: of the layer and its class. gates: their names, in the order in which they lie in the weights [G*H, ...].
+    step: the equations in plain torch, any floating dtype, differentiable, nothing in place:
+        step(x, r, carry) -> h, carry, with x, r tuples of G tensors [B, H], carry a tuple; with `parameters`, step(x,
+        r, carry, p).
+    states: names of the values a unit keeps beside h ("c" of the LSTM); each is a state of the layer, in float32
+        within a launch. carries_h: what is kept is the unit's own h (GRU), and carry is (h,).
+    apart: so many of the last gates do something else with r than to add it to x (GRU: 1, the reset gate stands before
+        r of n): their hidden biases are part of r, and the gradients of x and r differ.
+    saves: values that `forward` leaves for the backward in the type of the layer; best the G gates, which take the
+        place of x. reads_h: the backward also reads h of its step (RNN); not with states or more than G values saved.
+    parameters: names of weights [H] beside the matrices (peepholes).
+    forward, factors, backward: the equations as Triton functions on tiles in float32, or where to import them from
+        ("module:name"). Without them the cell runs by its step, as a loop over time.
+            forward(x, r, carry) -> h, carry, saved
+            factors(saved, before, after) -> all of the backward that needs no neighbour; before: carry of the step
+                before; after: the states after this one, or (h,) with reads_h
+            backward(factors, dh, dcarry) -> slots, dcarry of the step before. slots: gradients at the gate sums; at r
+                of the gates apart, then of all other gates at both sides, then at x of those apart
+        With parameters, forward and factors take p, a tuple of tiles, last, and backward also returns their gradients.
+    quiet: where everything is zero, the slots are: lone kernels then need no mask for units that do not exist.
+    mode: the name of torch.nn's layer of the same equations, for the routes through PyTorch and ONNX; None: there is
+        none.
     """
 
     name: str
-    gates: int
-    slots: int
-    slot_order: tuple
-    carry: str | None
-    saves_gates: bool
-    aux: str
-    mode: str  # name of the torch.nn layer's mode
+    gate_names: tuple[str, ...]
+    step: Callable[..., Any]
+    _: KW_ONLY
+    states: tuple[str, ...] = ()
+    carries_h: bool = False
+    apart: int = 0
+    saves: int = 0
+    reads_h: bool = False
+    parameters: tuple[str, ...] = ()
+    forward: Function = None
+    factors: Function = None
+    backward: Function = None
+    quiet: bool = False
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        """TypeError and ValueError for what no layer can be made of."""
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"name should be a name as Python has them, got: {self.name!r}")
+        for what in ("gate_names", "states", "parameters"):
+            names = getattr(self, what)
+            if not isinstance(names, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+                raise TypeError(f"{what} should be a tuple of names, got: {names!r}")
+            if len(set(names)) < len(names):
+                raise ValueError(f"{what} should have no name twice, got: {names!r}")
+        if not self.gate_names:
+            raise ValueError("gate_names should name one gate at least")
+        if not callable(self.step):
+            raise TypeError(f"step should be a function, got: {self.step!r}")
+        for what, most in (("apart", self.gates), ("saves", None)):
+            value = getattr(self, what)
+            if not isinstance(value, int) or value < 0 or (most is not None and value > most):
+                raise ValueError(f"{what} should be a number of {'gates' if most else 'values'}, got: {value!r}")
+        if self.states and self.carries_h:
+            raise ValueError("a cell carries states of its own or its h, not both")
+        if self.reads_h and (self.states or self.saves > self.gates):
+            raise ValueError("reads_h is for cells without states that save no more values than gates: save h instead")
+        given = [name for name in FUNCTIONS if getattr(self, name) is not None]
+        if given and len(given) < len(FUNCTIONS):
+            missing = ", ".join(name for name in FUNCTIONS if name not in given)
+            raise ValueError(f"a cell has all three of forward, factors and backward, or none; missing: {missing}")
 
     @property
-    def bias_apart(self) -> bool:
-        """Whether the hidden bias of the last gate must be added to the hidden state's part (GRU: before r)."""
-        return self.aux == "q"
+    def gates(self) -> int:
+        """G."""
+        return len(self.gate_names)
+
+    @property
+    def slots(self) -> int:
+        """E, the gradients a unit publishes backwards: the first G at the hidden side of the gate sums, in the order
+        `slot_order` of the gates, the last G at the input side, in the order of the gates.
+        """
+        return self.gates + self.apart
+
+    @property
+    def slot_order(self) -> tuple[int, ...]:
+        """The gates of the first G slots: those apart first, so that both sides are neighbours."""
+        split = self.gates - self.apart
+        return (*range(split, self.gates), *range(split))
+
+    @property
+    def carried(self) -> int:
+        """Values that a unit keeps in registers from step to step."""
+        return len(self.states) + self.carries_h
+
+    @property
+    def further(self) -> int:
+        """Values saved beyond the G that take the place of x."""
+        return max(self.saves - self.gates, 0)
+
+    @property
+    def planes(self) -> int:
+        """Values a unit has in `aux`, the buffer beside gates and outputs: its states, and what it saves `further`."""
+        return len(self.states) + self.further
 
     def keeps_aux(self, saving: str) -> bool:
-        """Whether a forward that saves "nothing", "lean" or "full" writes aux beside y."""
-        return self.aux != "y" and (saving == "full" or (saving == "lean" and self.aux == "c"))
+        """Whether a forward that saves "nothing", "lean" or "full" writes aux."""
+        return (saving == "full" and self.planes > 0) or (saving == "lean" and len(self.states) > 0)
+
+    def function(self, which: str) -> Any:
+        """A Triton function by its name in FUNCTIONS."""
+        return imported(getattr(self, which))
+
+    @property
+    def without_kernels(self) -> str:
+        """Why the kernels cannot run it, or ""."""
+        if self.forward is None:
+            return f"{self.name} has no Triton functions"
+        if self.gates > MOST_GATES:
+            return f"{self.name} has {self.gates} gates, the kernels have room for {MOST_GATES}"
+        return ""
 
 
-CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell("lstm", 4, 4, (0, 1, 2, 3), "c", True, "c", "LSTM"),
-        # The hidden side wants (r * dn, dr, dz), the input side (dr, dz, dn): four slots in this order hold both as
-        # neighbours.
-        Cell("gru", 3, 4, (2, 0, 1), "h", True, "q", "GRU"),
-        Cell("rnn_tanh", 1, 1, (0,), None, False, "y", "RNN_TANH"),
-        Cell("rnn_relu", 1, 1, (0,), None, False, "y", "RNN_RELU"),
-    )
-}
+def imported(function: Function) -> Any:
+    """What "module:name" says; anything else as it is."""
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# Every cell that a layer was made of, by the name under which operators, plans and exported programs know it.
+CELLS: dict[str, Cell] = {}
+
+
+def register(cell: Cell) -> str:
+    """Make a cell known -> the name it has in CELLS: its own, or, where another cell has that, with a number behind."""
+    name, count = cell.name, 1
+    while name in CELLS and CELLS[name] != cell:
+        count += 1
+        name = f"{cell.name}_{count}"
+    CELLS[name] = cell
+    return name
+
 
 # Releases of Triton that all kernels have been compiled and counted with, on sm_80 to sm_120.
 TRITON_VERSIONS = ("3.6", "3.7", "3.8")

@@ -147,10 +147,16 @@ def values(words, DTYPE: tl.constexpr):
         return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
 
 
+@triton.constexpr_function
+def power_of_two(n):
+    """The least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
 def over_warps(x, S: tl.constexpr, GP: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
     """Partial sums [S, GP, UB, NB] of the warps -> GP sums [NB, UB] as a tuple, those of a (row, unit) pair in one
-    thread.
+    thread. GP: 1, 2 or 4.
     """
     LEVELS: tl.constexpr = (S > 1) + (S > 2) + (S > 4) + (S > 8)
     x = x.permute(0, 1, 3, 2)
@@ -162,6 +168,8 @@ def over_warps(x, S: tl.constexpr, GP: tl.constexpr, UB: tl.constexpr, NB: tl.co
         s0, s2 = tl.split(even)
         s1, s3 = tl.split(odd)
         return s0, s1, s2, s3
+    elif GP == 2:
+        return tl.split(x.reshape(2, NB, UB).permute(1, 2, 0))
     else:
         return (x.reshape(NB, UB),)
 
@@ -171,8 +179,8 @@ def side_by_side(parts, COUNT: tl.constexpr, S: tl.constexpr, PER: tl.constexpr,
     """COUNT tiles [S, PER*UB, NB] of PER gates each -> [S, GP, UB, NB] with all gates, GP a power of two."""
     if COUNT == 1:
         x = parts[0].reshape(S, PER, UB, NB)
-    elif COUNT == 2:  # pairs of gates: gate = 2 * part + which
-        x = tl.join(parts[0], parts[1]).reshape(S, 2, UB, NB, 2).permute(0, 4, 1, 2, 3).reshape(S, 4, UB, NB)
+    elif COUNT == 2:  # gate = PER * part + which
+        x = tl.join(parts[0], parts[1]).reshape(S, PER, UB, NB, 2).permute(0, 4, 1, 2, 3).reshape(S, 2 * PER, UB, NB)
     else:
         last = parts[0] * 0.0 if COUNT == 3 else parts[3]
         x = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], last))

@@ -35,7 +35,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.resources import compile_kernel, documented
+from perf.resources import documented
+from rnn_gpu.equations import BUILT_IN
+from rnn_gpu.kernels.compiled import compile_kernel
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, name_of
 from rnn_gpu.kernels.plan import DEVICES, Plan, plan
 from rnn_gpu.kernels.spec import CELLS, padded
@@ -412,7 +414,7 @@ def print_table(arch: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.latency", description=__doc__.splitlines()[0])
-    parser.add_argument("cell", nargs="?", choices=list(CELLS))
+    parser.add_argument("cell", nargs="?", choices=BUILT_IN)
     parser.add_argument("hidden_size", nargs="?", type=int)
     parser.add_argument("dtype", nargs="?", choices=[*DTYPE, *DTYPE.values()])
     parser.add_argument("--backward", action="store_true")

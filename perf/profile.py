@@ -17,8 +17,9 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
+from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.plan import DEVICES, Plan, cudnn_microseconds
-from rnn_gpu.kernels.spec import CELLS, DTYPES
+from rnn_gpu.kernels.spec import DTYPES
 
 from . import compiling
 from .benchmark import Problem, device_seconds, prepared
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.profile", description="Where the time of a layer goes.")
     add = parser.add_argument
-    add("--cell", choices=CELLS, default="lstm", help="(default: %(default)s)")
+    add("--cell", choices=BUILT_IN, default="lstm", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")

@@ -10,21 +10,18 @@ there at the first look). Exit status 1 when a plan spills or does not fit the s
 """
 
 import argparse
-import collections
 import concurrent.futures
-import functools
 import itertools
 import json
 import multiprocessing
 import os
-import re
 import sys
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 
-from rnn_gpu.kernels.machine_code import machine_code, name_of, time_loop
+from rnn_gpu.equations import BUILT_IN
+from rnn_gpu.kernels.compiled import ROWS, TENSOR_CORE, Resources, compile_plan
 from rnn_gpu.kernels.plan import DEVICES, Plan, Problem, exchanging_plans, plan
-from rnn_gpu.kernels.spec import CELLS, DTYPES
+from rnn_gpu.kernels.spec import DTYPES
 
 ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made for
     80: "a100",
@@ -34,163 +31,12 @@ ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made f
     100: "b200",
     120: "rtx5090",
 }
-# How the rows of a batch lie (launch.Rows), and the tensors that say so.
-ROWS = {
-    "dense": (),
-    "lengths": ("lengths",),
-    "packed": ("lengths", "offsets"),
-    "resets": ("resets",),
-}
 # What makes one compiled kernel different from another; the batch size itself does not.
 KEY = (
     "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
     "registers", "shared", "waits", "gates_per_tile",
 )  # fmt: skip
-TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QGMMA", "UTCMMA")  # matrix instructions, Ampere to Blackwell
 COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MUFU")
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel needs, and its machine code: `before` the time loop, and `step`, one pass through it."""
-
-    arch: int
-    triton: str
-    registers: int
-    stack: int
-    spills: int  # instructions that store to or load from local memory
-    shared: int
-    before: tuple[str, ...]
-    step: tuple[str, ...]
-    scoreboards: tuple[tuple[int, int], ...] = ()  # of each of `step`: the one that its result sets (7: none), and a
-    # mask of those that it waits for
-
-    @property
-    def shared_limit(self) -> int:
-        """Bytes of shared memory that a program may use on the devices of this architecture."""
-        return min(device.shared_memory for device in DEVICES.values() if device.arch == self.arch)
-
-    @property
-    def problem(self) -> str | None:
-        """Why this kernel must not run, or None."""
-        if self.spills or self.stack:
-            return f"spills: {self.spills} instructions, {self.stack} bytes of stack"
-        if self.shared > self.shared_limit:
-            return f"does not fit: {self.shared} of {self.shared_limit} bytes of shared memory"
-        return None
-
-    def count(self, *names: str) -> int:
-        """Instructions of these names ("LDG", "BAR") in one step; all of them where no name is given."""
-        counts = _counts(self.step)
-        return sum(counts[name] for name in names) if names else len(self.step)
-
-    def as_dict(self) -> dict:
-        """All numbers, for JSON."""
-        code = ("before", "step", "scoreboards")
-        small = {k: v for k, v in asdict(replace(self, **dict.fromkeys(code, ()))).items() if k not in code}
-        return small | {
-            "problem": self.problem,
-            "step": {"all": len(self.step)} | dict(_counts(self.step).most_common()),
-        }
-
-
-@functools.cache
-def _counts(instructions: tuple[str, ...]) -> collections.Counter:
-    return collections.Counter(name_of(instruction) for instruction in instructions)
-
-
-def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> dict:
-    """Types of the arguments, but whole numbers, as launch.py passes them in training; None where it passes None.
-    options: of the layer, "clip" and "cells".
-    """
-    cell, element, exact = (
-        CELLS[p.cell],
-        {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype],
-        "*fp32",
-    )
-    lie = {"lengths": "*i32", "offsets": "*i64", "resets": "*i8"}
-    lie = {name: kind if name in ROWS[rows] else None for name, kind in lie.items()}
-    carry = {"c": exact, "h": element, None: None}[cell.carry]
-    gates = element if cell.saves_gates else None
-    aux = exact if cell.aux == "c" else element
-    if not p.backward:
-        return {
-            "x_part": element,
-            "weight": element,
-            "bias": element if p.cell == "gru" else None,
-            "y": "*i32",
-            "carry_0": None if cell.carry is None else element,
-            "gates": gates,
-            "aux": None if cell.aux == "y" else aux,
-            "carry_n": element if cell.carry == "c" else None,
-            "h_n": element,
-            "status": "*i32",
-            **lie,
-        }
-    return {
-        "d_y": element,
-        "d_h_n": element,
-        "d_carry_n": element if cell.carry == "c" else None,
-        "d_carry": element if "cells" in options else None,
-        "weight": element,
-        "gates": gates,
-        "aux": aux,
-        "history": carry,
-        "history_0": carry,
-        "d_gates": "*i32",
-        "d_carry_0": {"c": element, "h": exact, None: None}[cell.carry],
-        "clip": "fp32" if "clip" in options else None,
-        "status": "*i32",
-        **lie,
-    }
-
-
-def compile_kernel(p: Plan, arch: int, rows: str = "dense", options: Collection[str] = ()):
-    """The Triton kernel of a plan for an architecture. Tensors are aligned to 16 bytes, as launch.py sees to."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from rnn_gpu.kernels import launch
-
-    kernel = launch.backward_kernel.backward if p.backward else launch.forward_kernel.forward
-    if not hasattr(kernel, "arg_names"):
-        raise RuntimeError("nothing can be compiled with TRITON_INTERPRET=1")
-    tensors = signature(p, rows, options)
-    fixed = launch.constants(p, 2 if p.sets > 1 else 0) | {name: None for name, kind in tensors.items() if kind is None}
-    types = {}
-    for name in kernel.arg_names:
-        types[name] = "constexpr" if name in fixed else tensors.get(name, "i32")  # do_not_specialize: plain numbers
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True))
-        if types[name].startswith("*") and not parameter.do_not_specialize_on_alignment
-    }
-    source = ASTSource(kernel, types, fixed, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(p))
-
-
-def compile_plan(p: Plan, arch: int, rows: str = "dense", options: Collection[str] = ()) -> Resources:
-    """Compile the kernel of a plan for an architecture and count."""
-    import triton
-
-    kernel = compile_kernel(p, arch, rows, options)
-    usage, disassembly = machine_code(kernel.asm["cubin"])
-    registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    code, scoreboards, begin, end = time_loop(disassembly)
-    spills = sum(name_of(instruction) in ("LDL", "STL") for instruction in code)
-    shared = kernel.metadata.shared
-    return Resources(
-        arch,
-        triton.__version__,
-        registers,
-        stack,
-        spills,
-        shared,
-        tuple(code[:begin]),
-        tuple(code[begin:end]),
-        tuple(scoreboards[begin:end]),
-    )
 
 
 def key(p: Plan) -> tuple:
@@ -215,7 +61,7 @@ GRIDS = {
         (1, 7, 33, 64, 128, 129, 256, 300, 384, 512, 768, 1000, 1024, 1536, 2001, 2048, 3001, 4095, 4096),
         (1, 8, 17, 64, 256, 1024),
         (1, 2),
-        tuple(CELLS),
+        BUILT_IN,
         DTYPES,
     ),
 }
@@ -380,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--arch", type=int, choices=ARCHITECTURES, default=90, help="compute capability * 10 (default: 90)")
     add("--grid", choices=("usual", "full"), default="usual", help="full: odd sizes too, and two directions; hours")
     add("--quick", action="store_true", help="a grid that takes less than a minute")
-    add("--cell", action="append", choices=CELLS, help="only this cell (may be repeated)")
+    add("--cell", action="append", choices=BUILT_IN, help="only this cell (may be repeated)")
     add("--dtype", action="append", choices=DTYPES, help="only this type (may be repeated)")
     add("--precision", action="append", choices=KINDS["float32"], help="only float32, with these products (repeatable)")
     add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
+from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
 from rnn_gpu.kernels.spec import CELLS, DTYPES
@@ -174,8 +175,8 @@ class Recurrence:
             return (torch.randn(*shape) * scale).to(device, dtype)
 
         weight = draw(sets, spec.gates * size, size, scale=size**-0.5)
-        bias = draw(sets, size) if p.cell == "gru" else None
-        h0, c0 = draw(sets, batch, size), draw(sets, batch, size) if spec.carry == "c" else None
+        bias = draw(sets, spec.apart * size) if spec.apart else None
+        h0, c0 = draw(sets, batch, size), draw(sets, batch, len(spec.states) * size) if spec.states else None
         data = cls(time, draw(time * batch, sets, spec.gates * size), weight, bias, h0, c0)
         if p.backward:
             data.d_y = draw(time * batch, sets, size)
@@ -183,7 +184,7 @@ class Recurrence:
             gates = data.x_part.clone()
             rows = launch.Rows(time, batch)
             y, _, _, aux = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, "full")
-            data.saved = y, gates if spec.saves_gates else None, aux
+            data.saved = y, gates if spec.saves else None, aux
         return data
 
     @property
@@ -346,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.tune", description="Time all plans of a shape on a GPU.")
     add = parser.add_argument
-    add("--cell", choices=CELLS, default="lstm", help="(default: %(default)s)")
+    add("--cell", choices=BUILT_IN, default="lstm", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")

@@ -8,17 +8,16 @@ not add up to the whole step.
 import contextlib
 import functools
 import types
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 
 from rnn_gpu.kernels import backward as backward_kernel
-from rnn_gpu.kernels import exchange, launch, product, program, tiles
+from rnn_gpu.kernels import compiled, exchange, launch, product, program, tiles
 from rnn_gpu.kernels import forward as forward_kernel
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
-
-from . import resources
 
 VARIANTS = {
     "wait": "a state is read once, and not tested: no waiting for the neighbours",
@@ -90,36 +89,37 @@ def no_gates_alone(W, slots, place, C: tl.constexpr):
 @triton.jit
 def plain_gated(x, r, carry):
     """The shape of a gated cell, with sums alone."""
-    h = carry
+    h = carry[0]
     for g in tl.static_range(len(x)):
         h += x[g] + r[g]
-    return h, h, x, r[0]
+    return h, (h,), x + (r[0],)  # noqa: RUF005
 
 
 @triton.jit
 def plain_rnn(x, r, carry):
     """The shape of an RNN, with a sum alone."""
-    return x[0] + r[0], carry, (), carry
+    return x[0] + r[0], (), ()
 
 
 @triton.jit
-def plain_factors(gates, aux, previous):
+def plain_factors(saved, before, after):
     """What was saved, unchanged."""
-    return aux, previous, gates
+    return saved + before + after
 
 
 @triton.jit
 def plain_gated_backward(factors, dh, dcarry):
     """The shape of a gated cell's backward, with sums alone."""
-    aux, previous, gates = factors
-    s = dh + dcarry
-    return (s + gates[0], s + gates[1], s + gates[2], s + aux), dcarry + previous
+    s, kept = dh + dcarry[0], dcarry[0]
+    for i in tl.static_range(4, len(factors)):
+        kept += factors[i]
+    return (s + factors[0], s + factors[1], s + factors[2], s + factors[3]), (kept,)
 
 
 @triton.jit
 def plain_rnn_backward(factors, dh, dcarry):
     """The shape of an RNN's backward, with a sum alone."""
-    return (dh + factors[0],), dcarry
+    return (dh + factors[0],), ()
 
 
 def with_globals(kernel, **replaced):
@@ -169,7 +169,7 @@ def of(p: Plan) -> tuple[str, ...]:
     """The stages that can be left out of a plan's kernel."""
     left_out = ("wait",) if not p.alone else ()
     left_out += ("product", "equations")
-    saves = CELLS[p.cell].saves_gates or CELLS[p.cell].aux != "y"
+    saves = CELLS[p.cell].saves > 0
     return left_out + (("stores",) if saves and not p.backward else ())
 
 
@@ -202,13 +202,14 @@ def variant(stage: str | None, p: Plan):
             else:
                 change(launch, forward_kernel=types.SimpleNamespace(forward=kernel))
         elif stage == "equations" and p.backward:
-            plain = plain_factors, plain_gated_backward if gated else plain_rnn_backward
-            change(launch, BACKWARD=launch.BACKWARD | {p.cell: plain})
+            step = plain_gated_backward if gated else plain_rnn_backward
+            change(launch, CELLS=CELLS | {p.cell: replace(CELLS[p.cell], factors=plain_factors, backward=step)})
         elif stage == "equations":
-            change(launch, FORWARD=launch.FORWARD | {p.cell: plain_gated if gated else plain_rnn})
+            step = plain_gated if gated else plain_rnn
+            change(launch, CELLS=CELLS | {p.cell: replace(CELLS[p.cell], forward=step)})
         elif stage == "stores":
-            whole = resources.signature
-            change(resources, signature=lambda *arguments: whole(*arguments) | {"gates": None, "aux": None})
+            whole = compiled.signature
+            change(compiled, signature=lambda *arguments: whole(*arguments) | {"gates": None, "aux": None})
         yield
     finally:
         for module, name, value in reversed(changes):

@@ -11,17 +11,22 @@ from . import batching as batching  # registers the rules of torch.func.vmap
 from . import init as init
 from .autotuning import autotune
 from .backends import backend, current_backend, current_memory, max_programs, memory
+from .cell_check import CellError, check_cell
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns
 from .explanation import explain
 from .flow import GradientFlow, gradient_flow
+from .kernels.spec import Cell
 from .modules import GRU, LSTM, RNN
+from .own import layer
 
 __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Cell",
+    "CellError",
     "GRUCell",
     "GradientFlow",
     "LSTMCell",
@@ -29,11 +34,13 @@ __all__ = [
     "autotune",
     "backend",
     "check",
+    "check_cell",
     "current_backend",
     "current_memory",
     "explain",
     "gradient_flow",
     "init",
+    "layer",
     "max_programs",
     "memory",
     "replace_rnns",

@@ -32,14 +32,21 @@ warnings.filterwarnings(
 
 
 def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, all directions, on ATen. Without `start`, which is for the kernels.
+    """One layer, all directions, on ATen; a cell that PyTorch does not have by the loop of reference.py. Without
+    `start`, which is for the kernels.
 
     -> y [R, N, P], h_n [N, B, P], c_n [N, B, H] or None. On a GPU masks are copied to the host.
     """
+    if call.cell not in FUNCTION:
+        with torch.autocast(inputs.input.device.type, enabled=False):
+            return reference_layer(inputs, rows, call)[:3]
     input, sets, cell, dense = inputs.input, call.sets, call.cell, rows.lengths is None and rows.resets is None
     kinds = [weight for weight in inputs[1:6] if weight is not None]
     weights = [[weight[n] for weight in kinds] for n in range(sets)]
-    has_biases, states = inputs.bias_ih is not None, tuple(state for state in inputs[-2:] if state is not None)
+    has_biases, states = (
+        inputs.bias_ih is not None,
+        tuple(state for state in (inputs.h0, inputs.c0) if state is not None),
+    )
     with torch.autocast(input.device.type, enabled=False):  # everything has its type already
         if dense and call.reversed_sets != 1:
             steps = input.view(rows.time, rows.batch, input.shape[-1])
@@ -268,13 +275,13 @@ class AtenLayer(torch.autograd.Function):
 
     @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
     def forward(
-        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, time, batch, lengths, offsets,
-        resets,
+        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, time, batch,
+        lengths, offsets, resets,
     ):  # fmt: skip
         """See `layer`."""
         return aten_layer(
-            input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, lengths, offsets, resets, time,
-            *call.options, _may_be_kept(call),
+            input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, lengths, offsets,
+            resets, time, *call.options, _may_be_kept(call),
         )  # fmt: skip
 
     @staticmethod
@@ -292,7 +299,7 @@ class AtenLayer(torch.autograd.Function):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         gradients = AtenLayerBackward.apply if torch.is_grad_enabled() else aten_gradients
         need = list(ctx.needs_input_grad[1 : 1 + COUNT])
-        d_c_n = d_c_n if CELLS[ctx.call.cell].carry == "c" else None
+        d_c_n = d_c_n if CELLS[ctx.call.cell].states else None
         d_cells = d_cells if ctx.call.cells else None
         *saved, kept = ctx.saved_tensors
         inputs, masks = saved[:COUNT], saved[COUNT:]

@@ -69,6 +69,8 @@ def autotune(
     """
     if not isinstance(layer, _Layer):
         raise TypeError(f"autotune expects an LSTM, GRU or RNN of rnn_gpu, got: {type(layer).__name__}")
+    if layer._torch_class is None:
+        raise TypeError(f"autotune compares with PyTorch's own layers, and there is no {type(layer).__name__}")
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
     data = _data_of(input)

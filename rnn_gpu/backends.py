@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import measured
+from .equations import CELL_OF_MODE
 from .kernels import machine
 from .kernels import plan as planning
 from .kernels.spec import CELLS, TRITON_VERSIONS, choice_from_environment, integer_from_environment
@@ -36,7 +37,6 @@ Memory = Literal["full", "lean"]
 Sizes = tuple[str, int, int, int, str]  # cell, hidden units, batch, sets, type
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS, MEMORY = get_args(Backend), get_args(Memory)
-CELL_OF_MODE = {cell.mode: cell.name for cell in CELLS.values()}
 
 logger = logging.getLogger("rnn_gpu")
 
@@ -213,18 +213,19 @@ def route(
     masked: bool,
     drops: bool = False,
     beyond: bool = False,
+    unknown: bool = False,
 ) -> str:
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
     input: the input, or, if `packed`, the data of a PackedSequence; dtype: that of the computation; masked: with
-    lengths or resets; drops: with dropout on the weights; beyond: with what PyTorch's own kernels do not know.
-    RuntimeError where backend "triton" was asked for and cannot serve the call.
+    lengths or resets; drops: with dropout on the weights; beyond: with what PyTorch's own kernels do not know; unknown:
+    PyTorch has no such layer. RuntimeError where backend "triton" was asked for and cannot serve the call.
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
         if beyond:
             raise RuntimeError(f"torch.onnx.export cannot export {module.beyond_torch()}: ONNX has no such operator")
-        return "onnx"
+        return "reference" if unknown else "onnx"
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # the old one, dynamo=False
         if masked:
             raise RuntimeError(
@@ -232,15 +233,20 @@ def route(
             )
         if drops or beyond:
             raise RuntimeError(f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}")
-        return "torch.nn"
+        return "reference" if unknown else "torch.nn"
     kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
     if not tracing and forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative
-    return "kernels" if kernels else route_of_torch(module, input, masked, drops, beyond)
+    return "kernels" if kernels else route_of_torch(module, input, masked, drops, beyond, unknown)
 
 
 def route_of_torch(
-    module: torch.nn.RNNBase, input: torch.Tensor, masked: bool, drops: bool = False, beyond: bool = False
+    module: torch.nn.RNNBase,
+    input: torch.Tensor,
+    masked: bool,
+    drops: bool = False,
+    beyond: bool = False,
+    unknown: bool = False,
 ) -> str:
     """The route of a call that PyTorch's own kernels serve; arguments as of `route`."""
     if torch.compiler.is_compiling() or transforming():
@@ -248,10 +254,10 @@ def route_of_torch(
     if beyond:
         return "reference"
     # cuDNN's own backward refuses a forward in eval mode; ours asks it for what a training forward keeps.
-    if masked and (input.is_meta or isinstance(input, FakeTensor)):
+    if (masked or unknown) and (input.is_meta or isinstance(input, FakeTensor)):
         return "opaque"  # which knows the shapes of its results without looking at the masks
     in_eval_mode = input.is_cuda and torch.is_grad_enabled() and not module.training
-    return "aten" if masked or drops or in_eval_mode else "torch.nn"
+    return "aten" if masked or drops or unknown or in_eval_mode else "torch.nn"
 
 
 @functools.cache
@@ -382,7 +388,12 @@ class Choice(NamedTuple):
 
 def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> Sizes:
     """Cell, hidden units, batch, sets and type of a call, as `plan_for` takes them: no graph can hold a module."""
-    return CELL_OF_MODE[module.mode], module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype)
+    return cell_of(module), module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype)
+
+
+def cell_of(module: torch.nn.RNNBase) -> str:
+    """The name of a layer's cell, of this library's or of torch.nn's layers."""
+    return CELL_OF_MODE.get(module.mode, module.mode)
 
 
 def kernels_for(
@@ -444,6 +455,8 @@ def _weighed(
     saving: str = "full",
 ) -> Choice:
     """The same by the estimates alone, for a `_problem` of a module with so many layers."""
+    if reason := CELLS[problem[0]].without_kernels:
+        return Choice("torch", f"{reason}: it runs as a loop over time in PyTorch, by its step")
     plans = []
     for backward in (False, True) if training else (False,):
         found = plan_for(*problem, device, backward, ragged, precision=precision, saving=saving)
@@ -451,8 +464,11 @@ def _weighed(
             return Choice("torch", found)
         plans.append(found)
     ours = sum(p.microseconds for p in plans)
+    estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}"
+    if CELLS[problem[0]].mode is None:
+        return Choice("triton", f"{estimate}; PyTorch has no such layer", tuple(plans))
     theirs = sum(planning.cudnn_microseconds(p, device, layers) for p in plans)
-    estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}, cuDNN {theirs:.1f}"
+    estimate += f", cuDNN {theirs:.1f}"
     return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
 
 

@@ -21,15 +21,17 @@ from . import aten, backends, operators
 from .call import Inputs
 
 MASKS = {"lengths": "lengths", "offsets": "offsets", "resets": "resets"}
-RECURRENCE = {"x_part": "rows", "weight_hh": "weight", "bias_hn": "weight", "h0": "state", "c0": "state"} | MASKS
+RECURRENCE = {"x_part": "rows", "weight_hh": "weight", "bias_hn": "weight", "h0": "state", "c0": "state"}
+RECURRENCE |= {"parameters": "weight"} | MASKS
 RECURRENCE_RESULTS = ("rows", "state", "state", "rows", "rows")
 GRADIENTS = {"d_y": "rows", "d_h_n": "state", "d_c_n": "state", "d_cells": "rows"}
 RECURRENCE_BACKWARD = (
     GRADIENTS
     | {"weight_hh": "weight", "gates": "rows", "aux": "rows", "y": "rows", "h0": "state", "c0": "state"}
+    | {"parameters": "weight"}
     | MASKS
 )
-ATEN = dict(zip(Inputs._fields, ["input", *["weight"] * 5, *["state"] * 3], strict=True)) | MASKS
+ATEN = dict(zip(Inputs._fields, ["input", *["weight"] * 5, *["state"] * 3, "weight"], strict=True)) | MASKS
 
 
 def _members(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:
@@ -186,7 +188,7 @@ torch.library.register_vmap(
 )
 torch.library.register_vmap(
     operators.recurrence_backward,
-    _kernel_rule(operators.recurrence_backward, RECURRENCE_BACKWARD, ("rows", "state"), True),
+    _kernel_rule(operators.recurrence_backward, RECURRENCE_BACKWARD, ("rows", "state", "state"), True),
 )
 torch.library.register_vmap(aten.aten_layer, _aten_rule)
 torch.library.register_vmap(aten.aten_layer_backward, _aten_backward_rule)

@@ -18,7 +18,8 @@ Weights = Tensor | Sequence[Tensor]  # one tensor [N, ...], or one of each set
 # The schema of an operator that takes a layer's tensors, and where its rows lie (B is told by h0).
 TENSORS = (
     "Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
-    "Tensor? start, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? offsets, Tensor? resets, SymInt time"
+    "Tensor? start, Tensor h0, Tensor? c0, Tensor? parameters, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+    "SymInt time"
 )
 # And of one that takes what else of a call it must know: `Call.options`.
 OPTIONS = "str cell, int reversed_sets, bool cells, float? clip"
@@ -35,13 +36,14 @@ class Inputs(NamedTuple):
     weight_hr: Weights | None  # [N, P, H]: the projection of an LSTM; the kernels know none (projection.py)
     start: Tensor | None  # [N, B, G*H], added to the gate sums of each row's first step: for the kernels alone
     h0: Tensor | None  # [N, B, P]; None for zeros, but only where the launchers are called directly
-    c0: Tensor | None  # [N, B, H] for the LSTM; as h0
+    c0: Tensor | None  # [N, B, K*H], the states beside h (LSTM: c), or None; as h0
+    parameters: Tensor | None = None  # [N, P*H], for cells that have some
 
 
 class Call(NamedTuple):
     """Everything else: no tensor, the same for all layers of a stack, and constant in a graph."""
 
-    cell: str  # "lstm", "gru", "rnn_tanh", "rnn_relu"
+    cell: str  # its name in kernels.spec.CELLS
     sets: int  # N
     reversed_sets: int  # 0: no set runs backwards in time; 1: all; 2: every second one
     biases: bool = True

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
+from .own import CellLayer
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -46,7 +47,7 @@ def replace_rnns(model: Model) -> Model:
     >>> type(replace_rnns(model)[1])
     <class 'rnn_gpu.modules.GRU'>
     """
-    return _swap(model, OURS, "replace_rnns", (RNNBase, RNNCellBase), done=tuple(THEIRS))
+    return _swap(model, OURS, "replace_rnns", (RNNBase, RNNCellBase), done=(*THEIRS, CellLayer))
 
 
 def restore_rnns(model: Model) -> Model:

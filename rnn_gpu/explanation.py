@@ -6,14 +6,17 @@ import torch
 
 from . import backends
 from .kernels.plan import Device, Plan, cudnn_microseconds, named
+from .kernels.spec import CELLS
 
 
 def _pass_lines(plan: Plan, device: Device, layers: int) -> list[str]:
     name = "backward" if plan.backward else "forward"
+    known = CELLS[plan.cell].mode is not None  # to PyTorch
+    theirs = f"; cuDNN {cudnn_microseconds(plan, device, layers):.2f}" if known else ""
     return [
         f"  {name}: {plan}",
         f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
-        f"    estimated {plan.microseconds:.2f} us a step; cuDNN {cudnn_microseconds(plan, device, layers):.2f}",
+        f"    estimated {plan.microseconds:.2f} us a step{theirs}",
     ] + ([f"    chosen because it was the fastest when it was measured, {plan.measured}"] if plan.measured else [])
 
 

@@ -18,14 +18,15 @@ def recurrent_stack(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run the layers that `weights` are of.
 
-    input [R, I]; h0 [L*D, B, H] (projected: [L*D, B, P]), c0 [L*D, B, H] for the LSTM, else None, or both None for
-    zeros; weights in the order of torch.nn: for each layer and direction weight_ih, weight_hh and, if call.biases,
-    bias_ih, bias_hh, and, if call.projected, weight_hr. All of one dtype: float32, float16 or bfloat16 on the kernels,
-    any floating one elsewhere. dropout: between layers.
+    input [R, I]; h0 [L*D, B, H] (projected: [L*D, B, P]), c0 [L*D, B, K*H] for cells with states, else None, or both
+    None for zeros; weights in the order of torch.nn: for each layer and direction weight_ih, weight_hh and, if
+    call.biases, bias_ih, bias_hh, if call.projected, weight_hr, and the cell's parameters. All of one dtype: float32,
+    float16 or bfloat16 on the kernels, any floating one elsewhere. dropout: between layers.
     -> output [R, D*H] (projected: [R, D*P]), h_n like h0, c_n like c0, and, if call.cells, c of every step of the last
     layer [R, D*H], else None.
     """
-    each = 2 + 2 * call.biases + call.projected  # weights of a layer and direction
+    own = len(CELLS[call.cell].parameters)
+    each = 2 + 2 * call.biases + call.projected + own  # weights of a layer and direction
     count = len(weights) // each
     if h0 is None and call.route != "direct":
         h0, c0 = zero_states(call, rows, input, weights, count)
@@ -38,6 +39,9 @@ def recurrent_stack(
         sets = slice(first, first + call.sets)
         mine = weights[first * each : sets.stop * each]
         kinds = [mine[i::each] for i in range(each)]  # of each kind of weight, those of all directions
+        parameters = None
+        if own:  # [N, P*H]
+            kinds, parameters = kinds[:-own], stacked([torch.cat(of_set) for of_set in zip(*kinds[-own:], strict=True)])
         if call.route != "direct":
             kinds = [stacked(kind) for kind in kinds]
         weight_hr = kinds.pop() if call.projected else None
@@ -45,7 +49,7 @@ def recurrent_stack(
         # A slice of all would cost its gradient a copy; but Dynamo takes no tensor twice, as h0 and c0.
         if count > call.sets or call.route != "direct":
             states = [None if state is None else state[sets] for state in states]
-        inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states)
+        inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states, parameters)
         if whole is None:
             of_layer = call if sets.stop == count else call._replace(cells=False)
             y, h, c, cells = ROUTES[call.route](inputs, rows, of_layer)
@@ -60,26 +64,27 @@ def recurrent_stack(
         return input.contiguous(), *whole, None
     h_n, c_n = (one[0] if len(one) == 1 else torch.cat(one) if one[0] is not None else None for one in (h_n, c_n))
     cells = cells.flatten(1) if call.cells else None
-    return input.contiguous(), h_n, c_n if CELLS[call.cell].carry == "c" else None, cells
+    return input.contiguous(), h_n, c_n if CELLS[call.cell].states else None, cells
 
 
 def final_states(
     call: Call, rows: Rows, input: Tensor, weights: list[Tensor], count: int
 ) -> tuple[Tensor, Tensor | None]:
-    """h_n and, for the LSTM, c_n of as many layers and directions, to be written."""
-    h_n = input.new_empty(count, rows.batch, weights[1].shape[1])
-    return h_n, torch.empty_like(h_n) if CELLS[call.cell].carry == "c" else None
+    """h_n and c_n, None for cells without states, of as many layers and directions, to be written."""
+    size, states = weights[1].shape[1], len(CELLS[call.cell].states)
+    new = lambda width: input.new_empty(count, rows.batch, width)
+    return new(size), new(states * size) if states else None
 
 
 def zero_states(
     call: Call, rows: Rows, input: Tensor, weights: list[Tensor], count: int
 ) -> tuple[Tensor, Tensor | None]:
-    """h0 and, for the LSTM, c0 of zeros, for as many layers and directions."""
-    gates_size, state_size = weights[1].shape
+    """h0 and c0, None for cells without states, of zeros, for as many layers and directions."""
+    cell, (gates_size, state_size) = CELLS[call.cell], weights[1].shape
     h0 = input.new_zeros(count, rows.batch, state_size)
-    if CELLS[call.cell].carry != "c":
+    if not cell.states:
         return h0, None
-    return h0, input.new_zeros(count, rows.batch, gates_size // CELLS[call.cell].gates)
+    return h0, input.new_zeros(count, rows.batch, gates_size // cell.gates * len(cell.states))
 
 
 def _without_projection(layer):
@@ -106,7 +111,7 @@ def _directly(inputs: Inputs, rows: Rows, call: Call):
     if call.saving == "nothing":
         return *run_directly(inputs, rows, call)[:3], None
     weights = [weight for kind in inputs[1:5] if kind is not None for weight in kind]
-    return EagerLayer.apply(call, rows, inputs.input, inputs.start, inputs.h0, inputs.c0, *weights)
+    return EagerLayer.apply(call, rows, inputs.input, *inputs[6:], *weights)
 
 
 def _by_operators(inputs: Inputs, rows: Rows, call: Call):

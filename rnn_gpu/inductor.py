@@ -4,7 +4,9 @@ import sys
 
 import torch
 
-OPERATORS = ("aten_layer", "aten_layer_backward", "recurrence", "recurrence_functional", "recurrence_backward")
+OPERATORS = (
+    "aten_layer", "aten_layer_backward", "recurrence", "recurrence_functional", "recurrence_backward", "saved_again",
+)  # fmt: skip
 
 
 def fall_back() -> None:

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backends, distributed, measured, onnx
 from .call import Call
 from .functional import recurrent_stack
+from .kernels.spec import CELLS
 from .operators import directly
 from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end
@@ -92,14 +93,6 @@ def _check_resets(resets: Tensor | None) -> None:
         raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
 
 
-def _check_pair(hx) -> None:
-    """The error of torch.nn for states of an LSTM that are no pair."""
-    if isinstance(hx, Tensor):
-        raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
-
-
 def _check_lstm_alone(proj_size: None, return_cells: bool) -> None:
     """The errors for what the LSTM alone has; GRU and RNN take these arguments for nothing else."""
     if proj_size is not None:
@@ -135,7 +128,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     State: what initial and final states are, a tensor or a pair of them.
     """
 
-    _torch_class: Any  # torch.nn's class of the same name, whose forward serves the backend "torch"
+    # torch.nn's class of the same name, whose forward serves the backend "torch"; None: there is none (own.py).
+    _torch_class: Any
     memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
     weight_dropout: float = 0.0  # probability of a recurrent weight being zeroed, in training
     clip: float | None = None  # limit of the gradient of h at every step, by element
@@ -208,12 +202,13 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
         drops, beyond = self.training and self.weight_dropout > 0, self._beyond_aten()
-        plain = lengths is None and resets is None and self._watch is None and not drops and not beyond
+        unknown = self._torch_class is None  # to PyTorch
+        plain = lengths is None and resets is None and self._watch is None and not (drops or beyond or unknown)
         if plain and backends.plainly_torch(input):
             return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         if self._wants_another(input):
-            return self._torch_class.forward(self, input, hx)  # which raises, in torch.nn's words
+            return self._as_torch_nn(input, hx)  # which raises, in torch.nn's words
         data = input.data if packed else input
         dtype = _computed_in(data)
         batch_size = data.size(0 if self.batch_first else 1) if data.dim() == 3 else 1
@@ -222,13 +217,12 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        if measured.automatic and self._watch is None and not torch.compiler.is_compiling():
+        if measured.automatic and self._watch is None and not (unknown or torch.compiler.is_compiling()):
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
-        route = "reference"
-        if not self._watch:
-            route = backends.route(self, data, batch_size, dtype, packed, masked, drops, beyond)
+        how = data, batch_size, dtype, packed, masked, drops, beyond, unknown
+        route = "reference" if self._watch else backends.route(self, *how)
         return self._by_route(route, input, hx, batch_size, dtype, lengths, resets)
 
     def _by_route(
@@ -251,8 +245,17 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
                 "rnn_gpu.replace_rnns on the traced module; or trace with a Tracer whose is_leaf_module says True for "
                 "torch.nn.RNNBase (docs/limits.md)"
             )
-        self._torch_class.forward(self, input, hx)
+        self._as_torch_nn(input, hx)
         raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
+
+    def _as_torch_nn(self, input, hx):
+        """torch.nn's own forward."""
+        return self._torch_class.forward(self, input, hx)
+
+    @property
+    def _states(self) -> int:
+        """Tensors in the layer's state."""
+        return 1 + len(CELLS[backends.cell_of(self)].states)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for before it compiles: RuntimeError that says what to do instead."""
@@ -358,7 +361,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """Dense input, on any route but torch.nn's own forward."""
         lengths = _lengths(lengths)
         _check_resets(resets)
-        name = self._torch_class.__name__
+        name = self._torch_class.__name__ if self._torch_class is not None else type(self).__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if name == "RNN" else ""
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
@@ -371,7 +374,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self.check_input(input, None)
         else:
             states = self._initial_states(input, hx, batched)
-            self.check_forward_args(input, states if len(states) == 2 else states[0], None)
+            self.check_forward_args(input, states if len(states) > 1 else states[0], None)
         input = input.transpose(0, 1) if self.batch_first else input
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -385,23 +388,23 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             outputs[i] = output if batched else output.squeeze(0 if self.batch_first else 1)
         if not batched:
             final = tuple(state.squeeze(1) for state in final)
-        return outputs[0], final if len(final) == 2 else final[0], *outputs[1:]
+        return outputs[0], final if len(final) > 1 else final[0], *outputs[1:]
 
     def _forward_packed(self, input: PackedSequence, hx, batch: int, dtype: torch.dtype, route: str):
         """A PackedSequence, read as it lies."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        lstm = self.mode == "LSTM"
+        several = self._states > 1
         self.check_input(data, batch_sizes)
         if hx is None:
             states = None if route == "kernels" else self._zero_states(data, batch)
         else:
-            if lstm:
-                _check_pair(hx)
-            self._check_sizes((hx[0], hx[1]) if lstm else (hx,), batch)  # before permuting, which would cut them
-            hx = self.permute_hidden(hx, sorted_indices)
-            states = (hx[0], hx[1]) if lstm else (hx,)
+            if several:
+                self._check_count(hx)
+            self._check_sizes(tuple(hx) if several else (hx,), batch)  # before permuting, which would cut them
+            hx = self.permute_hidden(tuple(hx) if several else hx, sorted_indices)
+            states = tuple(hx) if several else (hx,)
         *outputs, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
-        final = self.permute_hidden(final if lstm else final[0], unsorted_indices)
+        final = self.permute_hidden(final if several else final[0], unsorted_indices)
         output, *cells = (PackedSequence(one, batch_sizes, sorted_indices, unsorted_indices) for one in outputs)
         return output, final, *cells
 
@@ -427,13 +430,17 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
                 saving = self.memory or backends.current_memory()
         if self.return_cells and saving == "nothing":
             saving = "lean"
-        cell, (sets, reversed_sets) = backends.CELL_OF_MODE[self.mode], (2, 2) if self.bidirectional else (1, 0)
+        cell, (sets, reversed_sets) = backends.cell_of(self), (2, 2) if self.bidirectional else (1, 0)
         how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
-        h0, c0 = (*states, None, None)[:2]
+        h0, *beside = states or (None,)
+        c0 = torch.cat(beside, -1) if len(beside) > 1 else beside[0] if beside else None
         dropout = self.dropout if self.training else 0.0
         call = Call(cell, sets, reversed_sets, *how, self.return_cells, self.clip, self._watch)
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
-        return output, *(() if cells is None else (cells,)), (h_n,) if c_n is None else (h_n, c_n)
+        outputs = (output,) if cells is None else (output, cells)
+        if self._states > 2:
+            return *outputs, (h_n, *(state.contiguous() for state in c_n.chunk(self._states - 1, -1)))
+        return *outputs, (h_n,) if c_n is None else (h_n, c_n)
 
     def _unbatched_masks(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None):
         """The masks of unbatched input, lengths [] or [1] and resets [T], as those of a batch of one row."""
@@ -465,30 +472,41 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """Initial states of zeros [L*D, B, H]: one, or two for the LSTM."""
         sets = self.num_layers * (2 if self.bidirectional else 1)
         h0 = input.new_zeros(sets, batch, self.proj_size or self.hidden_size)
-        return (h0, input.new_zeros(sets, batch, self.hidden_size)) if self.mode == "LSTM" else (h0,)
+        return h0, *(input.new_zeros(sets, batch, self.hidden_size) for _ in range(self._states - 1))
 
     def _initial_states(self, input: Tensor, hx, batched: bool) -> tuple[Tensor, ...]:
         """The initial states [L*D, B, H] as a tuple: zeros where the user gave none."""
         if hx is None:
             return self._zero_states(input, input.size(0 if self.batch_first else 1))
-        lstm = self.mode == "LSTM"
-        states = (hx[0], hx[1]) if lstm else (hx,)
+        several = self._states > 1
+        if several and self._torch_class is None:
+            self._check_count(hx)
+        states = tuple(hx[i] for i in range(self._states)) if several else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
         if any(state.dim() != rank for state in states):
-            if lstm:
+            if several:
                 got = ", ".join(f"{state.dim()}-D" for state in states)
                 raise RuntimeError(f"For {kind} input, hx and cx should also be {rank}-D but got ({got}) tensors")
             raise RuntimeError(f"For {kind} input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
-        if lstm and batched:  # unbatched, torch.nn makes a pair of whatever has two
-            _check_pair(hx)
+        if several and batched:  # unbatched, torch.nn makes a pair of whatever has two
+            self._check_count(hx)
         return states if batched else tuple(state.unsqueeze(1) for state in states)
+
+    def _check_count(self, hx) -> None:
+        """The error of torch.nn's LSTM for states that are no pair; or no tuple of as many as the cell has."""
+        name = backends.cell_of(self)
+        if isinstance(hx, Tensor):
+            raise TypeError(f"{name}(): argument 'hx' must be tuple of Tensors, not Tensor")
+        if len(hx) != self._states:
+            count = "two" if self._states == 2 else str(self._states)
+            raise RuntimeError(f"{name} expects {count} hidden states")
 
     def _check_sizes(self, states: tuple[Tensor, ...], batch: int) -> None:
         """torch.nn's errors for states [L*D, B, H] of other sizes, from shapes alone: no graph holds values."""
         sets = self.num_layers * (2 if self.bidirectional else 1)
         for i, state in enumerate(states):
-            which = f"hidden[{i}]" if len(states) == 2 else "hidden"
-            expected = sets, batch, self.hidden_size if i == 1 else self.proj_size or self.hidden_size
+            which = f"hidden[{i}]" if len(states) > 1 else "hidden"
+            expected = sets, batch, self.hidden_size if i > 0 else self.proj_size or self.hidden_size
             self.check_hidden_size(state, expected, f"Expected {which} size {{}}, got {{}}")
 
     def _check_devices(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:

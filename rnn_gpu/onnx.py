@@ -24,7 +24,7 @@ def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tenso
     With a projection (weight_hr) the operator runs on the combined recurrent weight, and h0 must be zero.
     """
     refuse_masks(rows, call)
-    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, h0, c0 = inputs
+    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, _, h0, c0, _ = inputs
     cell, time, lengths = call.cell, rows.time, rows.lengths
     directions, batch = h0.shape[0], h0.shape[1]
     if weight_hr is not None:

@@ -2,7 +2,8 @@
 
 A Function stands for one layer with all its directions. The recurrence alone is opaque; the products before and after
 it are plain torch. T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequences are packed), I
-input features, N weight sets (directions), G gates, H hidden units, E slots a unit (kernels/spec.py).
+input features, N weight sets (directions), G gates, A of them apart, K states beside h, H hidden units, E slots a unit
+(kernels/spec.py).
 
 Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.rows.Rows`.
 """
@@ -22,8 +23,8 @@ from .products import full_product
 from .rows import Rows, first_rows, past_the_end, rows_before, starts_anew
 from .second_order import save_for_second, second_backward
 
-# What a forward keeps for its backward: nothing; the outputs and c, from which the backward makes the gates again by
-# one product ("lean"); or the gates too, in the memory of the input part ("full").
+# What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
+# by one product ("lean"); or the gates too, in the memory of the input part ("full").
 SAVING = ("nothing", "lean", "full")
 
 
@@ -61,6 +62,7 @@ def recurrence(
     bias_hn: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
+    parameters: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
@@ -75,11 +77,12 @@ def recurrence(
 
     x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `saving` is
     "full".
-    weight_hh [N, G*H, H]; bias_hn [N, H] (GRU: hidden bias of n) or None; h0 [N, B, H]; c0 [N, B, H] (LSTM) or None.
+    weight_hh [N, G*H, H]; bias_hn [N, A*H], hidden biases of gates apart (GRU: of n), or None; h0 [N, B, H]; c0 [N, B,
+    K*H], the states beside h (LSTM: c), or None.
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
     in time, 1 all, 2 every second one. max_programs, alone: what a plan may use, see `backends.limits`. saving: see
     SAVING.
-    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, H], empty for cells without c; aux, what the backward needs
+    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; aux, what the backward needs
     besides.
     """
     from .kernels import launch
@@ -88,25 +91,29 @@ def recurrence(
     rows = Rows(time, batch, lengths, offsets, resets)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = _plan(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
-    y, h_n, c_n, aux = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving)
+    y, h_n, c_n, aux = launch.forward(
+        plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, parameters=parameters
+    )
     empty = x_part.new_empty(0)
     return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
 
 
 @recurrence.register_fake
 def _(
-    x_part, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone, saving
-):
+    x_part, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, time, cell, reversed_sets, max_programs,
+    alone, saving,
+):  # fmt: skip
     inductor.fall_back()
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
     spec = CELLS[cell]
     y = x_part.new_empty((count + 2 * batch, sets, size))[batch : batch + count, :, :hidden_size]
     h_n = x_part.new_empty((sets, batch, hidden_size))
-    c_n = torch.empty_like(h_n) if spec.carry == "c" else x_part.new_empty(0)
+    c_n = x_part.new_empty((sets, batch, len(spec.states) * hidden_size) if spec.states else 0)
     aux = x_part.new_empty(0)
     if spec.keeps_aux(saving):
-        aux = x_part.new_empty((count, sets, size), dtype=torch.float32 if spec.aux == "c" else x_part.dtype)
+        exact = torch.float32 if spec.states else x_part.dtype
+        aux = x_part.new_empty((count, sets, spec.planes * size), dtype=exact)
     return y, h_n, c_n, aux
 
 
@@ -117,6 +124,7 @@ def recurrence_functional(
     bias_hn: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
+    parameters: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
@@ -133,8 +141,8 @@ def recurrence_functional(
     """
     gates = x_part.clone(memory_format=torch.contiguous_format)
     results = recurrence(
-        gates, weight_hh, bias_hn, h0, c0, lengths, offsets, resets, time, cell, reversed_sets, max_programs, alone,
-        saving,
+        gates, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, time, cell, reversed_sets,
+        max_programs, alone, saving,
     )  # fmt: skip
     return *results, gates
 
@@ -157,6 +165,7 @@ def recurrence_backward(
     y: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    parameters: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
@@ -166,20 +175,21 @@ def recurrence_backward(
     max_programs: int,
     alone: bool,
     clip: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence backward, for all steps and sets.
 
-    d_y [R, N, H], d_h_n and d_c_n [N, B, H], d_cells [R, N, H], by the LSTM's c of every step: gradients, None for
-    zero. clip: what the gradient of h is brought within at every step, -clip..clip, or None. The rest as `recurrence`
-    took and left it.
-    -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0 [N, B, H], empty for cells without a carry:
-    LSTM the gradient of c0, GRU, in float32, what of h0's gradient does not pass through the gates.
+    d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], d_cells [R, N, K*H], by the states of every step: gradients,
+    None for zero. clip: what the gradient of h is brought within at every step, -clip..clip, or None. The rest as
+    `recurrence` took and left it.
+    -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0, empty for cells that carry nothing: of c0,
+    [N, B, K*H], where there are states; where h is carried (GRU), in float32, what of h0's gradient does not pass
+    through the gates; d_parameters [N, B, P*H] in float32, each row's part, empty where there are none.
     """
-    d_gates, d_carry_0 = recurrence_backward_directly(
-        d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell,
+    d_gates, *others = recurrence_backward_directly(
+        d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, parameters, lengths, offsets, resets, time, cell,
         reversed_sets, max_programs, alone, clip,
     )  # fmt: skip
-    return d_gates, y.new_empty(0) if d_carry_0 is None else d_carry_0
+    return d_gates, *(y.new_empty(0) if one is None else one for one in others)
 
 
 @recurrence_backward.register_fake
@@ -194,6 +204,7 @@ def _(
     y,
     h0,
     c0,
+    parameters,
     lengths,
     offsets,
     resets,
@@ -206,41 +217,46 @@ def _(
 ):
     (count, sets, hidden_size), batch = y.shape, h0.shape[1]
     size = padded(hidden_size, backends.name_of(y.dtype))
-    d_gates = y.new_empty((count + 2 * batch, sets, CELLS[cell].slots, size))
+    spec = CELLS[cell]
+    d_gates = y.new_empty((count + 2 * batch, sets, spec.slots, size))
     d_gates = d_gates[batch : batch + count, ..., :hidden_size]
-    if CELLS[cell].carry is None:
-        return d_gates, y.new_empty(0)
-    exact = y.dtype if CELLS[cell].carry == "c" else torch.float32
-    return d_gates, y.new_empty((batch, sets, hidden_size), dtype=exact).transpose(0, 1)
+
+    def by_rows(count: int, dtype: torch.dtype) -> Tensor:
+        if count == 0:
+            return y.new_empty(0)
+        return y.new_empty((batch, sets, count * hidden_size), dtype=dtype).transpose(0, 1)
+
+    exact = y.dtype if spec.states else torch.float32
+    return d_gates, by_rows(spec.carried, exact), by_rows(len(spec.parameters), torch.float32)
 
 
 class Layer(torch.autograd.Function):
     """One layer, all directions: (call, *inputs, *rows) -> (y, h_n, c_n, cells), and what the backward needs.
 
     inputs, rows: `call.Inputs` without weight_hr, and `Rows`.
-    -> y [R, N, H], h_n [N, B, H], c_n [N, B, H] (empty for cells without c), c of every step [R, N, H] (empty where
-    call.cells is not set), gates [R, N, G*H] and aux, which are not differentiable.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] (empty for cells without states), the states of every step [R, N,
+    K*H] (empty where call.cells is not set), gates [R, N, G*H] and aux, which are not differentiable.
     """
 
     generate_vmap_rule = True
 
     @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
     def forward(
-        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, time, batch, lengths, offsets,
-        resets,
+        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, time, batch,
+        lengths, offsets, resets,
     ):  # fmt: skip
         """The input product, then the recurrence."""
-        inputs = Inputs(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0)
+        inputs = Inputs(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters)
         rows = Rows(time, batch, lengths, offsets, resets)
         gates, bias_hn = input_part(inputs, rows, call)
         how = time, call.cell, call.reversed_sets, *call.limits, call.saving
         if call.functional:
-            *results, gates = recurrence_functional(gates, weight_hh, bias_hn, h0, c0, *rows[2:], *how)
+            *results, gates = recurrence_functional(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
         else:
-            results = recurrence(gates, weight_hh, bias_hn, h0, c0, *rows[2:], *how)
+            results = recurrence(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
         y, h_n, c_n, aux = results
         cells = cells_of(aux, y, rows) if call.cells else y.new_empty(0)
-        if not (call.saving == "full" and CELLS[call.cell].saves_gates):
+        if not (call.saving == "full" and CELLS[call.cell].saves):
             gates = gates.new_empty(0)
         return y, h_n, c_n, cells, gates, aux
 
@@ -278,7 +294,7 @@ def cells_of(aux: Tensor, y: Tensor, rows: Rows) -> Tensor:
 
 
 def input_part(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor | None]:
-    """The input's part of the gates [R, N, G*H] with every bias but the GRU's b_hn, and that, [N, H] or None."""
+    """The input's part of the gates [R, N, G*H] with every bias but that of gates apart, and that [N, A*H] or None."""
     weight_ih = inputs.weight_ih if isinstance(inputs.weight_ih, Tensor) else stacked(inputs.weight_ih)
     bias, bias_hn = None, None
     if inputs.bias_ih is not None:
@@ -301,50 +317,69 @@ def add_start(gates: Tensor, start: Tensor, rows: Rows, call: Call) -> None:
 
 
 def gates_again(inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
-    """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from the outputs: lean memory."""
+    """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from outputs and states: lean memory."""
     sums, bias_hn = input_part(inputs, rows, call)
-    count, sets, hidden_size = y.shape
-    before, after = rows_before(rows, count), slice(rows.batch, count)
-    cell, weight_hh = CELLS[call.cell], inputs.weight_hh
-    if cell.aux == "q":
-        aux = y.new_zeros(count, sets, padded(hidden_size, backends.name_of(y.dtype)))
+    cell, (count, sets, hidden_size), batch = CELLS[call.cell], y.shape, rows.batch
+    split = (cell.gates - cell.apart) * hidden_size  # before it the gates whose sums are x + r
+    apart = y.new_empty(count, sets, cell.apart * hidden_size) if cell.apart else None
+    places = None
+    if cell.carried:  # as of rows that start anew: padding too has a place, where nothing is read
+        places = torch.full((count, sets), -1 - batch, dtype=torch.int64, device=y.device)
+    before, after = rows_before(rows, count), slice(batch, count)
+    row = torch.arange(max(count, batch), device=y.device)
     for n in range(sets):
         later, earlier = (before, after) if call.backwards(n) else (after, before)
+        first = first_rows(rows, count, call.backwards(n))
         state = torch.zeros_like(y[:, n])
         state[later] = y[earlier, n]
         if inputs.h0 is not None:
-            state[first_rows(rows, count, call.backwards(n))] = inputs.h0[n]
+            state[first] = inputs.h0[n]
+        if places is not None:
+            places[later, n] = row[:count][earlier]
+            places[first, n] = -1 - row[:batch]
         if rows.resets is not None:
-            state = state.masked_fill(starts_anew(rows.resets, slice(None)), 0)
-        if cell.aux == "q":
-            split = sums.shape[-1] - hidden_size
-            aux[:, n, :hidden_size] = torch.nn.functional.linear(
-                state, weight_hh[n][split:], None if bias_hn is None else bias_hn[n]
-            )
-            sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight_hh[n][:split].t())
-        else:
-            sums[:, n] = torch.addmm(sums[:, n], state, weight_hh[n].t())
-    ACTIVATE[call.cell](sums.chunk(cell.gates, -1), aux)
-    return sums, aux
+            anew = starts_anew(rows.resets, slice(None))
+            state = state.masked_fill(anew, 0)
+            if places is not None:
+                places[:, n] = places[:, n].masked_fill(anew.squeeze(1), -1 - batch)
+        weight = inputs.weight_hh[n]
+        if split:
+            sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight[:split].t())
+        if apart is not None:
+            apart[:, n] = torch.nn.functional.linear(state, weight[split:], None if bias_hn is None else bias_hn[n])
+    made = saved_again(sums, apart, y, aux, inputs.h0, inputs.c0, inputs.parameters, places, batch, call.cell)
+    return sums, made if made.numel() else aux
 
 
-def _activate_lstm(sums: tuple[Tensor, ...], aux: Tensor) -> None:
-    i, f, g, o = sums
-    for gate in (i, f, o):
-        gate.sigmoid_()
-    g.tanh_()
+@torch.library.custom_op("rnn_gpu::saved_again", mutates_args=("sums",))
+def saved_again(
+    sums: Tensor,
+    apart: Tensor | None,
+    y: Tensor,
+    aux: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    parameters: Tensor | None,
+    places: Tensor | None,
+    batch: int,
+    cell: str,
+) -> Tensor:
+    """The gate sums [R, N, G*H] become what the forward saved, see `launch.saved_again`. -> aux, or empty where that
+    has been kept.
+    """
+    from .kernels import launch
+
+    made = launch.saved_again(cell, sums, apart, y, aux, h0, c0, places, batch, parameters)
+    return y.new_empty(0) if made is None else made
 
 
-def _activate_gru(sums: tuple[Tensor, ...], aux: Tensor) -> None:
-    r, z, n = sums
-    r.sigmoid_()
-    z.sigmoid_()
-    q = aux[..., : n.shape[-1]]
-    n.copy_(torch.tanh(torch.addcmul(n.float(), r.float(), q.float())))
-
-
-# (gate sums, G of [R, N, H]; aux) -> nothing: the gates take the place of their sums. For cells that save gates.
-ACTIVATE = {"lstm": _activate_lstm, "gru": _activate_gru}
+@saved_again.register_fake
+def _(sums, apart, y, aux, h0, c0, parameters, places, batch, cell):
+    inductor.fall_back()
+    spec, (count, sets, hidden_size) = CELLS[cell], y.shape
+    if spec.further and not spec.states:
+        return y.new_empty(count, sets, spec.planes * padded(hidden_size, backends.name_of(y.dtype)))
+    return y.new_empty(0)
 
 
 def layer_gradients(
@@ -368,11 +403,12 @@ def gradients_by_set(
     """
     (y, gates, aux), cell, (lengths, resets) = saved, CELLS[call.cell], (rows.lengths, rows.resets)
     wanted = Inputs(*need)
-    if cell.saves_gates and gates.numel() == 0 < y.numel():
+    if cell.saves and gates.numel() == 0 < y.numel():
         gates, aux = gates_again(inputs, rows, call, y, aux)
     how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip
     h0, d_h_n = inputs.h0, d_outputs[1]
-    d_gates, d_carry_0 = backward(*d_outputs, inputs.weight_hh, gates, aux, y, h0, inputs.c0, *rows[2:], *how)
+    states = h0, inputs.c0, inputs.parameters
+    d_gates, d_carry_0, d_parameters = backward(*d_outputs, inputs.weight_hh, gates, aux, y, *states, *rows[2:], *how)
     (count, sets, _), size = y.shape, cell.gates * y.shape[2]
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
@@ -413,7 +449,7 @@ def gradients_by_set(
         if wanted.h0:
             # In full: one step's product, whose error in tf32 no sum over steps makes small.
             d_h0 = full_product(d_first, _reordered(inputs.weight_hh[n], cell.slot_order))
-            d_h0 = d_h0 if cell.carry != "h" else (d_h0 + d_carry_0[n]).to(h0.dtype)
+            d_h0 = (d_h0 + d_carry_0[n]).to(h0.dtype) if cell.carries_h else d_h0
             if lengths is not None and d_h_n is not None:  # an empty sequence ends in the state it began with
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
             found["h0"].append(d_h0)
@@ -427,8 +463,10 @@ def gradients_by_set(
             found["bias_ih"] = [*inner]
     for key in ("start", "h0"):
         found[key] = None if found[key] is None else torch.stack(found[key]) if sets > 1 else found[key][0].unsqueeze(0)
-    if wanted.c0 and cell.carry == "c":
+    if wanted.c0 and cell.states:
         found["c0"] = d_carry_0
+    if wanted.parameters:
+        found["parameters"] = d_parameters.sum(1).to(y.dtype)
     return tuple(found.values())
 
 
@@ -500,13 +538,13 @@ def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = No
     if inputs.start is not None:
         add_start(gates, inputs.start, rows, call)
     states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
-    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n)
+    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n, inputs.parameters)
     return y, h_n, c_n, gates, aux
 
 
 def recurrence_backward_directly(
-    d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, lengths, offsets, resets, time, cell, reversed_sets,
-    max_programs, alone, clip,
+    d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, parameters, lengths, offsets, resets, time, cell,
+    reversed_sets, max_programs, alone, clip,
 ):  # fmt: skip
     """The body of the operator of that name."""
     from .kernels import launch
@@ -517,25 +555,25 @@ def recurrence_backward_directly(
         Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone)),
     )
     plan = _plan(call, y.shape[2], y, batch, True, rows.ragged)
-    gates = gates if CELLS[cell].saves_gates else None
-    how = rows, reversed_sets, d_cells, clip
-    return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, h0, c0, *how)
+    gates = gates if CELLS[cell].saves else None
+    how = h0, c0, rows, reversed_sets, d_cells, clip, parameters
+    return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, *how)
 
 
 class EagerLayer(torch.autograd.Function):
-    """`Layer` for eager calls: (call, rows, input, start, h0, c0, *weights) -> (y, h_n, c_n, cells). weights: weight_ih
-    of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
+    """`Layer` for eager calls: (call, rows, input, start, h0, c0, parameters, *weights) -> (y, h_n, c_n, cells).
+    weights: weight_ih of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
 
     No `setup_context`: with it, every call would ask Python for the signature of `forward`.
     """
 
     @staticmethod
-    def forward(ctx, call: Call, rows: Rows, input, start, h0, c0, *weights):
+    def forward(ctx, call: Call, rows: Rows, input, start, h0, c0, parameters, *weights):
         """The input product, then the recurrence."""
         by_kind = _by_kind(weights, call.sets)
-        y, h_n, c_n, gates, aux = run_directly(Inputs(input, *by_kind, None, start, h0, c0), rows, call)
-        kept = gates if call.saving == "full" and CELLS[call.cell].saves_gates else None
-        ctx.save_for_backward(*rows[2:], y, kept, aux, input, start, h0, c0, *weights)
+        y, h_n, c_n, gates, aux = run_directly(Inputs(input, *by_kind, None, start, h0, c0, parameters), rows, call)
+        kept = gates if call.saving == "full" and CELLS[call.cell].saves else None
+        ctx.save_for_backward(*rows[2:], y, kept, aux, input, start, h0, c0, parameters, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
         return y, h_n, c_n, cells_of(aux, y, rows) if call.cells else None
@@ -543,26 +581,29 @@ class EagerLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_outputs):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
-        *masks, y, gates, aux, input, start, h0, c0 = (kept := ctx.saved_tensors)[:10]
-        call, rows, by_kind = ctx.call, Rows(*ctx.sizes, *masks), _by_kind(kept[10:], ctx.call.sets)
-        by_input, by_start, by_h0, by_c0, *by_weight = ctx.needs_input_grad[2:]
+        *masks, y, gates, aux, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:11]
+        call, rows, by_kind = ctx.call, Rows(*ctx.sizes, *masks), _by_kind(kept[11:], ctx.call.sets)
+        by_input, *by_state, by_parameters = ctx.needs_input_grad[2:7]
+        by_weight = ctx.needs_input_grad[7:]
         need = by_input, *(kind is not None and any(kind) for kind in _by_kind(by_weight, call.sets))
-        need = *need, False, by_start, by_h0, by_c0
+        need = *need, False, *by_state, by_parameters
         saved = y, y.new_empty(0) if gates is None else gates, y.new_empty(0) if aux is None else aux
         if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
             kinds = [None if kind is None else stacked(kind) for kind in by_kind]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
-            c0 = torch.zeros_like(h0) if c0 is None and CELLS[call.cell].carry == "c" else c0
+            if c0 is None and CELLS[call.cell].states:
+                c0 = y.new_zeros(call.sets, rows.batch, len(CELLS[call.cell].states) * y.shape[2])
             gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
-            run = lambda *d: gradients(call, need, *d, input, *kinds, None, start, h0, c0, *rows, *saved)
+            states = start, h0, c0, parameters
+            run = lambda *d: gradients(call, need, *d, input, *kinds, None, *states, *rows, *saved)
             found = for_each_gradient(run, d_outputs)
         else:
-            inputs = Inputs(input, *by_kind, None, start, h0, c0)
+            inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
             found = gradients_by_set(recurrence_backward_directly, call, need, d_outputs, inputs, rows, saved)
-        d_input, *d_kinds, _, d_start, d_h0, d_c0 = found
+        d_input, *d_kinds, _, d_start, d_h0, d_c0, d_parameters = found
         count = len(by_weight) // call.sets
         d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]
-        return None, None, d_input, d_start, d_h0, d_c0, *d_weights
+        return None, None, d_input, d_start, d_h0, d_c0, d_parameters, *d_weights
 
 
 def _by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:

@@ -40,6 +40,7 @@ def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
         states = inputs.h0[n], None if inputs.c0 is None else inputs.c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
         cells: list[Tensor] | None = [] if call.cells else None
+        masks |= dict(parameters=None if inputs.parameters is None else inputs.parameters[n])
         y, h_n, c_n = reference.recurrence(
             call.cell, x_part, inputs.weight_hh[n], bias_hn, *states, reverse=call.backwards(n), **masks,
             cells=cells, see=_seen(call, None if inputs.weight_hr is None else inputs.weight_hr[n]),

@@ -40,7 +40,12 @@ WAITING = {
 # The operators of this library whose body, and not its stand-in for shapes, is to be seen.
 BODIES = {
     str(one._opoverload): one._init_fn
-    for one in (operators.recurrence, operators.recurrence_functional, operators.recurrence_backward)
+    for one in (
+        operators.recurrence,
+        operators.recurrence_functional,
+        operators.recurrence_backward,
+        operators.saved_again,
+    )
 }
 
 

@@ -74,7 +74,7 @@ class Data:
 def data(problem: Problem) -> Data:
     """Random tensors, the same for equal problems. Do not write to them."""
     generator = torch.Generator().manual_seed(problem.seed)
-    gates, size = reference.GATES[problem.cell], problem.hidden_size
+    gates, size = CELLS[problem.cell].gates, problem.hidden_size
     time, batch, sets = problem.time, problem.batch, problem.sets
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -263,13 +263,13 @@ def run_backward(problem: Problem, backward_plan: Plan, given: Data, y: Tensor, 
     """launch.backward from what `run_forward` left -> d_gates [T, B, N, E, H], d_carry_0."""
     from rnn_gpu.kernels import launch
 
-    d_gates, d_carry_0 = launch.backward(
+    d_gates, d_carry_0, _ = launch.backward(
         backward_plan,
         None if given.d_y is None else given.d_y.flatten(0, 1),
         given.d_h_n,
         given.d_c_n,
         given.weight_hh,
-        gates.flatten(0, 1) if CELLS[problem.cell].saves_gates else None,
+        gates.flatten(0, 1) if CELLS[problem.cell].saves else None,
         None if aux is None else aux.flatten(0, 1),
         y.flatten(0, 1),
         given.h0,
@@ -300,7 +300,7 @@ def results(
     for n in range(problem.sets):
         first = problem.time - 1 if problem.reverse(n) else 0
         d_h0.append(d_hidden[first, :, n].double() @ given.weight_hh[n].double())
-        if cell.carry == "h":
+        if cell.carries_h:
             d_h0[n] += d_carry_0[n].double()
     found = dict(
         y=y,
@@ -308,7 +308,7 @@ def results(
         d_input=d_gates[:, :, :, cell.slots - cell.gates :].flatten(3),
         d_hidden=d_hidden,
         d_h0=torch.stack(d_h0),
-        d_c0=d_carry_0 if cell.carry == "c" else None,
+        d_c0=d_carry_0 if cell.states else None,
     )
     return {name: tensor.to(problem.dtype) for name, tensor in found.items() if tensor is not None}
 

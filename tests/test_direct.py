@@ -73,7 +73,7 @@ def test_a_prepared_launch_tells_who_wants_to_know(noted):
     """Catches: a profiler of Triton's that sees the first launch alone."""
     prepared = direct.Prepared(
         prepare.prepare_backward,
-        dict(G=1, E=1, H=8, HS=8, N=1, ROTATION=0, DTYPE=tl.float32, BLOCK=64, TILE=16),
+        dict(G=1, E=1, COUNT=1, PLANES=1, H=8, HS=8, N=1, ROTATION=0, DTYPE=tl.float32, BLOCK=64, TILE=16),
         dict(num_warps=4),
     )
     given = tuple(3 if name in ("R", "B", "fills", "zeros", "states") else None for name in prepared.names)
@@ -95,7 +95,7 @@ def test_what_prepares_the_buffers_compiles(sets, backwards, dtype, arch):
     """Catches: a kernel that the interpreter runs and no compiler takes; fills of less than 16 bytes at a time."""
     kernel = prepare.prepare_backward if backwards else prepare.prepare_forward
     fixed = dict(G=3, H=40, HS=40, N=sets, DTYPE={"bf16": tl.bfloat16, "fp32": tl.float32}[dtype], BLOCK=prepare.BLOCK)
-    fixed |= dict(E=4, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=True)
+    fixed |= dict(E=4, COUNT=1, PLANES=1, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=1)
     fixed |= {name: None for name in kernel.arg_names if name.endswith("_1") and sets == 1}
     numbers = ("R", "B", "I", "fills", "states", "sums", "weights", "zeros")
     types = {

@@ -15,7 +15,8 @@ import torch
 pytest.importorskip("triton")
 
 import rnn_gpu
-from rnn_gpu import backends, reference
+from rnn_gpu import backends
+from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
@@ -50,7 +51,7 @@ LAYERS = {
 }
 KINDS = [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, None), (torch.bfloat16, None)]
 
-every_cell = pytest.mark.parametrize("cell", list(CELLS))
+every_cell = pytest.mark.parametrize("cell", BUILT_IN)
 every_kind = pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["fp32-ieee", "fp32-tf32", "fp16", "bf16"])
 
 
@@ -75,7 +76,7 @@ def by_torch_nn(problem: Problem, given: Data) -> dict:
 
     Its gradient of that input is d_input; d_hidden it does not show.
     """
-    spec, gates = CELLS[problem.cell], reference.GATES[problem.cell]
+    spec, gates = CELLS[problem.cell], CELLS[problem.cell].gates
     size = problem.hidden_size
     found = []
     for n in range(problem.sets):
@@ -285,7 +286,7 @@ def test_repeated_runs_are_equal_to_the_last_bit(cell, dtype, precision):
 
 def test_uninitialised_memory_never_reaches_a_result(monkeypatch):
     """Catches reading what nobody wrote: on a GPU, fresh memory often holds an earlier run's right results."""
-    for cell, (dtype, precision), alone in itertools.product(CELLS, KINDS, (False, True)):
+    for cell, (dtype, precision), alone in itertools.product(BUILT_IN, KINDS, (False, True)):
         problem = gpu_problem(cell, 33, 19, 5, dtype, precision, 2, 2)
         with monkeypatch.context() as patch:
             poison = Poison(patch)

@@ -23,7 +23,7 @@ if not INTERPRETED and not ON_MACHINE:
 import triton
 import triton.language as tl
 
-from rnn_gpu import reference
+from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import cells, exchange, interpreter, launch, tiles
 from rnn_gpu.kernels.spec import CELLS
 from tests.problems import (
@@ -48,7 +48,7 @@ KINDS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, None)
 SETS = ((1, 0), (1, 1), (2, 2))  # weight sets, which of them run backwards in time
 ALL_ONES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
-every_cell = pytest.mark.parametrize("cell", list(CELLS))
+every_cell = pytest.mark.parametrize("cell", BUILT_IN)
 every_kind = pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["fp32-ieee", "fp32-tf32", "fp16", "bf16"])
 
 
@@ -81,7 +81,7 @@ def covering_sample() -> list:
     alone, torn, waits = Deck(draw, False, False, True), Deck(draw, False, True), Deck(draw, 1, 2, 4)
     units, slices = Deck(draw, 8, 16, 32), Deck(draw, 1, 2, 2)
     cases = []
-    for cell, (dtype, precision), (sets, reversed_sets) in itertools.product(CELLS, KINDS, SETS):
+    for cell, (dtype, precision), (sets, reversed_sets) in itertools.product(BUILT_IN, KINDS, SETS):
         size, batch, time = hidden_sizes.deal(), batches.deal(), times.deal()
         problem = Problem(cell, size, batch, time, dtype, precision, sets, reversed_sets, seed=len(cases))
         if alone.deal():
@@ -204,9 +204,9 @@ def test_inference_equals_training(cell, dtype, precision):
             y_only, c_n_only, no_aux, untouched = run_forward(problem, forward_plan, data(problem), saving="nothing")
         assert torch.equal(bits(y), bits(y_only))
         assert (c_n is None) == (c_n_only is None) and (c_n is None or torch.equal(bits(c_n), bits(c_n_only)))
-        assert no_aux is None and (aux is None) == (CELLS[cell].aux == "y")
+        assert no_aux is None and (aux is None) == CELLS[cell].reads_h
         assert torch.equal(untouched, data(problem).x_part)
-        assert CELLS[cell].saves_gates != torch.equal(gates, data(problem).x_part)
+        assert (CELLS[cell].saves > 0) != torch.equal(gates, data(problem).x_part)
 
 
 @every_cell
@@ -715,7 +715,7 @@ def test_an_empty_batch_launches_nothing(cell):
     problem = Problem(cell, 7, 0, 3, torch.float32, "ieee")
     found = run(problem, plans(problem, alone=True))
     assert found["y"].shape == (3, 0, 1, 7)
-    assert found["d_input"].shape == (3, 0, 1, 7 * reference.GATES[cell])
+    assert found["d_input"].shape == (3, 0, 1, 7 * CELLS[cell].gates)
 
 
 @every_cell

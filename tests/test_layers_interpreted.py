@@ -275,7 +275,7 @@ def test_operators_keep_the_rules_of_torch_library(cell, gates):
     x_part, weight = torch.randn(T * B, N, gates * H), torch.randn(N, gates * H, H)
     bias = torch.randn(N, H) if gru else None
     for lengths in (None, torch.tensor([3, 1], dtype=torch.int32)):
-        rows = lengths, None, None, T, cell, 2, 0, True
+        rows = None, lengths, None, None, T, cell, 2, 0, True  # None: no parameters
         forward = (x_part, weight, bias, h0, c0, *rows, "full")
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence.default, forward)
         y, h_n, _, aux = torch.ops.rnn_gpu.recurrence(*forward)

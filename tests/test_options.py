@@ -14,8 +14,9 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends, reference
+from rnn_gpu import backends
 from rnn_gpu.backends import CELL_OF_MODE
+from rnn_gpu.kernels.spec import CELLS
 from tests.layers import BACKEND, ON_BOTH_BACKENDS, pair
 from tests.tolerances import assert_close_to_oracle
 
@@ -72,7 +73,8 @@ def by_hand(layer, weights, input, states=None, lengths=None, resets=None):
                     h_part = w_hh @ h + (b_hh if cell == "gru" else 0)
                     x_part = w_ih @ input[t, b] + b_ih + (0 if cell == "gru" else b_hh)
                     gates = x_part.view(-1, size).unbind(), h_part.view(-1, size).unbind()
-                    h, c, _ = reference.STEPS[cell](*gates, c)
+                    h, carry = CELLS[cell].step(*gates, (c,) if CELLS[cell].carried else ())
+                    c = carry[0] if carry else h
                     if layer.clip is not None and h.requires_grad:
                         h.register_hook(lambda d: d.clamp(-layer.clip, layer.clip))
                     h = weights[f"weight_hr_{way}"] @ h if layer.proj_size else h

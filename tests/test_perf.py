@@ -567,7 +567,7 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     cell = "rnn_tanh" if backward else "lstm"  # the backward of the others takes long to compile
     p = plan(cell, 512 if backward else 256, 8, 1, "bfloat16", DEVICES["h200"], backward)
     assert not p.alone
-    before = launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
+    before = launch.CELLS, launch.forward_kernel, launch.backward_kernel
 
     def compiled(stage):
         with variants.variant(stage, p):
@@ -587,7 +587,7 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     assert no_equations.count(*resources.TENSOR_CORE) == whole.count(*resources.TENSOR_CORE)
     with pytest.raises(ValueError, match="no loop that publishes"):  # that is, by `.cg` stores
         compiled("write-through")
-    now = launch.FORWARD, launch.BACKWARD, launch.forward_kernel, launch.backward_kernel
+    now = launch.CELLS, launch.forward_kernel, launch.backward_kernel
     assert all(a is b for a, b in zip(before, now, strict=True))
 
 

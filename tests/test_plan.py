@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.plan import (
     AS_GOOD,
     DEVICES,
@@ -71,7 +72,7 @@ def assert_fits(p: Plan, name: str, cap: int | None = None, allow_alone: bool = 
 def test_every_layer_has_a_plan_that_fits(device, dtype, precision):
     """Catches a size between two rules that no plan serves, and a plan that a launch would refuse or hang on."""
     for number, hidden_size in enumerate(HIDDEN_SIZES):
-        for cell in CELLS:
+        for cell in BUILT_IN:
             for backward in (False, True):
                 for batch in BATCHES[number % 2 :: 2]:
                     p = plan(cell, hidden_size, batch, 1, dtype, DEVICES[device], backward, precision)
@@ -83,7 +84,7 @@ def test_every_layer_has_a_plan_that_fits(device, dtype, precision):
 
 @settings(deadline=None, max_examples=400, derandomize=True)
 @given(
-    cell=st.sampled_from(list(CELLS)),
+    cell=st.sampled_from(BUILT_IN),
     hidden_size=st.integers(1, 4096),
     batch=st.integers(1, 1024),
     sets=st.integers(1, 2),
@@ -222,7 +223,7 @@ def test_plans_are_values():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_estimate_for_cudnn_is_a_time(dtype):
     """Catches a unit that is wrong by a thousand, on either side: `auto` compares the two."""
-    for cell in CELLS:
+    for cell in BUILT_IN:
         for hidden_size in (16, 128, 1024, 4096):
             for backward in (False, True):
                 p = plan(cell, hidden_size, 16, 1, dtype, DEVICES["h200"], backward)

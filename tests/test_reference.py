@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rnn_gpu import reference
+from rnn_gpu.equations import BUILT_IN
+from rnn_gpu.kernels.spec import CELLS
 from tests.tolerances import assert_close_to_oracle, assert_same_mathematics, relative_error
 
-CELLS = list(reference.GATES)
-
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", BUILT_IN)
 both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 seeded = pytest.mark.parametrize("seed", [0], ids="seed{}".format)
 
@@ -33,7 +33,7 @@ class Draw:
 
 def recurrence_inputs(draw: Draw, cell: str, steps: int, batch: int, hidden_size: int) -> tuple[Tensor | None, ...]:
     """x_part, weight_hh, bias_hn, h0, c0; None where the cell has none."""
-    gates = reference.GATES[cell]
+    gates = CELLS[cell].gates
     return (
         draw(steps, batch, gates * hidden_size),
         draw(gates * hidden_size, hidden_size, scale=hidden_size**-0.5),
@@ -203,7 +203,7 @@ def test_backward_equals_autograd(cell, reverse, hidden_size, batch, steps, seed
     gradient of a final state dropped at either end of time.
     """
     draw = Draw(seed)
-    gates, input_size = reference.GATES[cell], 2
+    gates, input_size = CELLS[cell].gates, 2
     _, weight_hh, _, h0, c0 = recurrence_inputs(draw, cell, steps, batch, hidden_size)
     input, weight_ih = draw(steps, batch, input_size), draw(gates * hidden_size, input_size)
     bias_ih, bias_hh = draw(gates * hidden_size), draw(gates * hidden_size)
@@ -242,7 +242,7 @@ def test_lengths_equal_single_sequences(cell, reverse, seed):
     """
     draw = Draw(seed)
     steps, input_size, hidden_size, lengths = 4, 2, 3, torch.tensor([2, 4, 0, 1, 7])
-    batch, gates = len(lengths), reference.GATES[cell]
+    batch, gates = len(lengths), CELLS[cell].gates
     _, weight_hh, _, h0, c0 = recurrence_inputs(draw, cell, steps, batch, hidden_size)
     weights = [
         draw(gates * hidden_size, input_size), weight_hh, draw(gates * hidden_size), draw(gates * hidden_size)
@@ -343,7 +343,7 @@ def test_padding_of_x_part_never_matters(cell, reverse, seed):
     draw = Draw(seed)
     _, *others = recurrence_inputs(draw, cell, steps=3, batch=2, hidden_size=2)
     lengths = torch.tensor([1, 3])
-    x_part = draw(3, 2, reference.GATES[cell] * 2, grad=False)
+    x_part = draw(3, 2, CELLS[cell].gates * 2, grad=False)
     x_part[1:, 0] = float("nan")
     rows = []
     for padding in (float("nan"), 0.0):
@@ -360,12 +360,12 @@ def test_padding_of_x_part_never_matters(cell, reverse, seed):
 def test_refuses_arguments_it_would_ignore(seed):
     """Catches an oracle that answers another question: no c0 for the LSTM, c0 or bias_hn for other cells."""
     draw = Draw(seed)
-    for cell in CELLS:
+    for cell in BUILT_IN:
         x_part, weight_hh, bias_hn, h0, _ = recurrence_inputs(draw, cell, steps=1, batch=1, hidden_size=2)
-        with pytest.raises(ValueError, match="c0 is for the lstm, which needs it"):
+        with pytest.raises(ValueError, match="c0 is for cells with states, which need it"):
             reference.recurrence(cell, x_part, weight_hh, bias_hn, h0, None if cell == "lstm" else h0)
     x_part, weight_hh, _, h0, _ = recurrence_inputs(draw, "rnn_tanh", steps=1, batch=1, hidden_size=2)
-    with pytest.raises(ValueError, match="bias_hn is for the gru"):
+    with pytest.raises(ValueError, match="bias_hn is for cells with gates apart"):
         reference.recurrence("rnn_tanh", x_part, weight_hh, h0[0], h0)
     with pytest.raises(ValueError, match="unknown cell 'rnn'"):
         reference.recurrence("rnn", x_part, weight_hh, None, h0)

@@ -18,8 +18,9 @@ import torch
 pytest.importorskip("triton")
 
 from perf import resources
-from perf.resources import Resources, compile_plan, signature
+from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch, machine_code
+from rnn_gpu.kernels.compiled import Resources, compile_kernel, compile_plan, signature
 from rnn_gpu.kernels.direct import Prepared
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, published_before_the_next_poll
 from rnn_gpu.kernels.plan import DEVICES, SPARE_BYTES, Plan, plan
@@ -60,7 +61,7 @@ def loads_that_polls_wait_for(r: Resources) -> list[str]:
         for scoreboard in (scoreboard for scoreboard in range(6) if waits >> scoreboard & 1):
             loads = on_their_way.pop(scoreboard, [])
             found += [load for load in loads if not is_poll(load)] if any(map(is_poll, loads)) else []
-        if resources.name_of(instruction) == "LDG" and "STRONG.SYS" not in instruction:
+        if machine_code.name_of(instruction) == "LDG" and "STRONG.SYS" not in instruction:
             on_their_way.setdefault(sets, []).append(instruction)
     return found
 
@@ -286,7 +287,7 @@ def test_a_load_beside_the_polls_is_noticed():
 def test_a_kernel_of_an_unknown_triton_is_looked_at_before_its_first_launch(monkeypatch):
     """Catches a kernel that is launched although it waits too early, or is slow, and a complaint about a good one."""
     p = planned(90, "lstm", "bfloat16", 1024, 8)
-    kernel = resources.compile_kernel(p, 90)
+    kernel = compile_kernel(p, 90)
     usage, code = machine_code.machine_code(kernel.asm["cubin"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -335,14 +336,16 @@ def test_instructions_are_told_apart():
     assert not is_poll("LDG.E.128 R28, desc[UR18][R160.64]") and not is_poll("LDS.128 R28, [R9]")
     assert is_publish("@P0 STG.E.U16.STRONG.GPU desc[UR18][R26.64], R163")
     assert not is_publish("@P0 STG.E.U16 desc[UR18][R28.64], R31")
-    assert resources.name_of("@!UP0 LDG.E R4, [R2]") == "LDG" and resources.name_of("BRA.U UP0, `(.L_x_3)") == "BRA"
+    assert (
+        machine_code.name_of("@!UP0 LDG.E R4, [R2]") == "LDG" and machine_code.name_of("BRA.U UP0, `(.L_x_3)") == "BRA"
+    )
 
 
 # What is compiled is what would be launched.
 
 
 @PASSES
-@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize("cell", BUILT_IN)
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", "dense"), ("bfloat16", "packed"), ("bfloat16", "resets")])
 def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backward):
     """Catches a kernel compiled here with other types than a launch passes: then nothing above speaks of what runs."""
@@ -358,15 +361,15 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backwa
     monkeypatch.setattr(launch, "_launch", lambda *arguments: passed.update(arguments[-1]))
     monkeypatch.setattr(launch, "_prepare", lambda *arguments: None)
     h0, weight = torch.zeros(N, B, H, dtype=kind), torch.zeros(N, spec.gates * H, H, dtype=kind)
-    c0 = h0 if spec.carry == "c" else None
+    c0 = h0 if spec.states else None
     gates = torch.zeros(T * B, N, spec.gates * H, dtype=kind)
     if backward:
-        aux = torch.zeros(T * B, N, padded(H, dtype), dtype=torch.float32 if spec.aux == "c" else kind)
+        aux = torch.zeros(T * B, N, padded(H, dtype), dtype=torch.float32 if spec.states else kind)
         y = torch.zeros(T * B, N, H, dtype=kind)
-        saved = gates if spec.saves_gates else None, None if spec.aux == "y" else aux
+        saved = gates if spec.saves else None, None if spec.reads_h else aux
         launch.backward(p, y, h0, c0, weight, *saved, y, h0, c0, where, 0)
     else:
-        bias = torch.zeros(N, H, dtype=kind) if cell == "gru" else None
+        bias = torch.zeros(N, H, dtype=kind) if spec.apart else None
         launch.forward(p, gates, weight, bias, h0, c0, where, 0, "full")
     tensors = passed | {name: value for name, value in where.pointers().items() if name not in ("T", "B")}
     names = {
@@ -414,7 +417,7 @@ def test_the_command_fails_where_a_kernel_spills(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", ["dense", "packed"])
-@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize("cell", BUILT_IN)
 @pytest.mark.parametrize("arch", list(resources.ARCHITECTURES))
 def test_the_whole_grid_is_sound(arch, cell, rows):
     """Catches what the sample above leaves out: all sizes, types, numbers of rows, both directions of a layer."""
@@ -436,7 +439,7 @@ def test_nothing_that_can_be_large_is_multiplied_in_32_bits(rows, backward):
     32,768 layers of 128 units, T or B times a row in other large problems.
     """
     p = planned(90, "lstm", "bfloat16", 64, backward=backward, sets=3)
-    text = resources.compile_kernel(p, 90, rows).asm["ttir"]
+    text = compile_kernel(p, 90, rows).asm["ttir"]
     large = {"%T", "%B", "%begin", *re.findall(r"(%\S+) = tt\.get_program_id z", text)}
     assert len(large) == 4 and "arith.muli" in text
     for line in text.splitlines():

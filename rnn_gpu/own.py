@@ -1,0 +1,142 @@
+"""Layers of cells that PyTorch does not have: `layer` makes the class of one from its description."""
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.modules.rnn import RNNBase
+
+from . import backends
+from .kernels.spec import CELLS, Cell, register
+from .modules import _check_lstm_alone, _Layer
+
+
+class CellLayer(_Layer[Any]):
+    """What the layers of all such cells share; `layer` makes their classes.
+
+    T steps, B rows, I = input_size, H = hidden_size, L = num_layers, D = 2 if bidirectional else 1.
+
+    layer(input, hx=zeros, *, lengths=None, resets=None) -> output, final states
+        input [T, B, I] ([B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence); output [T, B, D*H];
+        states [L*D, B, H]: h, or for a cell with states the tuple of h and those; lengths: integers [B], steps of each
+        row; resets: bools [T, B], true where a row starts anew
+
+    num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
+    memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
+    weight_dropout: probability of a recurrent weight being zeroed, in training. clip: limit of the gradient of h at
+    every step.
+    Parameters: weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0, and the cell's own, NAME_l0 [H]; further layers and
+    the other direction as in torch.nn.
+
+    On the kernels where the cell has Triton functions, and a plan exists; elsewhere by the cell's step, a loop over
+    time in PyTorch: slow, and right.
+    """
+
+    cell: Cell
+    mode: str  # the name in CELLS, in the place of torch.nn's modes
+    _torch_class = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory: backends.Memory | None = None,
+        weight_dropout: float = 0.0,
+        clip: float | None = None,
+        proj_size: None = None,
+    ) -> None:
+        """Arguments and initialisation as torch.nn's layers; memory: see the class. proj_size: the LSTM's alone."""
+        _check_lstm_alone(proj_size, False)
+        # torch.nn's own checks, on a layer of one gate without memory, whose numbers and weights are then this one's.
+        checked = RNNBase(
+            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
+        )
+        Module.__init__(self)
+        for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
+            setattr(self, name, getattr(checked, name))
+        self.proj_size = 0
+        self._flat_weight_refs: list[Any] = []
+        self._flat_weights_names: list[str] = []
+        self._all_weights: list[list[str]] = []
+        for names in checked._all_weights:
+            shapes = {name: getattr(checked, name).shape for name in names}
+            shapes = {name: (self.cell.gates * size, *others) for name, (size, *others) in shapes.items()}
+            shapes |= {names[0].replace("weight_ih", own): (hidden_size,) for own in self.cell.parameters}
+            for name, shape in shapes.items():
+                setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            self._flat_weights_names.extend(shapes)
+            self._all_weights.append([*shapes])
+        self._init_flat_weights()
+        self.reset_parameters()
+        self._set_options(memory, weight_dropout, clip)
+
+    def _as_torch_nn(self, input: Any, hx: Any) -> Any:
+        """Where the built-in layers ask torch.nn's own forward for its error: the same for input of another type."""
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
+        self.check_input(input, None)
+        raise ValueError(f"input must have the type {self._flat_weights[0].dtype}, got type {input.dtype}")
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """torch.nn's errors for input and states of other sizes."""
+        self.check_input(input, batch_sizes)
+        batch = input.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        self._check_sizes(hidden if isinstance(hidden, tuple) else (hidden,), batch)
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The rows of the states in another order."""
+        if permutation is None:
+            return hx
+        if isinstance(hx, Tensor):
+            return hx.index_select(1, permutation)
+        return tuple(state.index_select(1, permutation) for state in hx)
+
+    def flatten_parameters(self) -> None:
+        """Nothing: that is for cuDNN."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any module; but a class that was given another name than its cell is looked up under that."""
+        cls, module = type(self), sys.modules.get(type(self).__module__)
+        names = [name for name, value in vars(module).items() if value is cls] if module is not None else []
+        if not names or cls.__qualname__ in names:
+            return super().__reduce_ex__(protocol)
+        return _empty, (cls.__module__, names[0]), self.__getstate__()
+
+
+def _empty(module: str, name: str) -> CellLayer:
+    """A layer of the class of that name, for pickle to fill."""
+    cls = getattr(importlib.import_module(module), name)
+    return cls.__new__(cls)
+
+
+def layer(cell: Cell) -> type[CellLayer]:
+    """The class of a layer of `cell`: torch.nn's constructor, parameters and results, and the options of this library's
+    own layers. TypeError for what is no Cell.
+
+    Assign it to a name at the top of a module, best the cell's own, so that its layers can be pickled.
+
+    >>> from rnn_gpu.equations import LSTM
+    >>> print(layer(LSTM)(3, 4))
+    lstm(3, 4)
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"layer expects a Cell, got: {type(cell).__name__}")
+    name = register(cell)
+    module = sys._getframe(1).f_globals.get("__name__", __name__)
+    gates, own = ", ".join(cell.gate_names), "".join(f", {one}" for one in cell.parameters)
+    states = f"(h, {', '.join(cell.states)})" if cell.states else "h"
+    doc = f"A layer of the cell {cell.name}: gates {gates}{own and f'; parameters {own[2:]}'}; state {states}.\n\n    "
+    doc += (CellLayer.__doc__ or "").partition("\n\n    ")[2]
+    namespace = dict(cell=CELLS[name], mode=name, __module__=module, __qualname__=cell.name, __doc__=doc)
+    return type(cell.name, (CellLayer,), namespace)

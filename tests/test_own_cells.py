@@ -1,0 +1,363 @@
+"""Layers of cells that PyTorch does not have, by their description alone: on the kernels, and by their step."""
+
+import copy
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+import rnn_gpu
+from rnn_gpu import backends, cell_check, zoo
+from rnn_gpu.kernels.spec import CELLS, Cell
+from tests.interpreter import concurrent_programs
+from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
+from tests.tolerances import assert_close_to_oracle, assert_same_mathematics
+
+pytestmark = ON_BOTH_BACKENDS
+
+every_layer = pytest.mark.parametrize("layer", zoo.ZOO, ids=lambda layer: layer.__name__)
+on_the_kernels = pytest.mark.skipif(not INTERPRETED, reason="about the kernels; on torch the oracle is what runs")
+on_torch = pytest.mark.skipif(INTERPRETED, reason="about PyTorch's side alone")
+
+
+def states_of(layer, batch: int, dtype=torch.float64) -> tuple:
+    """Random initial states; a normaliser is positive."""
+    sets = layer.num_layers * (2 if layer.bidirectional else 1)
+    names = ("h", *layer.cell.states)
+    drawn = [torch.randn(sets, batch, layer.hidden_size, dtype=torch.float64) for _ in names]
+    return tuple(state.abs() + 0.5 if name == "n" else state for name, state in zip(names, drawn, strict=True))
+
+
+def outcome(layer, input, states, backend: str, **masks) -> dict[str, torch.Tensor]:
+    """Output, final states and every gradient."""
+    leaves = [one.clone().requires_grad_() for one in (input, *states)]
+    with rnn_gpu.backend(backend):
+        output, final = layer(leaves[0], tuple(leaves[1:]) if len(states) > 1 else leaves[1], **masks)
+    results = [output, *(final if isinstance(final, tuple) else (final,))]
+    loss = sum(
+        (result.to(torch.float64) * torch.linspace(-1, 1, result.numel()).view_as(result)).sum() for result in results
+    )
+    named = dict(layer.named_parameters())
+    gradients = torch.autograd.grad(loss, [*leaves, *named.values()])
+    names = ["output", *(f"state {i}" for i in range(len(states)))]
+    names += [f"d {name}" for name in ("input", *(f"state {i}" for i in range(len(states))), *named)]
+    return dict(zip(names, (one.detach() for one in (*results, *gradients)), strict=True))
+
+
+CASES = [
+    # hidden size, batch, T, type, options, masks, exchange
+    (20, 3, 4, torch.float32, {}, False, True),
+    (33, 5, 3, torch.float32, dict(bidirectional=True), True, True),
+    (9, 2, 3, torch.float32, dict(bidirectional=True, memory="lean", bias=False), True, False),
+    (40, 9, 2, torch.bfloat16, dict(num_layers=2, memory="lean"), False, True),
+    (7, 3, 3, torch.float16, dict(batch_first=True), False, False),
+]
+
+
+@on_the_kernels
+@every_layer
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"H{case[0]}-{str(case[3])[6:]}-{case[4]}-{case[6]}")
+def test_the_kernels_are_right(layer, case, monkeypatch, seed):
+    """Catches: a wrong equation, slot, state, parameter or mask of a cell, in the loop forward or backward."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    size, batch, time, dtype, options, masked, exchange = case
+    ours = layer(5, size, **options).to(dtype)
+    oracle = copy.deepcopy(ours).double()
+    shape = (batch, time) if ours.batch_first else (time, batch)
+    input, states = torch.randn(*shape, 5, dtype=dtype), [state.to(dtype) for state in states_of(ours, batch)]
+    masks = dict(lengths=torch.arange(batch) % (time + 1), resets=torch.rand(*shape) < 0.3) if masked else {}
+    expected = outcome(oracle, input.double(), [state.double() for state in states], "torch", **masks)
+    peer = outcome(ours, input, states, "torch", **masks)
+    with concurrent_programs(seed, torn=True) if not exchange else concurrent_programs(seed):
+        if exchange:
+            with backends.always_exchange():
+                actual = outcome(ours, input, states, "triton", **masks)
+        else:
+            actual = outcome(ours, input, states, "triton", **masks)
+    for name, value in expected.items():
+        assert_close_to_oracle(actual[name], value, peer[name], name)
+
+
+@every_layer
+def test_packed_rows_are_those_of_lengths(layer):
+    """Catches: states that packed rows permute wrong, or a carry that goes on past a row's end."""
+    ours, lengths = layer(3, 8, bidirectional=True), [2, 4, 1]
+    input = torch.randn(4, 3, 3)
+    states = [state.float() for state in states_of(ours, 3)]
+    hx = tuple(states) if len(states) > 1 else states[0]
+    with rnn_gpu.backend(BACKEND), torch.no_grad():
+        padded, final = ours(input, hx, lengths=lengths)
+        packed, final_packed = ours(pack_sequence([input[:n, b] for b, n in enumerate(lengths)], False), hx)
+    spread, _ = torch.nn.utils.rnn.pad_packed_sequence(packed)
+    torch.testing.assert_close(spread, padded)
+    torch.testing.assert_close(final_packed, final)
+
+
+@on_torch
+@every_layer
+def test_the_step_and_the_layer_have_right_derivatives(layer):
+    """Catches: a step that autograd cannot follow once or twice, through the layer and all its parameters."""
+    ours = layer(1, 2).double()
+    states = states_of(ours, 1)
+
+    def run(input, *states_and_parameters):
+        given = dict(zip(dict(ours.named_parameters()), states_and_parameters[len(states) :], strict=True))
+        hx = states_and_parameters[: len(states)]
+        output, final = torch.func.functional_call(ours, given, (input, hx if len(hx) > 1 else hx[0]))
+        return output, *(final if isinstance(final, tuple) else (final,))
+
+    leaves = [torch.randn(2, 1, 1, dtype=torch.float64), *states, *(p.detach() for p in ours.parameters())]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@every_layer
+def test_compiled_and_mapped(layer, monkeypatch):
+    """Catches: a route of torch.compile or torch.func that does not know the cell's states or parameters."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    ours, input = layer(3, 8), torch.randn(4, 2, 3)
+    with rnn_gpu.backend(BACKEND):
+        expected, final = ours(input)
+        right = torch.autograd.grad(expected.square().sum(), list(ours.parameters()))
+        output, again = torch.compile(ours, fullgraph=True, backend="aot_eager")(input)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(again, final)
+        found = torch.autograd.grad(output.square().sum(), list(ours.parameters()))
+        torch.testing.assert_close(found, right)
+        weights = {name: weight.detach() for name, weight in ours.named_parameters()}
+        loss = lambda weights, row: torch.func.functional_call(ours, weights, (row.unsqueeze(1),))[0].square().sum()
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(weights, input)
+        torch.testing.assert_close(tuple(one.sum(0) for one in each.values()), right, rtol=1e-4, atol=1e-5)
+
+
+@on_torch
+@every_layer
+def test_as_a_module(layer, tmp_path):
+    """Catches: a state dict, a pickle, a copy or a repr that is not a layer's of torch.nn."""
+    ours = layer(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+    gates = ours.cell.gates
+    assert ours.weight_ih_l1_reverse.shape == (gates * 4, 8) and ours.bias_hh_l0.shape == (gates * 4,)
+    kinds = {name.rpartition("_l")[0] for name in ours.state_dict()} - {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+    assert {kind.removesuffix("_l0") for kind in kinds} <= {*ours.cell.parameters} | {""} or kinds == set()
+    input = torch.randn(2, 5, 3)
+    expected = ours(input)
+    for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert type(other) is layer
+        torch.testing.assert_close(other(input), expected, rtol=0, atol=0)
+    fresh = layer(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+    fresh.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(fresh(input), expected, rtol=0, atol=0)
+    assert repr(ours) == f"{layer.__name__}(3, 4, num_layers=2, batch_first=True, bidirectional=True)"
+
+
+def halving_step(x, r, carry):
+    """A cell without Triton functions, whose class has another name than itself."""
+    h = (torch.tanh(x[0] + r[0]) + carry[0]) / 2
+    return h, (h,)
+
+
+Renamed = rnn_gpu.layer(Cell("halving", ("a",), halving_step, carries_h=True))
+
+
+@on_torch
+def test_a_cell_without_triton_functions():
+    """Catches: a step alone that is no layer; backend "triton" and `explain` that do not say why; a pickle that fails
+    where the class has another name than its cell.
+    """
+    ours = Renamed(3, 4)
+    input = torch.randn(5, 2, 3)
+    output, h_n = ours(input)
+    assert output.shape == (5, 2, 4) and torch.equal(output[-1], h_n[0])
+    torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(input)[0], output)
+    assert "halving has no Triton functions" in rnn_gpu.explain(ours, 16)
+    assert "PyTorch has no such layer" in rnn_gpu.explain(zoo.MGU(512, 512), 16)
+    assert rnn_gpu.replace_rnns(torch.nn.Sequential(ours))[0] is ours
+
+
+@on_torch
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        (dict(name="no name"), ValueError, "name should be a name"),
+        (dict(gate_names="ab"), TypeError, "gate_names should be a tuple"),
+        (dict(states=("c", "c")), ValueError, "no name twice"),
+        (dict(step=None), TypeError, "step should be a function"),
+        (dict(apart=3), ValueError, "apart should be a number of gates"),
+        (dict(states=("c",), carries_h=True), ValueError, "not both"),
+        (dict(forward="a:b"), ValueError, "missing: factors, backward"),
+    ],
+    ids=str,
+)
+def test_descriptions_that_are_none(wrong, error, words):
+    """Catches: a description of no cell that is found out inside a kernel, or never."""
+    with pytest.raises(error, match=words):
+        Cell(**(dict(name="a", gate_names=("a", "b"), step=halving_step) | wrong))
+
+
+@on_torch
+def test_names_that_are_taken():
+    """Catches: a second cell of a name that runs the first one's equations, in a notebook whose line is run again."""
+    first = rnn_gpu.layer(Cell("taken", ("a",), lambda x, r, carry: (x[0] + r[0], ())))
+    second = rnn_gpu.layer(Cell("taken", ("a",), lambda x, r, carry: (x[0] - r[0], ())))
+    assert first.mode == "taken" and second.mode == "taken_2" and CELLS["taken"] is first.cell
+    ones = lambda layer: layer(torch.ones(2, 1, 1))[0]
+    one, two = first(1, 1), second(1, 1)
+    two.load_state_dict(one.state_dict())
+    assert not torch.equal(ones(one), ones(two))
+
+
+@on_torch
+def test_states_of_other_numbers_and_sizes():
+    """Catches: states that are too few, too many or of another size, and go through."""
+    layer, input, zeros = zoo.SLSTM(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    with pytest.raises(TypeError, match="must be tuple of Tensors"):
+        layer(input, zeros)
+    with pytest.raises(RuntimeError, match="SLSTM expects 4 hidden states"):
+        layer(input, (zeros, zeros))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[2\] size"):
+        layer(input, (zeros, zeros, zeros[:, :1], zeros))
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D"):
+        layer(input[0, 0])
+    with pytest.raises(ValueError, match="dtype"):
+        layer(input.double())
+
+
+@on_torch
+def test_peepholes_are_those_of_onnx():
+    """Catches: a peephole at another gate, or that sees another c, than ONNX's LSTM has it."""
+    reference = pytest.importorskip("onnx.reference")
+    from onnx import TensorProto, helper
+
+    layer = zoo.PeepholeLSTM(3, 4)
+    T, B, H, order = 5, 2, 4, (0, 3, 1, 2)  # ONNX has i, o, f, c
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_()
+
+    def reordered(weight):
+        return torch.cat([weight.chunk(4)[gate] for gate in order]).detach().numpy()[None]
+
+    biases = np.concatenate([reordered(layer.bias_ih_l0), reordered(layer.bias_hh_l0)], 1)
+    peepholes = torch.cat([layer.peephole_i_l0, layer.peephole_o_l0, layer.peephole_f_l0]).detach().numpy()[None]
+    input, h, c = torch.randn(T, B, 3), torch.randn(1, B, H), torch.randn(1, B, H)
+    given = dict(
+        X=input.numpy(), W=reordered(layer.weight_ih_l0), R=reordered(layer.weight_hh_l0), B=biases,
+        initial_h=h.numpy(), initial_c=c.numpy(), P=peepholes,
+    )  # fmt: skip
+    names = ["X", "W", "R", "B", "", "initial_h", "initial_c", "P"]
+    node = helper.make_node("LSTM", names, ["Y", "Y_h", "Y_c"], hidden_size=H)
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in given.items()]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("Y", "Y_h", "Y_c")]
+    model = helper.make_model(helper.make_graph([node], "peepholes", infos, outputs))
+    y, h_n, c_n = reference.ReferenceEvaluator(model).run(None, given)
+    output, (ours_h, ours_c) = layer(input, (h, c))
+    torch.testing.assert_close(output, torch.from_numpy(y)[:, 0])
+    torch.testing.assert_close(ours_h, torch.from_numpy(h_n))
+    torch.testing.assert_close(ours_c, torch.from_numpy(c_n))
+
+
+@on_torch
+def test_the_stabiliser_changes_nothing():
+    """Catches: an sLSTM that is not the paper's, whose equations without stabiliser are followed here."""
+    layer = zoo.SLSTM(3, 4).double()
+    input, (h, c, n, _) = torch.randn(6, 2, 3, dtype=torch.float64), states_of(layer, 2)
+    output, (h_n, *_) = layer(input, (h, c, n, torch.zeros_like(c)))
+    h, c, n = h[0], c[0], n[0]
+    for t in range(6):
+        sums = input[t] @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T + layer.bias_hh_l0
+        i, f, z, o = sums.chunk(4, 1)
+        i, f, z, o = i.exp(), f.sigmoid(), z.tanh(), o.sigmoid()
+        c, n = f * c + i * z, f * n + i
+        h = o * c / n
+        assert_same_mathematics(output[t], h, f"step {t}")
+    assert_same_mathematics(h_n[0], h)
+
+
+# ---- check_cell ------------------------------------------------------------------------------------------------------
+
+
+def found_in(cell: Cell) -> list[str]:
+    """The errors of the elements' part of the check."""
+    report = cell_check.Report(cell.name)
+    cell_check._elementwise(cell, report)
+    return report.errors
+
+
+def planted(layer, **changes) -> Cell:
+    return dataclasses.replace(layer.cell, **changes)
+
+
+@pytest.mark.interpreter_only
+@on_the_kernels
+def test_planted_mistakes_are_named():
+    """Catches: a check that lets a wrong equation through, or names another one."""
+    from tests import wrong_cells as wrong
+
+    assert not found_in(zoo.PeepholeLSTM.cell) and not found_in(zoo.SLSTM.cell)
+    errors = found_in(planted(zoo.CoupledLSTM, forward=wrong.open_gate))
+    assert errors[0].startswith("forward: h: error")
+    (error,) = found_in(planted(zoo.MGU, backward=wrong.forgets_the_gate))
+    assert error.startswith("slot 1 of backward: at gate f, by x and r: error")
+    (error,) = found_in(planted(zoo.LightGRU, backward=wrong.keeps_too_much))
+    assert error.startswith("backward: gradient of the carry h of before: error")
+    errors = found_in(planted(zoo.PeepholeLSTM, backward=wrong.swapped_peepholes))
+    assert errors[0].startswith("backward: gradient of the parameter peephole_i: error")
+    (error,) = found_in(planted(zoo.MGU, apart=0))
+    assert "gate n does more with r than to add it to x" in error
+    (error,) = found_in(planted(zoo.SLSTM, quiet=True))
+    assert error.startswith("quiet:")
+    (error,) = found_in(planted(zoo.LightGRU, forward=wrong.no_function))
+    assert error.startswith("the Triton functions: NameError")
+
+
+@on_torch
+def test_wrong_steps_are_named():
+    """Catches: a step that returns something else, writes in place, or hides a gradient, and passes."""
+
+    def of(step, **description) -> str:
+        report = cell_check.Report("wrong")
+        cell_check._check_step(Cell("wrong", ("a",), step, **description), report)
+        return report.errors[0]
+
+    assert "returns Tensor, expected (h, carry)" in of(lambda x, r, carry: x[0] + r[0])
+    assert "returns 0 values to carry, expected 1" in of(lambda x, r, carry: (x[0] + r[0], ()), states=("c",))
+    assert "h is [2]" in of(lambda x, r, carry: ((x[0] + r[0]).sum(1), ()))
+    assert "its gradient differs" in of(lambda x, r, carry: (x[0] * r[0].detach(), ()))
+    assert "TypeError" in of(lambda x, r: (x[0], ()))
+    with pytest.raises(rnn_gpu.CellError, match="its gradient differs"):
+        rnn_gpu.check_cell(Cell("wrong", ("a",), lambda x, r, carry: (x[0] * r[0].detach(), ())))
+    assert str(rnn_gpu.check_cell(Renamed)).endswith("halving is all right")
+    with pytest.raises(TypeError, match="check_cell expects a Cell, got: str"):
+        rnn_gpu.check_cell("lstm")
+
+
+@on_torch
+def test_a_cell_of_a_notebook_is_written_down():
+    """Catches: a function, an import or a number that the other process does not get."""
+    source = cell_check._source(
+        dataclasses.replace(zoo.MGU.cell, name="written", forward=None, factors=None, backward=None)
+    )
+    there: dict = {}
+    exec(source, there)
+    x = [torch.randn(2, 3) for _ in range(2)]
+    expected = zoo.MGU.cell.step(x, x, x)
+    torch.testing.assert_close(there["CELL"].step(x, x, x), expected)
+    assert there["CELL"].apart == 1 and there["CELL"].name == "written"
+
+
+@pytest.mark.slow
+@on_torch
+@pytest.mark.parametrize("name", ["PeepholeLSTM", "SLSTM", "LightGRU"])
+def test_the_command(name):
+    """Catches: a part of the check that does not run, a plan that spills, an exit status that says otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rnn_gpu.check", f"rnn_gpu.zoo:{name}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and f"{name} is all right" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("in the loop") == 6 and done.stdout.count("no spills") == 12
