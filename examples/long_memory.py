@@ -8,15 +8,14 @@ the symbols that stood at its start. An LSTM with PyTorch's initial weights forg
 picture shows how much of a loss at the last step reaches the steps before it (`rnn_gpu.gradient_flow`). Chrono
 initialisation (Tallec and Ollivier 2018), `rnn_gpu.init.chrono_`, lets the forget gates begin with memories of up to
 `--longest` steps. Training begins with short sequences and makes them longer whenever it has solved them; then the
-same with PyTorch's initial weights, for as long as chrono took: they start later, and may catch up, because short
-sequences teach them what chrono knows from the beginning.
+same with PyTorch's initial weights, for as many time steps as chrono took: they start later, and may catch up,
+because short sequences teach them what chrono knows from the beginning.
 
 Shapes: T steps, B sequences, H hidden size.
 """
 
 import math
 import sys
-import time
 
 import common
 import torch
@@ -135,16 +134,16 @@ def lengths(longest: int) -> list[int]:
     return rungs
 
 
-def train(problem, how: str, seconds: float, options):
-    """Train until the longest sequences are solved, or the time is over.
+def train(problem, how: str, most: float, options):
+    """Train until the longest sequences are solved, or the time is over, or so many time steps were trained on.
 
-    Its error on new sequences of the longest length, the curve of (seconds, T, error), and the function of one step.
+    Its error on new sequences of the longest length, the curve of (time steps, T, error), and the function of one step.
     """
     torch.manual_seed(options.seed)
     model = Model(problem, options.hidden_size).to(options.device)
     initialise(model.lstm, how, options.longest)
     optimizer = torch.optim.Adam(model.parameters())
-    rungs, recent, curve, start = lengths(options.longest), [], [], time.perf_counter()
+    rungs, recent, curve, trained_on = lengths(options.longest), [], [], 0
 
     def step() -> Tensor:
         inputs, targets = problem.draw(rungs[0], options.batch_size, options.device)
@@ -153,13 +152,16 @@ def train(problem, how: str, seconds: float, options):
         return loss.detach()
 
     print(f"\n{how}:")
-    for _ in common.budget(seconds, lambda: f"T {rungs[0]}, error {recent[-1]:.4f}"):
+    for _ in common.budget(options.seconds, lambda: f"T {rungs[0]}, error {curve[-1][2]:.4f}"):
         recent.append(step().item())
-        curve.append((time.perf_counter() - start, rungs[0], recent[-1]))
+        trained_on += rungs[0]
+        curve.append((trained_on, rungs[0], recent[-1]))
+        if trained_on >= most:
+            break
         if len(recent) >= 20 and sum(recent[-20:]) / 20 < problem.solved * (0.5 if len(rungs) == 1 else 1):
             if len(rungs) == 1:
                 break
-            print(f"  T {rungs.pop(0)} solved after {len(curve)} steps, {curve[-1][0]:.0f} s")
+            common.say(f"  T {rungs.pop(0)} solved after {len(curve)} updates")
             recent.clear()
     inputs, targets = problem.draw(options.longest, 500, options.device)
     with torch.no_grad():
@@ -182,16 +184,19 @@ def main() -> int:
     picture = common.figure(10, 3.6)
     left, right = picture.subplots(1, 2)
     draw_gradients(left, problem, options)
-    results, seconds = {}, options.seconds
+    results, most = {}, math.inf
     for how in ("chrono", "default"):
-        error, curve, _ = results[how] = train(problem, how, seconds, options)
-        seconds = curve[-1][0]  # the other has no more time than chrono took
+        error, curve, _ = results[how] = train(problem, how, most, options)
+        most = curve[-1][0]  # the other trains on no more than chrono needed
         print(f"{how}: error {error:.4f} on new sequences, T {options.longest}; {problem.baseline:.4f} without memory")
-        times, steps, errors = zip(*curve, strict=True)
-        right.plot(times, errors, linewidth=0.8, label=f"{how}, up to T {steps[-1]}")
+        trained_on, steps, errors = zip(*curve, strict=True)
+        right.plot(trained_on, errors, linewidth=0.8, label=f"{how}, up to T {steps[-1]}")
     right.axhline(problem.baseline, color="black", linestyle=":", linewidth=0.8)
     right.set(
-        yscale="log", xlabel="seconds", ylabel="error", title=f"{options.problem}, T {FIRST} to {options.longest}"
+        yscale="log",
+        xlabel="time steps trained on",
+        ylabel="error",
+        title=f"{options.problem}: T grows to {options.longest}",
     )
     right.legend()
     common.save(picture, options)

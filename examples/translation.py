@@ -33,7 +33,7 @@ PAD, START, END = range(3)
 PIECES = 120  # that are learnt, beside the letters
 LONGEST = 80  # pieces of a translation
 LEARNING_RATE = 4e-3
-DIGITS, MORE = 7, 9  # of the largest numbers to train on; larger ones are trained on with three of their digits zero
+DIGITS = 8  # of the largest numbers to train on
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------
@@ -93,9 +93,7 @@ class Pairs:
         known = " ".join(self.num2words(n, lang="en") for n in [*range(102), 10**3, 10**6])
         self.words = [*LANGUAGES, ",", *sorted(set(re.findall(r"[a-z]+", known)))]
         self.number = {word: number for number, word in enumerate(self.words)}
-        sample = [
-            self.right(*question) for digits in range(1, MORE + 1) for question in draw(60, digits, generator, True)
-        ]
+        sample = [self.right(*question) for digits in range(1, DIGITS + 1) for question in draw(60, digits, generator)]
         every_letter = [self.right(number, language) for number in [*range(21), 10**6] for language in LANGUAGES]
         self.pieces = Pieces(sample + every_letter, PIECES)
 
@@ -119,13 +117,10 @@ class Pairs:
         return pad_sequence(rows).to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
 
 
-def draw(count: int, digits: int, generator: random.Random, short: bool = False) -> list[tuple[int, str]]:
-    """Random numbers of so many digits, and a language for each. short: none of more words than one of DIGITS has."""
+def draw(count: int, digits: int, generator: random.Random) -> list[tuple[int, str]]:
+    """Random numbers of so many digits, and a language for each."""
     smallest = 10 ** (digits - 1) if digits > 1 else 0
     numbers = [generator.randrange(smallest, 10**digits) for _ in range(count)]
-    if short and digits > DIGITS:
-        groups = [generator.choice([1, 1000]) for _ in numbers]  # the units or the thousands are left out
-        numbers = [number - number // group % 1000 * group for number, group in zip(numbers, groups, strict=True)]
     return [(number, generator.choice(list(LANGUAGES))) for number in numbers]
 
 
@@ -233,7 +228,7 @@ def main() -> int:
     pairs = Pairs(generator)
     count = 20 if options.quick else 200  # of each number of digits
     unseen = [question for digits in range(3, DIGITS + 1) for question in draw(count, digits, generator)]
-    longer = [question for digits in range(DIGITS + 1, MORE + 1) for question in draw(count, digits, generator)]
+    longer = draw(count, DIGITS + 1, generator)
     kept_away = {number for number, _ in unseen}
 
     model = Translator(len(pairs.words), len(pairs.pieces.names), options.hidden_size).to(options.device)
@@ -243,8 +238,8 @@ def main() -> int:
 
     def step(rate: float = 0.0) -> None:
         nonlocal loss
-        (digits,) = generator.choices(range(1, MORE + 1), range(1, MORE + 1))  # longer ones more often
-        asked = draw(options.batch_size, digits, generator, short=True)
+        (digits,) = generator.choices(range(1, DIGITS + 1), range(1, DIGITS + 1))  # longer ones more often
+        asked = draw(options.batch_size, digits, generator)
         asked = [question for question in asked if question[0] not in kept_away] or [(0, "fr")]
         pieces, lengths = pairs.target(asked, options.device)
         memory, valid = model.encode(*pairs.source(asked, options.device))
@@ -259,7 +254,10 @@ def main() -> int:
     for (number, language), answer in zip(tried, search(model, *pairs.source(tried, options.device)), strict=True):
         print(f"  {number:>12,}  {LANGUAGES[language]:7s} {pairs.pieces.text(answer)}")
     reached = {}
-    for name, asked in ((f"up to {DIGITS} digits, unseen", unseen), ("longer than any in training", longer)):
+    for name, asked in (
+        (f"up to {DIGITS} digits, unseen", unseen),
+        (f"{DIGITS + 1} digits, longer than any in training", longer),
+    ):
         for search_name, beam in (("greedy", 1), (f"beam of {options.beam}", options.beam)):
             reached[name, beam] = exact(model, pairs, asked, options.device, beam)
             print(f"{name}, {search_name}: {reached[name, beam]:.1%} of {len(asked)} right to the last letter")

@@ -123,6 +123,36 @@ def test_advantages_are_sums_of_what_was_better_than_expected():
             assert math.isclose(actual[start, row], total, rel_tol=1e-12, abs_tol=1e-12)
 
 
+def test_training_sees_nothing_of_what_the_backtest_forecasts():
+    """Catches: a future that leaks into windows, or into what they are scaled with."""
+    from forecasting import TRAINED, Windows
+
+    torch.manual_seed(0)
+    values = torch.randn(200)
+    other = torch.where(torch.arange(200) < round(TRAINED * 200), values, torch.randn(200))
+    one, two = (Windows(series, season=6, past=12) for series in (values, other))
+    assert torch.equal(one.test, two.test) and not set(one.test.tolist()) & set(one.validation.tolist())
+    assert one.training.max() + 6 <= one.validation.min(), "their futures overlap"
+    for rows in (one.training, one.validation):
+        assert torch.equal(one.inputs[:, rows], two.inputs[:, rows]) and torch.equal(
+            one.targets[rows], two.targets[rows]
+        )
+    first = one.test[0]
+    assert torch.equal(one.inputs[:, first], two.inputs[:, first]) and not torch.equal(one.future, two.future)
+
+
+def test_parts_of_words_add_up_to_the_rating():
+    """Catches: a picture of parts that are not what the model adds up; a padded row that knows of its padding."""
+    from sentiment import BagOfWords, Rater
+
+    torch.manual_seed(0)
+    model = Rater(BagOfWords(9), hidden_size=8, pooling="mean").double().eval()
+    words, lengths = torch.randint(1, 9, (5, 3)), torch.tensor([5, 2, 3])
+    ratings = model(words, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(model.parts(words[:length, row]).sum(), ratings[row])
+
+
 def test_errors_of_digits_are_edits():
     """Catches: a rate that counts less than was put in, left out or changed."""
     from speech_recognition import edits
