@@ -135,9 +135,10 @@ def lengths(longest: int) -> list[int]:
 
 
 def train(problem, how: str, most: float, options):
-    """Train until the longest sequences are solved, or the time is over, or so many time steps were trained on.
+    """Train until the longest sequences are solved, or the time is over, or `most` thousand time steps were trained on.
 
-    Its error on new sequences of the longest length, the curve of (time steps, T, error), and the function of one step.
+    Its error on new sequences of the longest length; thousands of time steps, T and error of every update; and the
+    function that makes one.
     """
     torch.manual_seed(options.seed)
     model = Model(problem, options.hidden_size).to(options.device)
@@ -155,8 +156,8 @@ def train(problem, how: str, most: float, options):
     for _ in common.budget(options.seconds, lambda: f"T {rungs[0]}, error {curve[-1][2]:.4f}"):
         recent.append(step().item())
         trained_on += rungs[0]
-        curve.append((trained_on, rungs[0], recent[-1]))
-        if trained_on >= most:
+        curve.append((trained_on / 1000, rungs[0], recent[-1]))
+        if curve[-1][0] >= most:
             break
         if len(recent) >= 20 and sum(recent[-20:]) / 20 < problem.solved * (0.5 if len(rungs) == 1 else 1):
             if len(rungs) == 1:
@@ -194,7 +195,7 @@ def main() -> int:
     right.axhline(problem.baseline, color="black", linestyle=":", linewidth=0.8)
     right.set(
         yscale="log",
-        xlabel="time steps trained on",
+        xlabel="thousand time steps trained on",
         ylabel="error",
         title=f"{options.problem}: T grows to {options.longest}",
     )
