@@ -84,9 +84,9 @@ PROBLEMS = {"adding": Adding, "copy": Copy}
 class Model(nn.Module):
     """An LSTM and a linear head."""
 
-    def __init__(self, problem, hidden_size: int):
+    def __init__(self, problem, hidden_size: int, clip: float | None):
         super().__init__()
-        self.lstm = rnn_gpu.LSTM(problem.inputs, hidden_size)
+        self.lstm = rnn_gpu.LSTM(problem.inputs, hidden_size, clip=clip)
         self.head = nn.Linear(hidden_size, problem.outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def draw_gradients(axes, problem, options) -> None:
     inputs, targets = problem.draw(options.longest, 16, options.device)
     for number, how in enumerate(("default", "unit forget bias", "chrono")):
         torch.manual_seed(options.seed)
-        model = Model(problem, options.hidden_size).to(options.device)
+        model = Model(problem, options.hidden_size, options.clip).to(options.device)
         initialise(model.lstm, how, options.longest)
         flow = rnn_gpu.gradient_flow(
             model.lstm, inputs, loss=lambda output, states, head=model.head: problem.error(head(output), targets)
@@ -141,7 +141,7 @@ def train(problem, how: str, most: float, options):
     function that makes one.
     """
     torch.manual_seed(options.seed)
-    model = Model(problem, options.hidden_size).to(options.device)
+    model = Model(problem, options.hidden_size, options.clip).to(options.device)
     initialise(model.lstm, how, options.longest)
     optimizer = torch.optim.Adam(model.parameters())
     rungs, recent, curve, trained_on = lengths(options.longest), [], [], 0
@@ -172,10 +172,11 @@ def train(problem, how: str, most: float, options):
 
 def main() -> int:
     """Run what the command line asks for; the exit status."""
-    parser = common.parser(__doc__, seconds=100)
+    parser = common.parser(__doc__, seconds=120)
     parser.add_argument("--problem", choices=PROBLEMS, default="adding", help="what is to be remembered")
     parser.add_argument("--longest", type=int, default=1000, help="T of the longest sequences, 100 to 2,000")
     parser.add_argument("--hidden-size", type=int, default=64, help="units of the layer")
+    parser.add_argument("--clip", type=float, help="largest gradient of h at any step; slow without a GPU")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences in a training step")
     options = common.read_options(parser)
     if options.quick:
