@@ -146,6 +146,10 @@ MASKED_UNITS_WORDS = 12
 # What each further (row, unit) pair of a thread takes of them: its input part of this step and the next, its carry, its
 # offsets.
 PAIR_WORDS = {False: 23, True: 16}
+# And what a pair takes for each value that its cell has beyond those of the built-in cells, which these were counted
+# with: further states, further values saved, parameters. With three of them (sLSTM, peepholes) the backward with 1024
+# units took 255 and 251 registers on sm_90 before these were left free.
+BEYOND_WORDS = {False: 3, True: 8}
 # Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
 # to have room for.
 PASSING_WORDS = {False: 32, True: 48}
@@ -384,7 +388,8 @@ def alone_plan(problem: Problem) -> Plan | None:
     weights = max(gates, stack) * units * units * bytes_
     shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
     unaligned = problem.ragged and problem.backward and gates == 4 and problem.hidden_size % 2 == 1
-    words = ALONE_WORDS - (UNALIGNED_WORDS if unaligned else 0)
+    beyond = 2 * BEYOND_WORDS[True] * CELLS[problem.cell].beyond if problem.backward else 0  # 64 units compile, with 3
+    words = ALONE_WORDS - beyond - (UNALIGNED_WORDS if unaligned else 0)
     if weights // 4 // (warps * 32) > words or shared > device.shared_memory:
         return None
     chunks = units * bytes_ // CHUNK_ROW_BYTES
@@ -522,7 +527,8 @@ def _room_words(problem: Problem, tiling: Tiling) -> int:
     room = THREAD_WORDS[problem.backward] - PAIR_WORDS[problem.backward] * (tiling.pairs - 1)
     addresses = 0 if 90 <= problem.device.arch < 120 else ADDRESS_WORDS
     masked = MASKED_UNITS_WORDS * tiling.pairs if problem.backward and problem.hidden_size % tiling.units != 0 else 0
-    return room - addresses - masked - (RAGGED_WORDS if problem.ragged else 0)
+    beyond = BEYOND_WORDS[problem.backward] * CELLS[problem.cell].beyond * tiling.pairs
+    return room - addresses - masked - beyond - (RAGGED_WORDS if problem.ragged else 0)
 
 
 def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int, shared: int) -> int:

@@ -122,6 +122,11 @@ class Cell:
         """Values a unit has in `aux`, the buffer beside gates and outputs: its states, and what it saves `further`."""
         return len(self.states) + self.further
 
+    @property
+    def beyond(self) -> int:
+        """Values of a unit in the backward beyond one state, or one saved further; the plan leaves registers free."""
+        return max(self.planes - 1, 0) + len(self.parameters)
+
     def keeps_aux(self, saving: str) -> bool:
         """Whether a forward that saves "nothing", "lean" or "full" writes aux."""
         return (saving == "full" and self.planes > 0) or (saving == "lean" and len(self.states) > 0)
