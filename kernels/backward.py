@@ -18,6 +18,10 @@
                              (With sets first, as the other states, the largest plans would spill.)
     d_parameters [B, N, P*H] float32: each row's part of the parameters' gradient, or None
     status    [1]            int32: becomes `launch` when a wait came to its limit
+    d_kept_0  [B, N, H]      float32, where a part of h is kept: gradient of the initial h by that way; or None, and
+                             where the cell carries h it is in d_carry_0
+    dropped, kept_h, kept_c, rate_h, rate_c as in forward.py; where a part of the states is kept, aux has those that the
+                             cell alone would have, and history, [R, N, K*HS], those that it had
     clip                     what the gradient of h is brought within at every step, -clip..clip, or None
     lengths, offsets, resets as in forward.py
 
@@ -51,12 +55,14 @@ from .program import (
     load_states,
     moment_after,
     moved,
+    part_kept,
     place_of,
     save,
     sizes,
     source,
     starts_anew,
     this_program,
+    times,
     walk,
     within,
     zero_where,
@@ -76,7 +82,7 @@ class Left(NamedTuple):
 
 
 @triton.jit
-def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl.constexpr):
+def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, KEEPS_C: tl.constexpr, C: tl.constexpr):
     """What is there for the step `now`, before any neighbour is awaited -> gradient of the output, and, as tuples, that
     of the states (empty where there is none), the values that stand where x did, the values of aux (states first), and
     the carry before the step.
@@ -85,7 +91,7 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, C: tl
     after the step, if they are known, else None. The carry before comes from the step `earlier`, or from the initial
     state where there are no `more` steps, or the row has no such step.
     """
-    WIDTH: tl.constexpr = (C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
+    WIDTH: tl.constexpr = (C.STATES if KEEPS_C else C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
     there = place.exists & within(now.t, place.length, lengths)
     dy = load_or_zero(left.d_y, now.row, place, there, C.H, C)
     if dh_n is not None:
@@ -145,7 +151,7 @@ def save_all(p, row, place, tiles, COUNT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def prefetch_step(left, out, then, exists, place, lengths, C: tl.constexpr):
+def prefetch_step(left, out, then, exists, place, lengths, KEEPS_C: tl.constexpr, C: tl.constexpr):
     """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
     wait for memory.
     """
@@ -160,7 +166,9 @@ def prefetch_step(left, out, then, exists, place, lengths, C: tl.constexpr):
         prefetch(entry(left.gates, then.row, place, C.G * C.H, C), C.SAVED, C.H, there, C)
     if C.STATES == 0 and left.history is not None:
         prefetch(entry(left.history, then.row, place, C.HS, C), 1, 0, there, C)
-    if left.aux is not None:  # states too: their history is the same buffer
+    if KEEPS_C:
+        prefetch(entry(left.history, then.row, place, C.STATES * C.HS, C), C.STATES, C.HS, there, C)
+    if left.aux is not None:  # states too: their history is the same buffer, unless a part of them is kept
         prefetch(entry(left.aux, then.row, place, C.PLANES * C.HS, C), C.PLANES, C.HS, there, C)
 
 
@@ -193,15 +201,17 @@ def through_gates_alone(W, slots, place, C: tl.constexpr):
 
 
 @triton.jit
-def clipped(dh, dcarry, clip, C: tl.constexpr):
-    """dh brought within -clip..clip, NaN for NaN, and dcarry. A carry that is h itself: what comes through it is a part
-    of h's gradient.
-    """
-    if clip is not None:
-        if C.CARRIED > C.STATES:
-            dh, dcarry = dh + dcarry[0], (tl.zeros_like(dcarry[0]),)
-        dh = tl.where(dh > clip, clip, tl.where(dh < -clip, -clip, dh))
+def gathered(dh, dcarry, WANTED: tl.constexpr):
+    """dh and dcarry, of a cell that carries its h: all of h's gradient in dh, if that is wanted."""
+    if WANTED:
+        dh, dcarry = dh + dcarry[0], (tl.zeros_like(dcarry[0]),)
     return dh, dcarry
+
+
+@triton.jit
+def clipped(dh, clip):
+    """dh brought within -clip..clip, NaN for NaN."""
+    return dh if clip is None else tl.where(dh > clip, clip, tl.where(dh < -clip, -clip, dh))
 
 
 @triton.jit(
@@ -210,13 +220,12 @@ def clipped(dh, dcarry, clip, C: tl.constexpr):
 )
 def backward(
     d_y, d_h_n, d_carry_n, d_carry, weight, parameters, gates, aux, history, history_0, d_gates, d_carry_0,
-    d_parameters, lengths, offsets, resets, T, B, status, begin, limit, launch, clip, FACTORS: tl.constexpr,
-    CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr,
-    SAVES: tl.constexpr, READS_H: tl.constexpr, PARAMETERS: tl.constexpr, QUIET: tl.constexpr, H: tl.constexpr,
-    HS: tl.constexpr,
-    N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr,
-    S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr,
-    BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    d_parameters, d_kept_0, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, clip,
+    rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr, STATES: tl.constexpr,
+    CARRIED: tl.constexpr, SAVES: tl.constexpr, READS_H: tl.constexpr, PARAMETERS: tl.constexpr, QUIET: tl.constexpr,
+    H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr,
+    SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, WAITS: tl.constexpr,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
@@ -234,28 +243,34 @@ def backward(
     out = d_gates.to(tl.pointer_type(C.DTYPE))
     zeros = me.first - B
     before = zeros  # where the step before, which is the later one in time, begins
+    KEEPS_H: tl.constexpr = kept_h is not None or rate_h is not None
+    KEEPS_C: tl.constexpr = kept_c is not None or rate_c is not None
+    CARRIES_H: tl.constexpr = C.CARRIED > C.STATES
     places, dh_n, dcarry, state, saved, of_rows = (), (), (), (), (), ()
+    dkept = ()  # gradient of the h that is kept, where h is not carried
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
         dh_n = dh_n + load_states(d_h_n, me, tile, B, 1, C)
         dcarry = dcarry + (load_states(d_carry_n, me, tile, B, C.CARRIED, C),)
         of_rows = of_rows + (load_states(None, me, tile, B, C.PARAMETERS, C),)  # zeros
+        if KEEPS_H and not CARRIES_H:
+            dkept = dkept + (tl.zeros(C.SHAPE, tl.float32),)
         nothing = ()
         for _ in tl.static_range(C.G):
             nothing = nothing + (tl.zeros(C.SHAPE, C.DTYPE),)
         state = state + (nothing,)
-        saved = saved + (load_step(left, dh_n[j], None, now, then, steps > 1, me, tile, lengths, C),)
+        saved = saved + (load_step(left, dh_n[j], None, now, then, steps > 1, me, tile, lengths, KEEPS_C, C),)
         for i in tl.static_range(1, PREFETCHED):
             far = moved(now, i * ahead, steps > i, B, offsets)
-            prefetch_step(left, out, far, steps > i, tile, lengths, C)
+            prefetch_step(left, out, far, steps > i, tile, lengths, KEEPS_C, C)
     of_unit = load_parameters(parameters, me, Place(*places[0]), C)
 
     for s in range(steps):
         earlier = moment_after(then, ahead, s + 2 < steps, B, offsets)
         more = steps - s > PREFETCHED
         far = moved(now, ahead * PREFETCHED, more, B, offsets)
-        dcarry_next, state_next, saved_next, of_rows_next = (), (), (), ()
+        dcarry_next, state_next, saved_next, of_rows_next, dkept_next = (), (), (), (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
             dy, dc, saved_gates, beside, carried = saved[j]
@@ -266,23 +281,43 @@ def backward(
                 factors = FACTORS(values, zero_where(reset, carried), after)
             else:
                 factors = FACTORS(values, zero_where(reset, carried), after, of_unit)
-            dh_end, aux_then = None if lengths is None else dh_n[j], carried if C.STATES > 0 else None
+            dh_end, aux_then = None if lengths is None else dh_n[j], carried if C.STATES > 0 and not KEEPS_C else None
+            two = s + 2 < steps
             if C.ALONE:  # no wait that a load could hold up
-                saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
+                saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
                 dh = through_gates_alone(W, state[j], place, C)
             else:
                 p = source(d_gates, before, zeros, place, s, now.t - ahead, lengths, C)
                 dh = through_gates(W, p, bound, me.one, C)
-                saved_then = load_step(left, dh_end, aux_then, then, earlier, s + 2 < steps, me, place, lengths, C)
+                saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
             saved_next = saved_next + (saved_then,)
-            dc = dcarry[j] if len(dc) == 0 else added(True, dcarry[j], dc)
-            dh, dc = clipped(dy + tl.where(reset_before, 0.0, dh), dc, clip, C)
             active = within(now.t, place.length, lengths)
+            there = place.exists & active
+            if dropped is not None:
+                dh = dh * load_states(dropped, me, place, B, 1, C)[0]
+            dh = dy + tl.where(reset_before, 0.0, dh)
+            if KEEPS_H and not CARRIES_H:
+                dh += dkept[j]
+            dc = dcarry[j] if len(dc) == 0 else added(True, dcarry[j], dc)
+            dh, dc = gathered(dh, dc, CARRIES_H and (KEEPS_H or clip is not None))
+            dh = clipped(dh, clip)
+            if KEEPS_H:
+                part = part_kept(kept_h, rate_h, now.row, place, there, C)
+                straight_h, dh = part * dh, (1.0 - part) * dh
+            if KEEPS_C:
+                part = part_kept(kept_c, rate_c, now.row, place, there, C)
+                straight_c, dc = times(part, dc), times(1.0 - part, dc)
             if C.PARAMETERS == 0:
                 slots, kept = CELL(factors, dh, dc)
             else:
                 slots, kept, of_step = CELL(factors, dh, dc)
                 of_rows_next = of_rows_next + (added(active, of_rows[j], of_step),)
+            if KEEPS_C:
+                kept = added(True, kept, straight_c)
+            if KEEPS_H and CARRIES_H:
+                kept = (kept[0] + straight_h,)
+            if KEEPS_H and not CARRIES_H:
+                dkept_next = dkept_next + (tl.where(active, tl.where(reset, 0.0, straight_h), dkept[j]),)
             room = has_room(place, active, offsets)
             published = ()
             for e in tl.static_range(C.E):
@@ -290,10 +325,10 @@ def backward(
                 publish(out, now.row, place, e, slot, room, C)
                 if e < C.G:
                     published = published + (slot.to(C.DTYPE),)
-            prefetch_step(left, out, far, more, place, lengths, C)
+            prefetch_step(left, out, far, more, place, lengths, KEEPS_C, C)
             dcarry_next = dcarry_next + (either(active, zero_where(reset, kept), dcarry[j]),)
             state_next = state_next + (published,)
-        dcarry, state, saved = dcarry_next, state_next, saved_next
+        dcarry, state, saved, dkept = dcarry_next, state_next, saved_next, dkept_next
         if C.PARAMETERS > 0:
             of_rows = of_rows_next
         before = now.row
@@ -301,4 +336,6 @@ def backward(
     for j in tl.static_range(C.SLICES):
         place = Place(*places[j])
         save_all(d_carry_0, me.first, place, dcarry[j], C.CARRIED, C)
+        if KEEPS_H and not CARRIES_H:
+            save(d_kept_0, me.first, place, dkept[j], place.own & place.exists, C.H, C)
         save_all(d_parameters, me.first, place, of_rows[j], C.PARAMETERS, C)

@@ -71,7 +71,7 @@ def _counts(instructions: tuple[str, ...]) -> collections.Counter:
 
 def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> dict:
     """Types of the arguments, but whole numbers, as launch.py passes them in training; None where it passes None.
-    options: of the layer, "clip" and "cells".
+    options: of the layer, "clip", "cells", "recurrent_dropout", "zoneout".
     """
     cell, element, exact = (
         CELLS[p.cell],
@@ -84,6 +84,14 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
     gates = element if cell.saves else None
     aux = (exact if cell.states else element) if cell.planes else None
     parameters = element if cell.parameters else None
+    drops, keeps = "recurrent_dropout" in options, "zoneout" in options
+    masks = {
+        "dropped": exact if drops else None,
+        "kept_h": "*i8" if keeps else None,
+        "kept_c": "*i8" if keeps and cell.states else None,
+        "rate_h": None,
+        "rate_c": None,
+    }
     if not p.backward:
         return {
             "x_part": element,
@@ -96,7 +104,11 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
             "aux": aux,
             "carry_n": element if cell.states else None,
             "h_n": element,
+            "shown": element if drops else None,
+            "h_0": element if drops else None,
+            "carries": exact if keeps and cell.states else None,
             "status": "*i32",
+            **masks,
             **lie,
         }
     return {
@@ -113,8 +125,10 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
         "d_gates": "*i32",
         "d_carry_0": element if cell.states else exact if cell.carries_h else None,
         "d_parameters": exact if cell.parameters else None,
+        "d_kept_0": exact if keeps and not cell.carries_h else None,
         "clip": "fp32" if "clip" in options else None,
         "status": "*i32",
+        **masks,
         **lie,
     }
 

@@ -13,6 +13,13 @@
     carry_n [N, B, K*H]      becomes the states after each row's last step; or None
     h_n     [N, B, H]        becomes the state at each row's end
     status  [1]              int32: becomes `launch` when a wait came to its limit
+    shown   [R, N, HS]       becomes the outputs, where they are not what is sent to the neighbours (`dropped`); or None
+    h_0     [N, B, H]        then: the initial state, or None for zeros; y has what the product sees of it
+    carries [R, N, K*HS]     becomes the states of every step where aux has not them (zoneout), or the h that the cell
+                             alone would have where y is not it (RNN, rate_h); or None
+    dropped [N, B, H]        float32, what h is multiplied with before the product; or None
+    kept_h, kept_c [R, N, H] int8, not zero where a unit keeps its h, or its states, of the step before; or None
+    rate_h, rate_c           what stays of those in every step, where there is no mask; or None
     lengths [B]              int32, steps of each row, or None where all have T
     offsets [T+1]            int64, first row of each step where sequences are packed, longest first; else None
     resets  [T, B]           int8, not zero where the row's state is zero before the step; or None
@@ -43,7 +50,9 @@ from .program import (
     load_or_zero,
     load_parameters,
     load_states,
+    mixed,
     moved,
+    part_kept,
     place_of,
     rows_before,
     save,
@@ -125,21 +134,23 @@ def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["T", "B", "begin", "limit", "launch"],
-    do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n"],
+    do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n", "h_0"],
 )
 def forward(
-    x_part, weight, bias, parameters, y, carry_0, gates, aux, carry_n, h_n, lengths, offsets, resets, T, B, status,
-    begin, limit, launch, CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr,
-    CARRIED: tl.constexpr, SAVES: tl.constexpr, PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr,
-    HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr,
-    SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
-    BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    x_part, weight, bias, parameters, y, carry_0, gates, aux, carry_n, h_n, shown, h_0, carries, dropped, kept_h,
+    kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, rate_h, rate_c, CELL: tl.constexpr,
+    G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr, SAVES: tl.constexpr,
+    PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
+    REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
+    REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
         G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
         PRECISION, ALONE, PER=PER,
     )  # fmt: skip
+    CARRIES_H: tl.constexpr = C.CARRIED > C.STATES
     me = this_program(begin, B, C)
     W = hold_weights(weight + me.n.to(tl.int64) * (C.G * C.H * C.HS), me.unit, C)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
@@ -148,12 +159,16 @@ def forward(
     out = y.to(tl.pointer_type(C.DTYPE))
     h0 = me.first + tl.where(me.reverse, rows_before(T, B, offsets), -B)
     before = h0  # where the step before begins
-    places, carry, state = (), (), ()
+    KEEPS_H: tl.constexpr = kept_h is not None or rate_h is not None
+    KEEPS_C: tl.constexpr = kept_c is not None or rate_c is not None
+    places, carry, state, own = (), (), (), ()  # own: h, where the state is not it
     for j in tl.static_range(C.SLICES):
         tile = place_of(me, j, T, lengths, C)
         places = places + (tile,)
         carry = carry + (load_states(carry_0, me, tile, B, C.CARRIED, C),)
         state = state + (load_or_zero(out, h0, tile, tile.own, C.HS, C).to(C.DTYPE),)
+        if dropped is not None:
+            own = own + (load_states(h_0, me, tile, B, 1, C)[0].to(C.DTYPE),)
         for i in tl.static_range(1, PREFETCHED):
             prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, tile, lengths, C)
     hidden_bias = load_bias(bias, me.n, Place(*places[0]), APART, C)
@@ -162,7 +177,7 @@ def forward(
     for s in range(steps):
         more = steps - s > PREFETCHED
         far = moved(now, ahead * PREFETCHED, more, B, offsets)
-        carry_next, state_next = (), ()
+        carry_next, state_next, own_next = (), (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
             active = within(now.t, place.length, lengths)
@@ -178,20 +193,37 @@ def forward(
                 h, kept, saved = CELL(as_float(x), r, zero_where(reset, carry[j]))
             else:
                 h, kept, saved = CELL(as_float(x), r, zero_where(reset, carry[j]), of_unit)
+            there, alone, alone_h = place.exists & active, kept, h
+            if KEEPS_C:
+                part = part_kept(kept_c, rate_c, now.row, place, there, C)
+                kept = mixed(part, kept, zero_where(reset, carry[j]))
+            if KEEPS_H:
+                part = part_kept(kept_h, rate_h, now.row, place, there, C)
+                old = carry[j][0] if CARRIES_H else (state[j] if dropped is None else own[j]).to(tl.float32)
+                h = mixed(part, (h,), zero_where(reset, (old,)))[0]
+                kept = (h,) if CARRIES_H else kept
             room = has_room(place, active, offsets)
             h = cleared(h, active, place, C)
+            if dropped is not None:
+                save(shown, now.row, place, h, room, C.HS, C)
+                own_next = own_next + (tl.where(active, h.to(C.DTYPE), own[j]),)
+                h = h * load_states(dropped, me, place, B, 1, C)[0]
             publish(out, now.row, place, 0, h, room, C)
             if gates is not None:
                 for g in tl.static_range(C.SAVED):
                     save(gates + g * C.H, now.row, place, saved[g], place.own & place.exists & active, C.G * C.H, C)
             if aux is not None:
                 for i in tl.static_range(C.PLANES):
-                    extra = kept[i] if i < C.STATES else saved[C.G + i - C.STATES]
+                    extra = alone[i] if i < C.STATES else saved[C.G + i - C.STATES]
                     save(aux + i * C.HS, now.row, place, extra, room, C.PLANES * C.HS, C)
+            if carries is not None:
+                beside = kept if C.STATES > 0 else (alone_h,)
+                for i in tl.static_range(len(beside)):
+                    save(carries + i * C.HS, now.row, place, beside[i], room, len(beside) * C.HS, C)
             prefetch_step(x_part, out, far, more, place, lengths, C)
             carry_next = carry_next + (either(active, kept, carry[j]),)
             state_next = state_next + (tl.where(active, h.to(C.DTYPE), state[j]),)
-        carry, state = carry_next, state_next
+        carry, state, own = carry_next, state_next, own_next
         before = now.row
         now = moved(now, ahead, s + 1 < steps, B, offsets)
     if not C.ALONE:
@@ -199,5 +231,8 @@ def forward(
     for j in tl.static_range(C.SLICES):
         place = Place(*places[j])
         save_states(carry_n, me, place, carry[j], B, C.STATES, C)
-        last = state[j] if C.ALONE else own_last(out, h0, place, me, B, offsets, C)
+        if dropped is not None:
+            last = own[j]
+        else:
+            last = state[j] if C.ALONE else own_last(out, h0, place, me, B, offsets, C)
         save_states(h_n, me, place, (last,), B, 1, C)

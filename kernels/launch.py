@@ -144,7 +144,12 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
 
 
 def _launch(
-    plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, tensors: dict, **numbers: float | None
+    plan: Plan,
+    device: torch.device,
+    rows: Rows,
+    reversed_sets: int,
+    tensors: dict,
+    **numbers: float | None,
 ) -> None:
     """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of
     `device`. numbers: arguments that are no tensors, each None where its code is to be left out.
@@ -338,20 +343,38 @@ def forward(
     saving: str,
     c_n: Tensor | None = None,
     parameters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    rates: tuple[float | None, float | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """All steps forward.
 
     x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
     "nothing", "lean" (aux alone, where there are states) or "full".
     weight_hh [N, G*H, H], bias_hn [N, A*H] or None, h0 [N, B, H] and c0 [N, B, K*H] or None; reversed_sets: 0 none of
     the sets runs backwards in time, 1 all, 2 every second one. parameters [N, P*H] or None.
-    c_n: where to write it, or a new tensor.
-    -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] or None, aux [R, N, planes * HS] or None.
+    c_n: where to write it, or a new tensor. rates: what stays of h and of the states in every step, where `rows` has no
+    masks; None for nothing.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] or None, aux [R, N, planes * HS] or None, and the carries [R, N, K *
+    HS] or None: see `Cell.keeps_carries`.
     """
-    begun = begin(plan, rows, x_part.shape[0], h0, weight_hh)
+    begun = begin(plan, rows, x_part.shape[0], sent(h0, rows), weight_hh)
     if bias_hn is not None:
         begun = begun._replace(bias_hn=_aligned(bias_hn))
-    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, c_n=c_n, parameters=parameters)
+    how = dict(c_n=c_n, parameters=parameters, rates=rates)
+    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, **how)
+
+
+def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
+    """What of the initial state the recurrent product sees."""
+    return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
+
+
+def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dict, dict, bool]:
+    """What both kernels take for recurrent dropout and zoneout, tensors and numbers, and whether a part of the states
+    is kept.
+    """
+    names = "dropped", "kept_h", "kept_c"
+    tensors = {name: None if (mask := getattr(rows, name)) is None else _aligned(mask) for name in names}
+    return tensors, dict(rate_h=rates[0], rate_c=rates[1]), rows.kept_c is not None or rates[1] is not None
 
 
 def go_on(
@@ -366,7 +389,8 @@ def go_on(
     h_n: Tensor | None = None,
     c_n: Tensor | None = None,
     parameters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    rates: tuple[float | None, float | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`forward` after `begin`, when the input product is there. h_n, c_n: where to write those, or new tensors."""
     assert rows.time > 0 and x_part.is_contiguous()
     cell = CELLS[plan.cell]
@@ -377,6 +401,13 @@ def go_on(
     if cell.keeps_aux(saving):
         exact = torch.float32 if cell.states else dtype
         aux = torch.empty((count, sets, cell.planes * size), dtype=exact, device=device)
+    masks, numbers, mixed = _of_layer(rows, rates)
+    carries = shown = None
+    if cell.keeps_carries(saving, mixed, rates[0]):
+        width, exact = (len(cell.states), torch.float32) if cell.states else (1, dtype)
+        carries = torch.empty((count, sets, width * size), dtype=exact, device=device)
+    if rows.dropped is not None:  # what is sent to the neighbours is not what is shown
+        shown = torch.empty((count, sets, size), dtype=dtype, device=device)
     if h_n is None:
         h_n = torch.empty((sets, batch, hidden_size), dtype=dtype, device=device)
     if c_n is None and cell.states:
@@ -392,9 +423,14 @@ def go_on(
         aux=aux,
         carry_n=c_n,
         h_n=h_n,
+        shown=shown,
+        h_0=None if shown is None else _dense(h0),
+        carries=carries,
+        **masks,
     )
-    _launch(plan, device, rows, reversed_sets, tensors)
-    return _apart(y[batch : batch + count, :, :hidden_size]), h_n, c_n, aux
+    _launch(plan, device, rows, reversed_sets, tensors, **numbers)
+    y = y[batch : batch + count] if shown is None else shown
+    return _apart(y[..., :hidden_size]), h_n, c_n, aux, carries
 
 
 def backward(
@@ -413,16 +449,20 @@ def backward(
     d_cells: Tensor | None = None,
     clip: float | None = None,
     parameters: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rates: tuple[float | None, float | None] = (None, None),
+    carries: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """All steps backward.
 
     d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H],
     aux and y as `forward` left them; h0 [N, B, H] and c0 [N, B, K*H], each None for zeros. d_cells [R, N, K*H]: by the
     states of every step (LSTM: c), or None. clip: limit of h's gradient at every step, or None. parameters [N, P*H] or
-    None.
+    None. rates, carries: as `forward` took and left them.
     -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots; d_carry_0: of c0 where
     there are states, [N, B, K*H]; where the cell carries h (GRU), in float32, what of h0's does not pass through the
-    gates; None where that state is; d_parameters [N, B, P*H] in float32, each row's part, or None.
+    gates; None where that state is; d_parameters [N, B, P*H] in float32, each row's part, or None; d_kept_0
+    [N, B, H] in float32, where a part of h is kept (zoneout), what of h0's gradient comes that way; where the cell
+    carries h None: it is in d_carry_0.
     """
     cell = CELLS[plan.cell]
     count, sets, hidden_size = y.shape
@@ -435,9 +475,14 @@ def backward(
     d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
     weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
     state_0 = history_0 = None
-    aux = _padded_rows(y, size) if cell.reads_h else _aligned(aux) if cell.planes > 0 else None
-    history = aux if cell.states else _padded_rows(y, size) if cell.carries_h else None
-    planes = cell.planes if cell.states else 1  # of a unit in `history`
+    masks, numbers, mixed = _of_layer(rows, rates)
+    if cell.reads_h:
+        aux = _padded_rows(y, size) if rates[0] is None else _aligned(carries)
+    else:
+        aux = _aligned(aux) if cell.planes > 0 else None
+    states = _aligned(carries) if cell.states and mixed else aux
+    history = states if cell.states else _padded_rows(y, size) if cell.carries_h else None
+    planes = history.shape[-1] // size if cell.states else 1  # of a unit in `history`
     if history is not None:
         state_0 = c0 if cell.states else h0
         history_0 = torch.empty((batch, sets, planes * size), dtype=history.dtype, device=device)
@@ -466,6 +511,9 @@ def backward(
     if cell.parameters:
         width = len(cell.parameters) * hidden_size
         d_parameters = torch.empty((batch, sets, width), dtype=torch.float32, device=device)
+    d_kept_0 = None
+    if not cell.carries_h and (rows.kept_h is not None or rates[0] is not None):
+        d_kept_0 = torch.empty((batch, sets, hidden_size), dtype=torch.float32, device=device)
     tensors = dict(
         d_y=None if d_y is None else _aligned(d_y),
         d_carry=None if d_cells is None else _aligned(d_cells),
@@ -480,11 +528,13 @@ def backward(
         d_gates=d_gates.view(torch.int32),
         d_carry_0=d_carry_0,
         d_parameters=d_parameters,
+        d_kept_0=d_kept_0,
+        **masks,
     )
-    _launch(plan, device, rows, reversed_sets, tensors, clip=None if clip is None else float(clip))
-    d_carry_0 = None if d_carry_0 is None else d_carry_0.transpose(0, 1)
-    d_parameters = None if d_parameters is None else d_parameters.transpose(0, 1)
-    return _apart(d_gates[batch : batch + count, ..., :hidden_size]), d_carry_0, d_parameters
+    numbers["clip"] = None if clip is None else float(clip)
+    _launch(plan, device, rows, reversed_sets, tensors, **numbers)
+    others = (None if one is None else one.transpose(0, 1) for one in (d_carry_0, d_parameters, d_kept_0))
+    return _apart(d_gates[batch : batch + count, ..., :hidden_size]), *others
 
 
 def saved_again(

@@ -349,6 +349,33 @@ def load_parameters(p, me, place, C: tl.constexpr):
     return x
 
 
+# What stays of a state from step to step ----------------------------------------------------------------------------
+
+
+@triton.jit
+def part_kept(mask, rate, row, place, there, C: tl.constexpr):
+    """What stays of a unit's value of the step before, 0 to 1: by the mask [R, N, H], or everywhere the same."""
+    return rate if mask is None else load_or_zero(mask, row, place, there, C.H, C)
+
+
+@triton.jit
+def mixed(part, new, old):
+    """The tiles `new`, but for the part that stays of `old`: exactly either where that is 0 or 1."""
+    x = ()
+    for i in tl.static_range(len(new)):
+        x = x + (part * old[i] + (1.0 - part) * new[i],)
+    return x
+
+
+@triton.jit
+def times(part, tiles):
+    """The tiles, each times the same."""
+    x = ()
+    for i in tl.static_range(len(tiles)):
+        x = x + (part * tiles[i],)
+    return x
+
+
 @triton.jit
 def as_float(tiles):
     """The tiles in float32."""

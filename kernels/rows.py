@@ -11,6 +11,10 @@ class Rows(NamedTuple):
     time: T. batch: B. lengths: int32 [B], steps of each row, within 0..T, or None where all have T. offsets: int64
     [T+1], the first row of each step, where sequences are packed (longest first, as PackedSequence has them), else
     None. resets: int8 [T, B], not zero where a row's state starts anew, or None. On the device of the input.
+
+    And of one layer, what is drawn for a forward of training, each None where nothing is. dropped: float32 [N, B, H],
+    what h is multiplied with before the recurrent product, 0 or 1/(1-p). kept_h, kept_c: int8 [R, N, H], not zero where
+    a unit keeps its h, or its c, in a step (zoneout).
     """
 
     time: int
@@ -18,6 +22,9 @@ class Rows(NamedTuple):
     lengths: Tensor | None = None
     offsets: Tensor | None = None
     resets: Tensor | None = None
+    dropped: Tensor | None = None
+    kept_h: Tensor | None = None
+    kept_c: Tensor | None = None
 
     @property
     def ragged(self) -> bool:

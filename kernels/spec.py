@@ -144,6 +144,15 @@ class Cell:
             return f"{self.name} has {self.gates} gates, the kernels have room for {MOST_GATES}"
         return ""
 
+    def keeps_carries(self, saving: str, mixed: bool, rate_h: float | None) -> bool:
+        """Whether such a forward writes, beside aux and y, the states of every step: where a part of them is kept from
+        step to step (`mixed`), aux has those that the cell alone would carry. Or, for cells whose backward reads h, the
+        h that the cell alone would have: where a part of every h stays (`rate_h`), y is not it.
+        """
+        return (mixed and bool(self.states) and saving != "nothing") or (
+            self.reads_h and rate_h is not None and saving != "nothing"
+        )
+
 
 def imported(function: Function) -> Any:
     """What "module:name" says; anything else as it is."""

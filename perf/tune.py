@@ -183,7 +183,7 @@ class Recurrence:
             own = planning.plan(p.cell, size, batch, sets, p.dtype, _device(device), False, p.precision)
             gates = data.x_part.clone()
             rows = launch.Rows(time, batch)
-            y, _, _, aux = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, "full")
+            y, _, _, aux, _ = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, "full")
             data.saved = y, gates if spec.saves else None, aux
         return data
 

@@ -59,7 +59,7 @@ def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tenso
         else:
             found = []
             for n in range(sets):
-                cut = _stretches(*rows, call.backwards(n))
+                cut = _stretches(*rows[:5], call.backwards(n))
                 found.append(_by_stretches(cell, input, [state[n] for state in states], weights[n], has_biases, *cut))
             y, *final = (torch.stack(parts, 1 if i == 0 else 0) for i, parts in enumerate(zip(*found, strict=True)))
     return y, final[0], final[1] if len(final) == 2 else None
@@ -150,7 +150,8 @@ def _with_autograd(inputs: Inputs, rows: Rows, call: Call, need: Sequence[bool])
 
 def _computed(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor | None, ...]:
     """y, h_n, c_n and the cells: by ATen, or by the readable loop where ATen does not know what is asked for."""
-    return reference_layer(inputs, rows, call) if call.beyond_aten else (*layer(inputs, rows, call), None)
+    beyond = call.beyond_aten or any(mask is not None for mask in rows[5:])
+    return reference_layer(inputs, rows, call) if beyond else (*layer(inputs, rows, call), None)
 
 
 @torch.library.custom_op(
@@ -185,9 +186,9 @@ def _has_token(keep: bool, inputs: Inputs) -> bool:
 
 def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
     """What both operators are given."""
-    *tensors, cell, reversed_sets, cells, clip = arguments
+    *tensors, cell, reversed_sets, cells, clip, rates = arguments
     inputs, rows = taken_by_operator(tensors)
-    return inputs, rows, Call(cell, inputs.h0.shape[0], reversed_sets, cells=cells, clip=clip)
+    return inputs, rows, Call(cell, inputs.h0.shape[0], reversed_sets, cells=cells, clip=clip, zoneout=rates)
 
 
 def _own(state: Tensor, given: Tensor) -> Tensor:
@@ -276,12 +277,12 @@ class AtenLayer(torch.autograd.Function):
     @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
     def forward(
         call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, time, batch,
-        lengths, offsets, resets,
+        lengths, offsets, resets, dropped, kept_h, kept_c,
     ):  # fmt: skip
         """See `layer`."""
         return aten_layer(
             input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, lengths, offsets,
-            resets, time, *call.options, _may_be_kept(call),
+            resets, dropped, kept_h, kept_c, time, *call.options, _may_be_kept(call),
         )  # fmt: skip
 
     @staticmethod

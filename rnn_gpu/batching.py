@@ -21,17 +21,18 @@ from . import aten, backends, operators
 from .call import Inputs
 
 MASKS = {"lengths": "lengths", "offsets": "offsets", "resets": "resets"}
+ROWS = MASKS | {"dropped": "state", "kept_h": "rows", "kept_c": "rows"}
 RECURRENCE = {"x_part": "rows", "weight_hh": "weight", "bias_hn": "weight", "h0": "state", "c0": "state"}
-RECURRENCE |= {"parameters": "weight"} | MASKS
-RECURRENCE_RESULTS = ("rows", "state", "state", "rows", "rows")
+RECURRENCE |= {"parameters": "weight"} | ROWS
+RECURRENCE_RESULTS = ("rows", "state", "state", "rows", "rows", "rows")
 GRADIENTS = {"d_y": "rows", "d_h_n": "state", "d_c_n": "state", "d_cells": "rows"}
 RECURRENCE_BACKWARD = (
     GRADIENTS
-    | {"weight_hh": "weight", "gates": "rows", "aux": "rows", "y": "rows", "h0": "state", "c0": "state"}
-    | {"parameters": "weight"}
-    | MASKS
+    | {"weight_hh": "weight", "gates": "rows", "aux": "rows", "carries": "rows", "y": "rows"}
+    | {"h0": "state", "c0": "state", "parameters": "weight"}
+    | ROWS
 )
-ATEN = dict(zip(Inputs._fields, ["input", *["weight"] * 5, *["state"] * 3, "weight"], strict=True)) | MASKS
+ATEN = dict(zip(Inputs._fields, ["input", *["weight"] * 5, *["state"] * 3, "weight"], strict=True)) | ROWS
 
 
 def _members(tensor: Tensor | None, dim: int | None, count: int) -> Tensor | None:
@@ -188,7 +189,7 @@ torch.library.register_vmap(
 )
 torch.library.register_vmap(
     operators.recurrence_backward,
-    _kernel_rule(operators.recurrence_backward, RECURRENCE_BACKWARD, ("rows", "state", "state"), True),
+    _kernel_rule(operators.recurrence_backward, RECURRENCE_BACKWARD, ("rows", "state", "state", "state"), True),
 )
 torch.library.register_vmap(aten.aten_layer, _aten_rule)
 torch.library.register_vmap(aten.aten_layer_backward, _aten_backward_rule)

@@ -19,10 +19,10 @@ Weights = Tensor | Sequence[Tensor]  # one tensor [N, ...], or one of each set
 TENSORS = (
     "Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
     "Tensor? start, Tensor h0, Tensor? c0, Tensor? parameters, Tensor? lengths, Tensor? offsets, Tensor? resets, "
-    "SymInt time"
+    "Tensor? dropped, Tensor? kept_h, Tensor? kept_c, SymInt time"
 )
 # And of one that takes what else of a call it must know: `Call.options`.
-OPTIONS = "str cell, int reversed_sets, bool cells, float? clip"
+OPTIONS = "str cell, int reversed_sets, bool cells, float? clip, float[]? zoneout"
 
 
 class Inputs(NamedTuple):
@@ -54,17 +54,31 @@ class Call(NamedTuple):
     functional: bool = False  # write into no tensor that is not new, for torch.func
     cells: bool = False  # c of every step is a result, too
     clip: float | None = None  # most that the gradient of h may be at each step, by element
+    zoneout: tuple[float, float] | None = None  # probabilities that h and the states are kept; in eval what stays
+    recurrent_dropout: float = 0.0  # on h before the recurrent product
+    training: bool = False
     watch: Callable[[int, Tensor], Tensor] | None = None  # on the route "reference": sees every h (reference.py)
 
     @property
     def options(self) -> tuple:
         """The arguments of OPTIONS."""
-        return self.cell, self.reversed_sets, self.cells, self.clip
+        return self.cell, self.reversed_sets, self.cells, self.clip, self.rates
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """What stays of h and of the states in every step, for all units alike: zoneout in eval."""
+        return None if self.training else self.zoneout
+
+    @property
+    def kernel_rates(self) -> tuple[float | None, float | None]:
+        """The same as the kernels take it: None where nothing stays."""
+        rate_h, rate_c = self.rates or (0.0, 0.0)
+        return rate_h or None, rate_c or None
 
     @property
     def beyond_aten(self) -> bool:
         """Whether something is asked for that PyTorch's own kernels do not know."""
-        return self.cells or self.clip is not None
+        return self.cells or self.clip is not None or self.zoneout is not None or self.recurrent_dropout > 0
 
     def backwards(self, n: int) -> bool:
         """Whether set n runs backwards in time."""
@@ -72,6 +86,7 @@ class Call(NamedTuple):
 
 
 COUNT = len(Inputs._fields)
+MASKS = len(Rows._fields) - 2  # the tensors among them
 
 
 def taken(arguments: Sequence) -> tuple[Inputs, Rows]:
@@ -82,11 +97,11 @@ def taken(arguments: Sequence) -> tuple[Inputs, Rows]:
 def taken_by_operator(arguments: Sequence) -> tuple[Inputs, Rows]:
     """The same of TENSORS."""
     inputs = Inputs(*arguments[:COUNT])
-    lengths, offsets, resets, time = arguments[COUNT : COUNT + 4]
+    *masks, time = arguments[COUNT : COUNT + MASKS + 1]
     assert inputs.h0 is not None
-    return inputs, Rows(time, inputs.h0.shape[1], lengths, offsets, resets)
+    return inputs, Rows(time, inputs.h0.shape[1], *masks)
 
 
 def for_operator(inputs: Inputs, rows: Rows) -> tuple:
     """The arguments of TENSORS."""
-    return *inputs, rows.lengths, rows.offsets, rows.resets, rows.time
+    return *inputs, *rows[2:], rows.time

@@ -32,7 +32,8 @@ def recurrent_stack(
         h0, c0 = zero_states(call, rows, input, weights, count)
     # Where nothing is differentiated, the kernels write the final states of all layers into one tensor.
     whole = None
-    if call.route == "direct" and call.saving == "nothing" and not call.projected and count > call.sets:
+    plain = not call.projected and not call.beyond_aten
+    if call.route == "direct" and call.saving == "nothing" and plain and count > call.sets:
         whole = final_states(call, rows, input, weights, count)
     h_n, c_n, cells = [], [], None
     for first in range(0, count, call.sets):
@@ -52,7 +53,7 @@ def recurrent_stack(
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states, parameters)
         if whole is None:
             of_layer = call if sets.stop == count else call._replace(cells=False)
-            y, h, c, cells = ROUTES[call.route](inputs, rows, of_layer)
+            y, h, c, cells = ROUTES[call.route](inputs, drawn(call, rows, input, mine[1]), of_layer)
         else:
             y, h, c, *_ = run_directly(inputs, rows, call, whole[0][sets], None if whole[1] is None else whole[1][sets])
         h_n.append(h)
@@ -65,6 +66,22 @@ def recurrent_stack(
     h_n, c_n = (one[0] if len(one) == 1 else torch.cat(one) if one[0] is not None else None for one in (h_n, c_n))
     cells = cells.flatten(1) if call.cells else None
     return input.contiguous(), h_n, c_n if CELLS[call.cell].states else None, cells
+
+
+def drawn(call: Call, rows: Rows, input: Tensor, weight_hh: Tensor) -> Rows:
+    """The rows of a layer with masks of its own for recurrent dropout and zoneout, in training. weight_hh [G*H, H]."""
+    if not call.training:
+        return rows
+    size, sets = weight_hh.shape[1], call.sets
+    if call.recurrent_dropout > 0:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        ones = torch.ones(sets, rows.batch, size, dtype=wide, device=input.device)
+        rows = rows._replace(dropped=functional.dropout(ones, call.recurrent_dropout))
+    for name, p in zip(("kept_h", "kept_c"), call.zoneout or (0.0, 0.0), strict=True):
+        if p > 0:
+            kept = torch.rand(input.shape[0], sets, size, device=input.device) < p
+            rows = rows._replace(**{name: kept.to(torch.int8)})
+    return rows
 
 
 def final_states(

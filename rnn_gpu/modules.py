@@ -132,17 +132,34 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     _torch_class: Any
     memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
     weight_dropout: float = 0.0  # probability of a recurrent weight being zeroed, in training
+    recurrent_dropout: float = 0.0  # probability of a unit's h being zeroed before the recurrent product, in training
+    zoneout: float | tuple[float, float] = 0.0  # probability of a unit keeping its h (LSTM: of c, and of h) in a step
     clip: float | None = None  # limit of the gradient of h at every step, by element
     return_cells: bool = False  # of the LSTM: c of every step is a result
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
     def _set_options(
-        self, memory: backends.Memory | None, weight_dropout: float, clip: float | None, return_cells: bool = False
+        self,
+        memory: backends.Memory | None,
+        weight_dropout: float,
+        recurrent_dropout: float,
+        zoneout: float | tuple[float, float],
+        clip: float | None,
+        return_cells: bool = False,
     ) -> None:
         """Keep the options that torch.nn does not know; ValueError for settings that are none."""
         if memory is not None:
             self.memory = backends.checked_memory(memory)
         self.weight_dropout = _probability("weight_dropout", weight_dropout, "a recurrent weight being zeroed")
+        of = "a unit's hidden state being zeroed before the recurrent product"
+        self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout, of)
+        pair = isinstance(zoneout, tuple | list)
+        if pair and (self.mode != "LSTM" or len(zoneout) != 2):
+            raise ValueError("zoneout should be a number, or for the LSTM a pair of them, of c and of h")
+        rates = [_probability("zoneout", rate, "a unit keeping its state") for rate in (zoneout if pair else [zoneout])]
+        self.zoneout = tuple(rates) if pair else rates[0]
+        if self.proj_size > 0 and (recurrent_dropout > 0 or any(rates)):
+            raise ValueError("recurrent_dropout and zoneout are not supported with proj_size")
         self.clip = None if clip is None else _positive("clip", clip)
         self.return_cells = bool(return_cells)
 
@@ -150,6 +167,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """The options that change results and that torch.nn does not know, as in the layer's repr; "" for none."""
         options = (
             ("weight_dropout", self.weight_dropout, 0.0),
+            ("recurrent_dropout", self.recurrent_dropout, 0.0),
+            ("zoneout", self.zoneout, 0.0),
             ("clip", self.clip, None),
             ("return_cells", self.return_cells, False),
         )
@@ -330,7 +349,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def _beyond_aten(self) -> bool:
         """Whether a call asks for what PyTorch's own kernels do not know."""
-        return self.return_cells or (self.clip is not None and torch.is_grad_enabled())
+        drops = self.training and self.recurrent_dropout > 0
+        return drops or self.zoneout != 0 or self.return_cells or (self.clip is not None and torch.is_grad_enabled())
 
     def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
         """The weights with `weight_dropout` on the recurrent ones, where it is on."""
@@ -435,7 +455,12 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         h0, *beside = states or (None,)
         c0 = torch.cat(beside, -1) if len(beside) > 1 else beside[0] if beside else None
         dropout = self.dropout if self.training else 0.0
-        call = Call(cell, sets, reversed_sets, *how, self.return_cells, self.clip, self._watch)
+        zoneout = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)  # of c, of h
+        call = Call(
+            cell, sets, reversed_sets, *how, cells=self.return_cells, clip=self.clip, watch=self._watch,
+            zoneout=(zoneout[1], zoneout[0] if self._states > 1 else 0.0) if any(zoneout) else None,
+            recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training,
+        )  # fmt: skip
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
         outputs = (output,) if cells is None else (output, cells)
         if self._states > 2:
@@ -540,10 +565,12 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
-    `rnn_gpu.memory` says at each call. weight_dropout: probability of a recurrent weight being zeroed, in training.
-    clip: at every step of the backward the gradient of h is brought within -clip..clip. return_cells: c of every step
-    is a third result, [T, B, D*H] of the last layer. Types: float32, float16, bfloat16 on the kernels, others on
-    PyTorch's.
+    `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+
+    weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
+    being zeroed, in training. zoneout: probability of a unit keeping its h, and its c, in a step; or (p_c, p_h). clip:
+    at every step of the backward the gradient of h is brought within -clip..clip. return_cells: c of every step is a
+    third result, [T, B, D*H] of the last layer. docs/training.md has all of them.
 
     More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
     torch.nn: isinstance(layer, torch.nn.LSTM) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -574,6 +601,8 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         clip: float | None = None,
         return_cells: bool = False,
     ) -> None:
@@ -582,7 +611,7 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(memory, weight_dropout, clip, return_cells)
+        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip, return_cells)
 
 
 class GRU(_Layer[Tensor]):
@@ -600,9 +629,11 @@ class GRU(_Layer[Tensor]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
-    `rnn_gpu.memory` says at each call. weight_dropout: probability of a recurrent weight being zeroed, in training.
-    clip: at every step of the backward the gradient of h is brought within -clip..clip. Types: float32, float16,
-    bfloat16 on the kernels, others on PyTorch's.
+    `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+
+    weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
+    being zeroed, in training. zoneout: probability of a unit keeping its h in a step. clip: at every step of the
+    backward the gradient of h is brought within -clip..clip. docs/training.md has all of them.
 
     More than torch.nn: lengths, resets, memory, derivatives of any order, torch.compile(fullgraph=True). Not as in
     torch.nn: isinstance(layer, torch.nn.GRU) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -629,6 +660,8 @@ class GRU(_Layer[Tensor]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         clip: float | None = None,
         return_cells: Literal[False] = False,
         proj_size: None = None,
@@ -639,7 +672,7 @@ class GRU(_Layer[Tensor]):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(memory, weight_dropout, clip)
+        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip)
 
 
 class RNN(_Layer[Tensor]):
@@ -655,9 +688,12 @@ class RNN(_Layer[Tensor]):
         states [L*D, B, H]; lengths: integers [B], steps of each row; resets: bools [T, B], true where a row starts anew
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
-    memory: without effect here, since the outputs are all that the backward needs. weight_dropout: probability of a
-    recurrent weight being zeroed, in training. clip: at every step of the backward the gradient of h is brought within
-    -clip..clip. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
+    memory: without effect here, since the outputs are all that the backward needs. Types: float32, float16, bfloat16
+    on the kernels, others on PyTorch's.
+
+    weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
+    being zeroed, in training. zoneout: probability of a unit keeping its h in a step. clip: at every step of the
+    backward the gradient of h is brought within -clip..clip. docs/training.md has all of them.
 
     More than torch.nn: lengths, resets, derivatives of any order, torch.compile(fullgraph=True). Not as in torch.nn:
     isinstance(layer, torch.nn.RNN) is False (`rnn_gpu.replace_rnns`); see docs/limits.md.
@@ -685,6 +721,8 @@ class RNN(_Layer[Tensor]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         clip: float | None = None,
         return_cells: Literal[False] = False,
         proj_size: None = None,
@@ -698,4 +736,4 @@ class RNN(_Layer[Tensor]):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(memory, weight_dropout, clip)
+        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from . import backends, inductor, reference
-from .call import COUNT, Call, Inputs, taken
+from .call import COUNT, MASKS, Call, Inputs, taken
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, padded
 from .many_gradients import for_each_gradient, in_a_batch
 from .products import full_product
-from .rows import Rows, first_rows, past_the_end, rows_before, starts_anew
+from .rows import Rows, first_rows, past_the_end, rows_before, rows_of_batch, starts_anew
 from .second_order import save_for_second, second_backward
 
 # What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
@@ -66,55 +66,66 @@ def recurrence(
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
+    dropped: Tensor | None,
+    kept_h: Tensor | None,
+    kept_c: Tensor | None,
     time: int,
     cell: str,
     reversed_sets: int,
     max_programs: int,
     alone: bool,
     saving: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rate_h: float | None,
+    rate_c: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The recurrence forward, for all steps and sets.
 
     x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `saving` is
     "full".
     weight_hh [N, G*H, H]; bias_hn [N, A*H], hidden biases of gates apart (GRU: of n), or None; h0 [N, B, H]; c0 [N, B,
     K*H], the states beside h (LSTM: c), or None.
-    lengths int32 [B], offsets int64 [T+1], resets int8 [T, B]: each may be None. reversed_sets: 0 no set runs backwards
-    in time, 1 all, 2 every second one. max_programs, alone: what a plan may use, see `backends.limits`. saving: see
-    SAVING.
+    lengths int32 [B], offsets int64 [T+1], resets int8 [T, B], dropped float32 [N, B, H], kept_h and kept_c int8 [R, N,
+    H] (`Rows`): each may be None. rate_h, rate_c: what stays of h and of the states in every step where there is no
+    mask, or None. reversed_sets: 0 no set runs backwards in time, 1 all, 2 every second one. max_programs, alone: what
+    a plan may use, see `backends.limits`. saving: see SAVING.
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; aux, what the backward needs
-    besides.
+    besides; and what else, see `Cell.keeps_carries`, [R, N, ...], else empty.
     """
     from .kernels import launch
 
     batch, sets = h0.shape[1], x_part.shape[1]
-    rows = Rows(time, batch, lengths, offsets, resets)
+    rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = _plan(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
-    y, h_n, c_n, aux = launch.forward(
-        plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, parameters=parameters
-    )
-    empty = x_part.new_empty(0)
-    return y, h_n, empty if c_n is None else c_n, empty.clone() if aux is None else aux
+    how = dict(parameters=parameters, rates=(rate_h, rate_c))
+    results = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
+    return tuple(x_part.new_empty(0) if one is None else one for one in results)
 
 
 @recurrence.register_fake
 def _(
-    x_part, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, time, cell, reversed_sets, max_programs,
-    alone, saving,
+    x_part, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, dropped, kept_h, kept_c, time, cell,
+    reversed_sets, max_programs, alone, saving, rate_h, rate_c,
 ):  # fmt: skip
     inductor.fall_back()
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
     spec = CELLS[cell]
-    y = x_part.new_empty((count + 2 * batch, sets, size))[batch : batch + count, :, :hidden_size]
+    if dropped is None:
+        y = x_part.new_empty((count + 2 * batch, sets, size))[batch : batch + count, :, :hidden_size]
+    else:
+        y = x_part.new_empty((count, sets, size))[:, :, :hidden_size]
     h_n = x_part.new_empty((sets, batch, hidden_size))
     c_n = x_part.new_empty((sets, batch, len(spec.states) * hidden_size) if spec.states else 0)
     aux = x_part.new_empty(0)
     if spec.keeps_aux(saving):
         exact = torch.float32 if spec.states else x_part.dtype
         aux = x_part.new_empty((count, sets, spec.planes * size), dtype=exact)
-    return y, h_n, c_n, aux
+    carries = x_part.new_empty(0)
+    if spec.keeps_carries(saving, kept_c is not None or rate_c is not None, rate_h):
+        width, exact = (len(spec.states), torch.float32) if spec.states else (1, x_part.dtype)
+        carries = x_part.new_empty((count, sets, width * size), dtype=exact)
+    return y, h_n, c_n, aux, carries
 
 
 @torch.library.custom_op("rnn_gpu::recurrence_functional", mutates_args=())
@@ -128,21 +139,26 @@ def recurrence_functional(
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
+    dropped: Tensor | None,
+    kept_h: Tensor | None,
+    kept_c: Tensor | None,
     time: int,
     cell: str,
     reversed_sets: int,
     max_programs: int,
     alone: bool,
     saving: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rate_h: float | None,
+    rate_c: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`recurrence` for torch.func, which cannot write into a tensor that it maps over: x_part stays.
 
     -> what `recurrence` gives, and the gates [R, N, G*H].
     """
     gates = x_part.clone(memory_format=torch.contiguous_format)
     results = recurrence(
-        gates, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, time, cell, reversed_sets,
-        max_programs, alone, saving,
+        gates, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, dropped, kept_h, kept_c, time, cell,
+        reversed_sets, max_programs, alone, saving, rate_h, rate_c,
     )  # fmt: skip
     return *results, gates
 
@@ -162,6 +178,7 @@ def recurrence_backward(
     weight_hh: Tensor,
     gates: Tensor,
     aux: Tensor,
+    carries: Tensor,
     y: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -169,13 +186,18 @@ def recurrence_backward(
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
+    dropped: Tensor | None,
+    kept_h: Tensor | None,
+    kept_c: Tensor | None,
     time: int,
     cell: str,
     reversed_sets: int,
     max_programs: int,
     alone: bool,
     clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rate_h: float | None,
+    rate_c: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The recurrence backward, for all steps and sets.
 
     d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], d_cells [R, N, K*H], by the states of every step: gradients,
@@ -183,11 +205,12 @@ def recurrence_backward(
     `recurrence` took and left it.
     -> d_gates [R, N, E, H]: gradients of the gate sums by slot; d_carry_0, empty for cells that carry nothing: of c0,
     [N, B, K*H], where there are states; where h is carried (GRU), in float32, what of h0's gradient does not pass
-    through the gates; d_parameters [N, B, P*H] in float32, each row's part, empty where there are none.
+    through the gates; d_parameters [N, B, P*H] in float32, each row's part, empty where there are none; d_kept_0 [N, B,
+    H] in float32, where a part of h is kept and not carried, what of h0's gradient comes that way, else empty.
     """
     d_gates, *others = recurrence_backward_directly(
-        d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, parameters, lengths, offsets, resets, time, cell,
-        reversed_sets, max_programs, alone, clip,
+        d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, carries, y, h0, c0, parameters, lengths, offsets, resets,
+        dropped, kept_h, kept_c, time, cell, reversed_sets, max_programs, alone, clip, rate_h, rate_c,
     )  # fmt: skip
     return d_gates, *(y.new_empty(0) if one is None else one for one in others)
 
@@ -201,6 +224,7 @@ def _(
     weight_hh,
     gates,
     aux,
+    carries,
     y,
     h0,
     c0,
@@ -208,12 +232,17 @@ def _(
     lengths,
     offsets,
     resets,
+    dropped,
+    kept_h,
+    kept_c,
     time,
     cell,
     reversed_sets,
     max_programs,
     alone,
     clip,
+    rate_h,
+    rate_c,
 ):
     (count, sets, hidden_size), batch = y.shape, h0.shape[1]
     size = padded(hidden_size, backends.name_of(y.dtype))
@@ -226,8 +255,9 @@ def _(
             return y.new_empty(0)
         return y.new_empty((batch, sets, count * hidden_size), dtype=dtype).transpose(0, 1)
 
-    exact = y.dtype if spec.states else torch.float32
-    return d_gates, by_rows(spec.carried, exact), by_rows(len(spec.parameters), torch.float32)
+    exact, keeps = y.dtype if spec.states else torch.float32, kept_h is not None or rate_h is not None
+    d_kept_0 = by_rows(int(keeps and not spec.carries_h), torch.float32)
+    return d_gates, by_rows(spec.carried, exact), by_rows(len(spec.parameters), torch.float32), d_kept_0
 
 
 class Layer(torch.autograd.Function):
@@ -235,7 +265,7 @@ class Layer(torch.autograd.Function):
 
     inputs, rows: `call.Inputs` without weight_hr, and `Rows`.
     -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] (empty for cells without states), the states of every step [R, N,
-    K*H] (empty where call.cells is not set), gates [R, N, G*H] and aux, which are not differentiable.
+    K*H] (empty where call.cells is not set), gates [R, N, G*H], aux and carries, which are not differentiable.
     """
 
     generate_vmap_rule = True
@@ -243,42 +273,42 @@ class Layer(torch.autograd.Function):
     @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
     def forward(
         call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, time, batch,
-        lengths, offsets, resets,
+        lengths, offsets, resets, dropped, kept_h, kept_c,
     ):  # fmt: skip
         """The input product, then the recurrence."""
         inputs = Inputs(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters)
-        rows = Rows(time, batch, lengths, offsets, resets)
+        rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
         gates, bias_hn = input_part(inputs, rows, call)
-        how = time, call.cell, call.reversed_sets, *call.limits, call.saving
+        how = time, call.cell, call.reversed_sets, *call.limits, call.saving, *call.kernel_rates
         if call.functional:
             *results, gates = recurrence_functional(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
         else:
             results = recurrence(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
-        y, h_n, c_n, aux = results
-        cells = cells_of(aux, y, rows) if call.cells else y.new_empty(0)
+        y, h_n, c_n, aux, carries = results
+        cells = cells_of(carries if carries.numel() else aux, y, rows) if call.cells else y.new_empty(0)
         if not (call.saving == "full" and CELLS[call.cell].saves):
             gates = gates.new_empty(0)
-        return y, h_n, c_n, cells, gates, aux
+        return y, h_n, c_n, cells, gates, aux, carries
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Save what the backward needs."""
         ctx.call, *tensors = inputs
         given, rows = taken(tensors)
-        y, *_, gates, aux = output
-        ctx.save_for_backward(*given, *rows[2:], y, gates, aux)
+        y, *_, gates, aux, carries = output
+        ctx.save_for_backward(*given, *rows[2:], y, gates, aux, carries)
         ctx.sizes = rows[:2]
-        ctx.mark_non_differentiable(gates, aux)
+        ctx.mark_non_differentiable(gates, aux, carries)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n, d_cells, _gates, _aux):
+    def backward(ctx, d_y, d_h_n, d_c_n, d_cells, *_kept):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint makes them again, and each once
-        inputs, (*masks, y, gates, aux) = saved[:COUNT], saved[COUNT:]
+        inputs, (*masks, y, gates, aux, carries) = saved[:COUNT], saved[COUNT:]
         gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
         need = ctx.needs_input_grad[1 : 1 + COUNT]
-        run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, y, gates, aux)
+        run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, y, gates, aux, carries)
         found = for_each_gradient(run, (d_y, d_h_n, d_c_n, d_cells if ctx.call.cells else None))
         return None, *found, *[None] * len(Rows._fields)
 
@@ -316,8 +346,11 @@ def add_start(gates: Tensor, start: Tensor, rows: Rows, call: Call) -> None:
         gates[first_rows(rows, gates.shape[0], call.backwards(n)), n] += start[n]
 
 
-def gates_again(inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+def gates_again(
+    inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor, carries: Tensor
+) -> tuple[Tensor, Tensor]:
     """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from outputs and states: lean memory."""
+    batch_row = None if rows.dropped is None else rows_of_batch(rows, y.shape[0])
     sums, bias_hn = input_part(inputs, rows, call)
     cell, (count, sets, hidden_size), batch = CELLS[call.cell], y.shape, rows.batch
     split = (cell.gates - cell.apart) * hidden_size  # before it the gates whose sums are x + r
@@ -342,12 +375,15 @@ def gates_again(inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor) 
             state = state.masked_fill(anew, 0)
             if places is not None:
                 places[:, n] = places[:, n].masked_fill(anew.squeeze(1), -1 - batch)
+        if batch_row is not None:
+            state = (state * rows.dropped[n][batch_row]).to(state.dtype)
         weight = inputs.weight_hh[n]
         if split:
             sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight[:split].t())
         if apart is not None:
             apart[:, n] = torch.nn.functional.linear(state, weight[split:], None if bias_hn is None else bias_hn[n])
-    made = saved_again(sums, apart, y, aux, inputs.h0, inputs.c0, inputs.parameters, places, batch, call.cell)
+    states = carries if carries.numel() else aux
+    made = saved_again(sums, apart, y, states, inputs.h0, inputs.c0, inputs.parameters, places, batch, call.cell)
     return sums, made if made.numel() else aux
 
 
@@ -385,10 +421,9 @@ def _(sums, apart, y, aux, h0, c0, parameters, places, batch, cell):
 def layer_gradients(
     call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, d_cells, *arguments
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux."""
+    """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux, carries."""
     inputs, rows = taken(arguments)
-    y, gates, aux = arguments[-3:]
-    saved = y, gates, aux
+    saved = arguments[-4:]
     found = gradients_by_set(recurrence_backward, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
     return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
 
@@ -399,20 +434,22 @@ def gradients_by_set(
     """The gradients of a layer's inputs, those of weights and biases as a list with one for each set, None where not
     needed: the recurrence backwards, then products with its gate gradients.
 
-    backward: the operator, or the function that is its body. saved: y, gates, aux.
+    backward: the operator, or the function that is its body. saved: y, gates, aux, carries.
     """
-    (y, gates, aux), cell, (lengths, resets) = saved, CELLS[call.cell], (rows.lengths, rows.resets)
+    (y, gates, aux, carries), cell, (lengths, resets) = saved, CELLS[call.cell], (rows.lengths, rows.resets)
     wanted = Inputs(*need)
     if cell.saves and gates.numel() == 0 < y.numel():
-        gates, aux = gates_again(inputs, rows, call, y, aux)
-    how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip
+        gates, aux = gates_again(inputs, rows, call, y, aux, carries)
+    how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip, *call.kernel_rates
     h0, d_h_n = inputs.h0, d_outputs[1]
     states = h0, inputs.c0, inputs.parameters
-    d_gates, d_carry_0, d_parameters = backward(*d_outputs, inputs.weight_hh, gates, aux, y, *states, *rows[2:], *how)
+    left = gates, aux, carries, y
+    d_gates, d_carry_0, d_parameters, d_kept_0 = backward(*d_outputs, inputs.weight_hh, *left, *states, *rows[2:], *how)
     (count, sets, _), size = y.shape, cell.gates * y.shape[2]
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
     before, after = rows_before(rows, count), slice(rows.batch, count)
+    batch_row = None if rows.dropped is None else rows_of_batch(rows, count)
     found = {key: None for key in Inputs._fields}
     for key in ("weight_ih", "weight_hh", "start", "h0"):
         found[key] = [] if getattr(wanted, key) else None
@@ -428,6 +465,8 @@ def gradients_by_set(
             if resets is not None:  # nothing of before reaches a step whose row starts anew
                 anew = starts_anew(resets, first)
                 d_first, state = d_first.masked_fill(anew, 0), None if state is None else state.masked_fill(anew, 0)
+            if rows.dropped is not None and state is not None:
+                state = (state * rows.dropped[n]).to(state.dtype)
         if wanted.input:
             weight = inputs.weight_ih[n]
             found["input"] = inner @ weight if n == 0 else torch.addmm(found["input"], inner, weight)
@@ -439,6 +478,8 @@ def gradients_by_set(
             if resets is not None:
                 anew = starts_anew(resets, later)
                 d_later, h_earlier = d_later.masked_fill(anew, 0), h_earlier.masked_fill(anew, 0)
+            if batch_row is not None:
+                h_earlier = (h_earlier * rows.dropped[n][batch_row[later]]).to(y.dtype)
             if state is None:
                 product = d_later.t() @ h_earlier
             else:
@@ -449,7 +490,10 @@ def gradients_by_set(
         if wanted.h0:
             # In full: one step's product, whose error in tf32 no sum over steps makes small.
             d_h0 = full_product(d_first, _reordered(inputs.weight_hh[n], cell.slot_order))
+            d_h0 = d_h0 if rows.dropped is None else (d_h0 * rows.dropped[n]).to(h0.dtype)
             d_h0 = (d_h0 + d_carry_0[n]).to(h0.dtype) if cell.carries_h else d_h0
+            if d_kept_0 is not None and d_kept_0.numel():
+                d_h0 = (d_h0 + d_kept_0[n]).to(h0.dtype)
             if lengths is not None and d_h_n is not None:  # an empty sequence ends in the state it began with
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
             found["h0"].append(d_h0)
@@ -524,39 +568,39 @@ def directly(tensors: Sequence[Tensor]) -> bool:
 
 
 def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None):
-    """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux. inputs: weights and biases
-    as one tensor of each set. h_n, c_n: where to write those, or new tensors.
+    """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux, carries. inputs: weights and
+    biases as one tensor of each set. h_n, c_n: where to write those, or new tensors.
     """
     from .kernels import launch
 
     input, weight_hh = inputs.input, inputs.weight_hh
     plan = _plan(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
-    begun = launch.begin(
-        plan, rows, input.shape[0], inputs.h0, weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh
-    )
+    weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), launch.sent(inputs.h0, rows)
+    begun = launch.begin(plan, rows, input.shape[0], sent, *weights)
     gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (call.sets, -1))
     if inputs.start is not None:
         add_start(gates, inputs.start, rows, call)
     states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
-    y, h_n, c_n, aux = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n, inputs.parameters)
-    return y, h_n, c_n, gates, aux
+    more = inputs.parameters, call.kernel_rates
+    y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n, *more)
+    return y, h_n, c_n, gates, *kept
 
 
 def recurrence_backward_directly(
-    d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, y, h0, c0, parameters, lengths, offsets, resets, time, cell,
-    reversed_sets, max_programs, alone, clip,
+    d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, carries, y, h0, c0, parameters, lengths, offsets, resets,
+    dropped, kept_h, kept_c, time, cell, reversed_sets, max_programs, alone, clip, rate_h, rate_c,
 ):  # fmt: skip
     """The body of the operator of that name."""
     from .kernels import launch
 
     batch = y.shape[0] // time if offsets is None else lengths.shape[0]
     rows, call = (
-        Rows(time, batch, lengths, offsets, resets),
+        Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c),
         Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone)),
     )
     plan = _plan(call, y.shape[2], y, batch, True, rows.ragged)
     gates = gates if CELLS[cell].saves else None
-    how = h0, c0, rows, reversed_sets, d_cells, clip, parameters
+    how = h0, c0, rows, reversed_sets, d_cells, clip, parameters, (rate_h, rate_c), carries
     return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, *how)
 
 
@@ -571,23 +615,25 @@ class EagerLayer(torch.autograd.Function):
     def forward(ctx, call: Call, rows: Rows, input, start, h0, c0, parameters, *weights):
         """The input product, then the recurrence."""
         by_kind = _by_kind(weights, call.sets)
-        y, h_n, c_n, gates, aux = run_directly(Inputs(input, *by_kind, None, start, h0, c0, parameters), rows, call)
+        inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
+        y, h_n, c_n, gates, aux, carries = run_directly(inputs, rows, call)
         kept = gates if call.saving == "full" and CELLS[call.cell].saves else None
-        ctx.save_for_backward(*rows[2:], y, kept, aux, input, start, h0, c0, parameters, *weights)
+        ctx.save_for_backward(*rows[2:], y, kept, aux, carries, input, start, h0, c0, parameters, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
-        return y, h_n, c_n, cells_of(aux, y, rows) if call.cells else None
+        return y, h_n, c_n, cells_of(aux if carries is None else carries, y, rows) if call.cells else None
 
     @staticmethod
     def backward(ctx, *d_outputs):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
-        *masks, y, gates, aux, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:11]
-        call, rows, by_kind = ctx.call, Rows(*ctx.sizes, *masks), _by_kind(kept[11:], ctx.call.sets)
+        own = MASKS + 9
+        *masks, y, gates, aux, carries, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:own]
+        call, rows, by_kind = ctx.call, Rows(*ctx.sizes, *masks), _by_kind(kept[own:], ctx.call.sets)
         by_input, *by_state, by_parameters = ctx.needs_input_grad[2:7]
         by_weight = ctx.needs_input_grad[7:]
         need = by_input, *(kind is not None and any(kind) for kind in _by_kind(by_weight, call.sets))
         need = *need, False, *by_state, by_parameters
-        saved = y, y.new_empty(0) if gates is None else gates, y.new_empty(0) if aux is None else aux
+        saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
         if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
             kinds = [None if kind is None else stacked(kind) for kind in by_kind]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0

@@ -26,8 +26,9 @@ class CellLayer(_Layer[Any]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
-    weight_dropout: probability of a recurrent weight being zeroed, in training. clip: limit of the gradient of h at
-    every step.
+    weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
+    being zeroed, in training. zoneout: probability of a unit keeping its h, and, by another draw, all its states, in a
+    step. clip: limit of the gradient of h at every step.
     Parameters: weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0, and the cell's own, NAME_l0 [H]; further layers and
     the other direction as in torch.nn.
 
@@ -53,6 +54,8 @@ class CellLayer(_Layer[Any]):
         *,
         memory: backends.Memory | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         clip: float | None = None,
         proj_size: None = None,
     ) -> None:
@@ -79,7 +82,7 @@ class CellLayer(_Layer[Any]):
             self._all_weights.append([*shapes])
         self._init_flat_weights()
         self.reset_parameters()
-        self._set_options(memory, weight_dropout, clip)
+        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip)
 
     def _as_torch_nn(self, input: Any, hx: Any) -> Any:
         """Where the built-in layers ask torch.nn's own forward for its error: the same for input of another type."""

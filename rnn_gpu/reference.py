@@ -104,6 +104,13 @@ def choose(mask: Tensor | None, t: int, new: Tensor, old: Tensor | float) -> Ten
     return new if mask is None else torch.where(mask[t].unsqueeze(-1), new, old)
 
 
+def mixed(kept: Tensor | float | None, t: int, new: Tensor, old: Tensor) -> Tensor:
+    """new [B, H] but for what is kept of the old: all where kept [T, B, H] is true at t, or a part of all."""
+    if kept is None:
+        return new
+    return torch.where(kept[t], old, new) if isinstance(kept, Tensor) else kept * old + (1 - kept) * new
+
+
 def check_arguments(cell: str, bias_hn: Tensor | None, c0: Tensor | None) -> None:
     """Refuse what would otherwise be ignored: an oracle answers no other question than the one asked."""
     if cell not in CELLS:
@@ -131,6 +138,9 @@ def recurrence(
     see: Callable[[int, Tensor], Tensor] | None = None,
     cells: list[Tensor] | None = None,
     parameters: Tensor | None = None,
+    dropped: Tensor | None = None,
+    kept_h: Tensor | float | None = None,
+    kept_c: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sequential part of one layer and direction: everything that needs the h of the step before.
 
@@ -149,6 +159,9 @@ def recurrence(
     cells                   a list that the states of every step are appended to, as one tensor [T, B, K*H], zeros past
                             a row's end
     parameters [P*H]        for cells with parameters
+    dropped    [B, H]       what h is multiplied with before the product with weight_hh (Gal and Ghahramani 2016)
+    kept_h, kept_c          zoneout (Krueger et al. 2017): bool [T, B, H], where a unit keeps its h, or all its states,
+                            of the step before; or a number, what stays of them everywhere; None for nothing
 
     Returns y [T, B, H], h_n [B, H], and c_n [B, K*H] or None. One floating dtype throughout.
     """
@@ -170,8 +183,12 @@ def recurrence(
             None if state is None else choose(active, t, choose(kept, t, state, 0), 0) for state in (h, c)
         )
         x_gates = x_part[t].chunk(spec.gates, dim=-1)
-        h_gates = hidden_gates(cell, h_start, weight_hh, bias_hn)
-        h_new, carry_new = step(spec, x_gates, h_gates, carry_from(spec, h_start, c_start), of_unit)
+        h_sent = h_start if dropped is None else (h_start * dropped).to(h_start.dtype)
+        h_gates, carry = hidden_gates(cell, h_sent, weight_hh, bias_hn), carry_from(spec, h_start, c_start)
+        h_new, carry_new = step(spec, x_gates, h_gates, carry, of_unit)
+        h_new = mixed(kept_h, t, h_new, h_start)
+        if spec.states:
+            carry_new = tuple(mixed(kept_c, t, *pair) for pair in zip(carry_new, carry, strict=True))
         if see is not None:
             h_new = see(t, h_new)
         y[t] = choose(active, t, h_new, 0)

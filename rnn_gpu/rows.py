@@ -86,6 +86,16 @@ def rows_before(rows: Rows, count: int):
     return torch.arange(batch, count, device=offsets.device) - sizes_before
 
 
+def rows_of_batch(rows: Rows, count: int) -> Tensor:
+    """int64 [R], the row of the batch that each row of all steps belongs to. count: R."""
+    device = rows.dropped.device
+    if rows.offsets is None:
+        return torch.arange(rows.batch, device=device).repeat(rows.time)
+    sizes = rows.offsets[1:] - rows.offsets[:-1]
+    begins = torch.repeat_interleave(rows.offsets[:-1], sizes, output_size=count)
+    return torch.arange(count, device=device) - begins
+
+
 def past_the_end(rows: Rows) -> Tensor:
     """bool [T, B], which rows of dense input with lengths are padding."""
     return torch.arange(rows.time, device=rows.lengths.device).unsqueeze(1) >= rows.lengths

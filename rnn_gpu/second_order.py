@@ -20,7 +20,7 @@ def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
     """Outputs y [R, N, P], h_n [N, B, P], c_n [N, B, H] or None and, if call.cells, c of every step [R, N, H], else
     None, by the loop of reference.py.
     """
-    input, (time, batch, lengths, offsets, resets), place = inputs.input, rows, None
+    input, (time, batch, lengths, offsets, resets, dropped, *kept), place = inputs.input, rows, None
     if offsets is not None:  # packed: spread over [T, B], and gathered again below
         sizes = offsets[1:] - offsets[:-1]
         step = torch.repeat_interleave(torch.arange(time, device=input.device), sizes, output_size=input.shape[0])
@@ -39,6 +39,15 @@ def reference_layer(inputs: Inputs, rows: Rows, call: Call) -> Results:
         x_part = x_part.view(time, batch, x_part.shape[-1])
         states = inputs.h0[n], None if inputs.c0 is None else inputs.c0[n]
         masks = dict(lengths=lengths, resets=None if resets is None else resets.bool())
+        masks["dropped"] = None if dropped is None else dropped[n]
+        for name, mask, rate in zip(("kept_h", "kept_c"), kept, call.rates or (None, None), strict=True):
+            if mask is not None:
+                mask = mask[:, n].bool()
+                if place is not None:
+                    mask = mask.new_zeros(time * batch, mask.shape[1]).index_copy(0, place, mask)
+                masks[name] = mask.view(time, batch, mask.shape[1])
+            else:
+                masks[name] = rate
         cells: list[Tensor] | None = [] if call.cells else None
         masks |= dict(parameters=None if inputs.parameters is None else inputs.parameters[n])
         y, h_n, c_n = reference.recurrence(

@@ -252,7 +252,7 @@ def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str =
     c_n = (
         None if given.c0 is None else torch.empty_like(given.c0, dtype=torch.float32)
     )  # all that the kernel knows of c
-    y, _, c_n, aux = launch.forward(
+    y, _, c_n, aux, _ = launch.forward(
         forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, saving, c_n
     )
     steps = (problem.time, problem.batch)
@@ -263,7 +263,7 @@ def run_backward(problem: Problem, backward_plan: Plan, given: Data, y: Tensor, 
     """launch.backward from what `run_forward` left -> d_gates [T, B, N, E, H], d_carry_0."""
     from rnn_gpu.kernels import launch
 
-    d_gates, d_carry_0, _ = launch.backward(
+    d_gates, d_carry_0, *_ = launch.backward(
         backward_plan,
         None if given.d_y is None else given.d_y.flatten(0, 1),
         given.d_h_n,

@@ -257,8 +257,8 @@ def test_operators_around_atens_kernels_keep_the_rules_of_torch_library(cell, ga
     )
     weights = [torch.randn(N, gates * H, size) for size in (4, H)] + [torch.randn(N, gates * H) for _ in range(2)]
     states = torch.randn(N, B, H), torch.randn(N, B, H) if cell == "lstm" else None
-    given = torch.randn(T * B, 4), *weights, None, None, *states, None, lengths, None, resets
-    given = *given, T, cell, 2, False, None, False
+    given = torch.randn(T * B, 4), *weights, None, None, *states, None, lengths, None, resets, *[None] * 3
+    given = *given, T, cell, 2, False, None, None, False
     torch.library.opcheck(torch.ops.rnn_gpu.aten_layer.default, given)
     d_y, d_h_n, d_c_n, _, kept = torch.ops.rnn_gpu.aten_layer(*given)
     need = [t is not None for t in given[: len(Inputs._fields)]]

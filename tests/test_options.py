@@ -1,7 +1,8 @@
-"""What the layers can do beyond torch.nn's: dropout of recurrent weights, clipped gradients, the cells of every step;
-on torch, and on the kernels.
+"""What the layers can do beyond torch.nn's: dropout of recurrent weights and states, zoneout, clipped gradients, the
+cells of every step; on torch, and on the kernels.
 """
 
+import contextlib
 import copy
 import functools
 import io
@@ -17,6 +18,7 @@ import rnn_gpu
 from rnn_gpu import backends
 from rnn_gpu.backends import CELL_OF_MODE
 from rnn_gpu.kernels.spec import CELLS
+from rnn_gpu.rows import Rows
 from tests.layers import BACKEND, ON_BOTH_BACKENDS, pair
 from tests.tolerances import assert_close_to_oracle
 
@@ -50,10 +52,28 @@ def with_gradients(run, weights, input) -> dict[str, torch.Tensor]:
     return results | {f"gradient of {k}": d for k, d in zip(("input", *weights), found, strict=True)}
 
 
-def by_hand(layer, weights, input, states=None, lengths=None, resets=None):
-    """What a layer gives, one row and one step at a time, with its clip: output [T, B, D*H], the states as a tuple, and
-    what a cell carries after every step, of the last layer. weights: by name. In the dtype of the weights.
+@contextlib.contextmanager
+def masks_of_a_forward():
+    """A list that gets the `Rows` of each layer of a forward, with the masks that were drawn for it."""
+    found, draw = [], rnn_gpu.functional.drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rnn_gpu.functional, "drawn", lambda *given: found.append(draw(*given)) or found[-1])
+        yield found
+
+
+def by_hand(layer, weights, input, states=None, lengths=None, resets=None, drawn=()):
+    """What a layer gives, one row and one step at a time, with its options: output [T, B, D*H], the states as a tuple,
+    and what a cell carries after every step, of the last layer. weights: by name. drawn: of `masks_of_a_forward`. In
+    the dtype of the weights.
     """
+    rates = (layer.zoneout if isinstance(layer.zoneout, tuple) else (layer.zoneout,) * 2) if not layer.training else ()
+
+    def kept(i, mask, new, old, place):
+        """i: 0 for c, 1 for h."""
+        if mask is not None:
+            return torch.where(mask[place].bool(), old, new)
+        return rates[i] * old + (1 - rates[i]) * new if rates else new
+
     cell, (time, batch, _), size = CELL_OF_MODE[layer.mode], input.shape, layer.hidden_size
     wide, finals = layer.proj_size or size, []
     for number in range(layer.num_layers):
@@ -70,11 +90,16 @@ def by_hand(layer, weights, input, states=None, lengths=None, resets=None):
                 for t in reversed(range(length)) if n else range(length):
                     if resets is not None and resets[t, b]:
                         h, c = torch.zeros_like(h), torch.zeros_like(c)
-                    h_part = w_hh @ h + (b_hh if cell == "gru" else 0)
+                    before, masks = (h, c), drawn[number] if drawn else Rows(time, batch)
+                    dropped = 1 if masks.dropped is None else masks.dropped[n, b].to(h.dtype)
+                    h_part = w_hh @ (dropped * h) + (b_hh if cell == "gru" else 0)
                     x_part = w_ih @ input[t, b] + b_ih + (0 if cell == "gru" else b_hh)
                     gates = x_part.view(-1, size).unbind(), h_part.view(-1, size).unbind()
                     h, carry = CELLS[cell].step(*gates, (c,) if CELLS[cell].carried else ())
                     c = carry[0] if carry else h
+                    place = (t * batch if masks.offsets is None else int(masks.offsets[t])) + b, n
+                    h = kept(1, masks.kept_h, h, before[0], place)
+                    c = kept(0, masks.kept_c, c, before[1], place) if cell == "lstm" else h
                     if layer.clip is not None and h.requires_grad:
                         h.register_hook(lambda d: d.clamp(-layer.clip, layer.clip))
                     h = weights[f"weight_hr_{way}"] @ h if layer.proj_size else h
@@ -125,10 +150,11 @@ def assert_as_by_hand(layer, masks: str = "dense", run=None, seed: int = 1) -> N
         return functional_call(layer, weights, (input, hx), masks)
 
     def loop(leaves, input, states):
-        results = by_hand(layer, leaves, input, states, **masks)
+        results = by_hand(layer, leaves, input, states, **masks, drawn=drawn)
         return results if layer.return_cells else results[:2]
 
-    actual = outcome(run or ours, torch.float32)
+    with masks_of_a_forward() as drawn:
+        actual = outcome(run or ours, torch.float32)
     expected, peer = outcome(loop, torch.float64), outcome(loop, torch.float32)
     assert actual.keys() == expected.keys()
     for key, value in actual.items():
@@ -336,13 +362,132 @@ def test_wrong_clips_and_cells():
             getattr(rnn_gpu, name)(3, 4, return_cells=True)
 
 
+# ---- recurrent_dropout and zoneout -----------------------------------------------------------------------------------
+
+BOTH = {"recurrent_dropout": 0.4, "zoneout": 0.3}
+
+
+@each(
+    [
+        ("LSTM", BOTH | STACK),
+        ("LSTM", {"zoneout": (0.5, 0.2), "memory": "lean", "return_cells": True}),
+        ("GRU", BOTH | {"memory": "lean", "clip": 0.3}),
+        ("RNN", BOTH | {"bidirectional": True}),
+        ("LSTM", {"recurrent_dropout": 0.4}),
+        ("GRU", {"zoneout": 0.3}),
+    ],
+    (0, "dense"), (1, "resets"), (2, "lengths"), (3, "lengths"),
+)  # fmt: skip
+def test_recurrent_dropout_and_zoneout(name, kwargs, masks):
+    """Catches: another mask in the backward or at a later step, a state that is kept and not its gradient, c kept
+    before tanh instead of after, the mask on the GRU's direct path, masks of another row, layer or direction.
+    """
+    assert_as_by_hand(getattr(rnn_gpu, name)(3, 12, **kwargs), masks)
+
+
+@pytest.mark.parametrize("name, zoneout", [("LSTM", (0.5, 0.2)), ("GRU", 0.3), ("RNN", 0.3)])
+def test_zoneout_in_eval_is_its_expectation(name, zoneout):
+    """Catches: a mask drawn in eval, a part of the state without its gradient; dropout in eval."""
+    layer = getattr(rnn_gpu, name)(3, 12, zoneout=zoneout, recurrent_dropout=0.5, weight_dropout=0.5).eval()
+    assert_as_by_hand(layer, "lengths")
+    layer.zoneout = 0.0
+    plain = getattr(torch.nn, name)(3, 12)
+    plain.load_state_dict(layer.state_dict())
+    input = torch.randn(4, 3, 3)
+    torch.testing.assert_close(layer(input), plain(input))
+
+
+def test_masks_of_programs_that_hold_all_units(monkeypatch):
+    """Catches: masks that only programs which exchange their state know."""
+    monkeypatch.setattr(backends, "_allow_alone", True)
+    for name in NAMES:
+        assert_as_by_hand(getattr(rnn_gpu, name)(3, 12, **BOTH), "lengths")
+
+
+def test_masks_of_packed_input_lie_as_it_does():
+    """Catches: masks read as if packed rows were padded."""
+    layer, input, lengths = rnn_gpu.LSTM(3, 12, **BOTH), torch.randn(4, 3, 3), [4, 2, 1]
+    with masks_of_a_forward() as drawn:
+        output, states = layer(pack_padded_sequence(input, torch.tensor(lengths)))
+    assert drawn[0].kept_h.shape == (7, 1, 12) and drawn[0].dropped.shape == (1, 3, 12)
+    weights = dict(layer.named_parameters())
+    expected, finals, _ = by_hand(layer, weights, input, lengths=lengths, drawn=drawn)
+    torch.testing.assert_close(pad_packed_sequence(output)[0], expected)
+    torch.testing.assert_close(states, finals)
+    found, wanted = (torch.autograd.grad(y.sum(), list(weights.values())) for y in (output.data, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_masks_are_drawn_from_their_distributions():
+    """Catches: rates that are not those asked for, c's and h's exchanged, a scale left out, the same mask again,
+    numbers that do not come from torch's generator.
+    """
+    layer, input = rnn_gpu.LSTM(2, 32, recurrent_dropout=0.3, zoneout=(0.5, 0.1)), torch.randn(6, 20, 2)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        with masks_of_a_forward() as drawn, torch.no_grad():
+            layer(input)
+        return drawn[0]
+
+    first, again, other = draw(1), draw(1), draw(2)
+    for name, p in (("dropped", 0.7), ("kept_h", 0.1), ("kept_c", 0.5)):
+        mask = getattr(first, name)
+        assert torch.equal(mask, getattr(again, name)) and not torch.equal(mask, getattr(other, name))
+        assert abs((mask != 0).double().mean() - p) < 6 * (p * (1 - p) / mask.numel()) ** 0.5
+    assert set(first.dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    assert first.kept_h.dtype == torch.int8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_compiled_and_mapped(name):
+    """Catches: a route that forgets a mask, a graph that breaks, members of a batch that share what they should not."""
+    layer, input = getattr(rnn_gpu, name)(3, 12, **BOTH), torch.randn(2, 4, 3, 3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    weights = dict(layer.named_parameters())
+    found = []
+    for run in (layer, compiled):
+        torch.manual_seed(3)
+        output = run(input[0])[0]
+        found.append((output, *torch.autograd.grad(output.square().sum(), list(weights.values()))))
+    torch.testing.assert_close(*found)
+    loss = lambda weights, x: functional_call(layer, weights, (x,))[0].square().sum()
+    torch.manual_seed(3)
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(weights, input)
+    torch.testing.assert_close([mapped[name][0] for name in weights], list(found[0][1:]))
+    torch.manual_seed(3)
+    different = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(
+        weights, input[:1].expand(2, -1, -1, -1)
+    )
+    assert not torch.equal(*different["weight_hh_l0"])
+
+
+def test_wrong_rates():
+    """Catches: a pair for cells without c, rates that are none, options that a projection would change."""
+    for name in NAMES:
+        for wrong in (-0.1, 1.5, True, "0.5"):
+            for option in ("recurrent_dropout", "zoneout"):
+                with pytest.raises(ValueError, match=rf"{option} should be a number in range \[0, 1\] representing"):
+                    getattr(rnn_gpu, name)(3, 4, **{option: wrong})
+    for name, wrong in (("GRU", (0.1, 0.1)), ("RNN", (0.1, 0.1)), ("LSTM", (0.1, 0.1, 0.1))):
+        with pytest.raises(
+            ValueError, match="zoneout should be a number, or for the LSTM a pair of them, of c and of h"
+        ):
+            getattr(rnn_gpu, name)(3, 4, zoneout=wrong)
+    for option in BOTH:
+        with pytest.raises(ValueError, match="recurrent_dropout and zoneout are not supported with proj_size"):
+            rnn_gpu.LSTM(3, 4, proj_size=2, **{option: 0.1})
+
+
 # ---- All options -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_kept_and_shown(name):
     """Catches: an option lost by pickle or deepcopy, shown where it was not given, or in the state dict."""
-    options = {"weight_dropout": 0.25, "clip": 2.0} | ({"return_cells": True} if name == "LSTM" else {})
+    options = {"weight_dropout": 0.25, "recurrent_dropout": 0.5, "zoneout": 0.1, "clip": 2.0} | (
+        {"return_cells": True} if name == "LSTM" else {}
+    )
     layer, plain = getattr(rnn_gpu, name)(3, 4, **options), getattr(rnn_gpu, name)(3, 4)
     file = io.BytesIO()
     torch.save(layer, file)
