@@ -87,7 +87,8 @@ class Machine:
         for i, value in enumerate(arguments):
             name = names[i] if names else f"argument {i}"
             if not hasattr(value, "untyped_storage"):
-                launch.arguments.append(int(value or 0))
+                bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value or 0
+                launch.arguments.append(int(bits))
                 continue
             data = _storage(value)
             if data.ctypes.data not in known:
