@@ -33,10 +33,13 @@ NOT_MEASURED = (
 )
 OURS, REFERENCE = "rnn_gpu", "torch.nn"
 SHOWN = {"forward+backward": "training", "inference": "inference"}  # of the modes, in the tables
+SHORT = frozenset(grids.short())
 # The rows of README.md's table: each case of the core grid is in one of them.
 REGIONS = {
-    "LSTM, bfloat16, up to 1024 units": lambda c: c.cell == "lstm" and c.dtype == "bfloat16" and c.hidden_size <= 1024,
-    "GRU and RNN, bfloat16": lambda c: c.cell != "lstm" and c.dtype == "bfloat16",
+    "LSTM, bfloat16, up to 1024 units": (
+        lambda c: c.cell == "lstm" and c.dtype == "bfloat16" and c.hidden_size <= 1024 and c not in SHORT
+    ),
+    "GRU and RNN, bfloat16": lambda c: c.cell != "lstm" and c.dtype == "bfloat16" and c not in SHORT,
     "LSTM and GRU, float32 (tf32), 256 units and more": lambda c: c.dtype == "float32" and c.hidden_size >= 256,
     "LSTM, float16, several layers": lambda c: c.dtype == "float16" and c.layers > 1,
     "LSTM, float16, batch 64, 256 units and more": (
@@ -52,6 +55,7 @@ REGIONS = {
     "LSTM, float16, one layer, batch 16 or 128 units": (
         lambda c: c.dtype == "float16" and c.layers == 1 and (c.batch_size < 64 or c.hidden_size < 256)
     ),
+    "LSTM and GRU, bfloat16, T 32, 64 and 128": SHORT.__contains__,
 }
 COLORS = {
     "rnn_gpu": "C0",
@@ -101,7 +105,7 @@ def case_of(row: Row) -> grids.Case:
 
 
 def described(rows: list[Row]) -> str:
-    """With what rows were measured: each version once."""
+    """How many cases were measured, of which commits, and with what: each version once."""
 
     def every(name: str) -> str:
         return ", ".join(sorted({str(getattr(row, name)) for row in rows}))
@@ -109,10 +113,12 @@ def described(rows: list[Row]) -> str:
     days = sorted({row.measured[:10] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     cudnn = ", ".join(sorted({cudnn_version(row.cudnn) for row in rows}))
-    return (
-        f"commit {every('commit') or 'unknown'}, torch {every('torch')}, CUDA {every('cuda')}, cuDNN {cudnn}, "
-        f"Triton {every('triton')}; {when}"
-    )
+    commits = {}
+    for row in rows:
+        commits.setdefault(row.commit or "unknown", set()).add(case_of(row))
+    cases = ", ".join(f"{len(commits[name])} cases of commit {name}" for name in sorted(commits))
+    versions = f"torch {every('torch')}, CUDA {every('cuda')}, cuDNN {cudnn}, Triton {every('triton')}"
+    return f"{cases}, {versions}; {when}"
 
 
 def cudnn_version(number: str) -> str:
@@ -143,7 +149,8 @@ def by_case(groups: list[dict[str, Row]]) -> dict[tuple, dict[str, dict[str, Row
 
 def short(case: grids.Case) -> str:
     """A case within its cell and type."""
-    more = f" L {case.layers}" if case.layers > 1 else ""
+    more = f" T {case.time}" if case in SHORT else ""
+    more += f" L {case.layers}" if case.layers > 1 else ""
     more += " both ways" if case.directions == 2 else ""
     return f"H {case.hidden_size} B {case.batch_size}{more}"
 
@@ -175,16 +182,16 @@ def table(rows: list[Row]) -> str:
         lines.append("|---|" + "---|" * (len(SHOWN) + 2))
         for name, within in REGIONS.items():
             of_this = [g for g in mine if within(case_of(g[OURS]))]
-            if of_this:
-                chosen = [auto_takes(case, precision, device, True) for case, precision in by_case(of_this)]
-                auto = "?" if "?" in chosen else f"{chosen.count('triton')} of {len(chosen)}"
-                lines.append(f"| {name} | {in_numbers(of_this, sum(map(within, core)))} | {auto} |")
+            chosen = [auto_takes(case, precision, device, True) for case, precision in by_case(of_this)]
+            auto = "?" if "?" in chosen else f"{chosen.count('triton')} of {len(chosen)}" if chosen else ""
+            lines.append(f"| {name} | {in_numbers(of_this, sum(map(within, core)))} | {auto} |")
         lines.append(f"| **all** | {in_numbers(mine, len(core))} | |")
         parts.append("\n".join(lines))
     note = (
-        "Times as fast as torch.nn (cuDNN): geometric mean over the core grid (smallest to largest). Training is "
-        "forward and backward with all gradients; the product with the input is included. Median times of calls in "
-        "turns in one process. `docs/performance.md` has every case, and says how to read and repeat it."
+        "Times as fast as torch.nn (cuDNN): geometric mean over those cases of the core grid that were measured "
+        "(smallest to largest); T is 1024 or 128 where nothing is said of it. Training is forward and backward with "
+        "all gradients; the product with the input is included. Median times of calls in turns in one process. "
+        "`docs/performance.md` has every case, and says how to read and repeat it."
     )
     return "\n\n".join([*parts, note])
 

@@ -131,9 +131,18 @@ def _directly(inputs: Inputs, rows: Rows, call: Call):
     return EagerLayer.apply(call, rows, inputs.input, *inputs[6:], *weights)
 
 
+# In a graph of torch.compile the Functions stand as they are: one that it has looked into gives its backward an input
+# as it is then, whatever has been written into it since, where autograd raises.
+@torch.compiler.allow_in_graph
 def _by_operators(inputs: Inputs, rows: Rows, call: Call):
     """By the operators around the launchers, for compilers and transforms."""
     return Layer.apply(call, *inputs, *rows)[:4]
+
+
+@torch.compiler.allow_in_graph
+def _opaque(inputs: Inputs, rows: Rows, call: Call):
+    """By PyTorch's own kernels behind one operator."""
+    return aten.AtenLayer.apply(call, *inputs, *rows)[:4]
 
 
 # How a layer is computed: by the persistent kernels, called directly or as operators; by PyTorch's own; by PyTorch's
@@ -145,7 +154,7 @@ ROUTES = {
     "direct": _without_projection(_directly),
     "kernels": _without_projection(_by_operators),
     "aten": lambda inputs, rows, call: (*aten.layer(inputs, rows, call), None),
-    "opaque": lambda inputs, rows, call: aten.AtenLayer.apply(call, *inputs, *rows)[:4],
+    "opaque": _opaque,
     "reference": reference_layer,
     "onnx": lambda inputs, rows, call: (*onnx.layer(inputs, rows, call), None),
 }

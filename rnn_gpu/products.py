@@ -6,12 +6,12 @@ from torch import Tensor
 from .many_gradients import for_each_gradient
 
 
-@torch.compiler.assume_constant_result
 def in_tf32(device: str) -> bool:
     """Whether PyTorch multiplies float32 matrices in tf32 on this kind of device."""
     return device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+@torch.compiler.allow_in_graph  # as one: a compiler that looks into it would differentiate its parts
 def full_product(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, K] @ b [..., K, N] with errors of float32, as are those of its gradients: for small products, in tf32
     one of three times the K. Not for forward-mode differentiation.
@@ -55,9 +55,6 @@ class FullProduct(torch.autograd.Function):
 
 
 def _in_two(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as a sum: its first 11 bits, and the rest, which counts as constant: where torch.compile differentiates
-    within a graph it looks through the Function.
-    """
-    first = (x.detach().contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-    rest = x.detach() - first
-    return x - rest, rest
+    """float32 as a sum: its first 11 bits, and the rest."""
+    first = (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return first, x - first

@@ -128,6 +128,38 @@ def test_a_graph_stays_small_whatever_the_number_of_steps():
     assert sizes[0] == sizes[1]
 
 
+TENSORS = ["input", "state", "weight", "output"]
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+@pytest.mark.parametrize("written", TENSORS)
+def test_what_is_written_into_before_the_backward(written):
+    """Catches: gradients, in silence, with a tensor that the graph has changed since the layer's forward, where eager
+    mode raises.
+    """
+    layer = rnn_gpu.LSTM(4, 12)
+    input, h0, c0 = torch.randn(5, 3, 4), torch.randn(1, 3, 12), torch.randn(1, 3, 12)
+
+    def run(input, h0, c0, write):
+        input, h0, c0 = input + 1, h0 + 1, c0 + 1
+        output, _ = layer(input, (h0, c0))
+        if write:
+            with torch.no_grad():
+                [input, h0, layer.weight_hh_l0, output][TENSORS.index(written)].mul_(2)
+        return output
+
+    gradients = lambda run, write: torch.autograd.grad(run(input, h0, c0, write).sum(), layer.parameters())
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    right = gradients(run, False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(run, True)
+    if written == "output" and not INTERPRETED:  # which is a copy of what PyTorch's kernels keep
+        torch.testing.assert_close(gradients(compiled, True), right)
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(compiled, True)
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_one_graph_where_a_weight_is_new(name):
     """Catches: a compile for a second time, or guards that cannot be made, where a weight has been registered anew, as
