@@ -138,6 +138,7 @@ def test_the_old_onnx_exporter():
     other = torch.randn(7, 3, 3)
     found = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": other.numpy()})
     torch.testing.assert_close(torch.from_numpy(found[0]), model(other)[0], rtol=1e-5, atol=1e-5)
+    torch.onnx.export(model.layer, (torch.randn(5, 2, 3),), io.BytesIO(), dynamo=False)  # which fills in defaults
 
     class Lengths(Model):
         def forward(self, input):
