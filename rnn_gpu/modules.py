@@ -277,7 +277,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         return 1 + len(CELLS[backends.cell_of(self)].states)
 
     def _slow_forward(self, input, hx=None, lengths=None, resets=None):
-        """What torch.nn.Module calls while it is traced: torch.onnx.export(dynamo=False) gives all arguments in order."""
+        """What torch.nn.Module calls while traced: torch.onnx.export(dynamo=False) gives all arguments in order."""
         return super()._slow_forward(input, hx, lengths=lengths, resets=resets)
 
     def __prepare_scriptable__(self) -> NoReturn:
