@@ -325,7 +325,9 @@ def _wrap_executor_call(call):
 
 
 def _wrap_patch_language(patch):
-    """The interpreter patches the language at each call of one jit function by another: once will do."""
+    """The interpreter patches the language at each call of one jit function by another: once will do. And it refuses a
+    function beside which nobody has imported the language, though it is the same for all.
+    """
 
     def patch_language(function):
         programs = _programs_here()
@@ -333,7 +335,8 @@ def _wrap_patch_language(patch):
             return patch(function)
         if id(function.__globals__) not in programs.patched:
             programs.patched.add(id(function.__globals__))
-            patch(function)
+            if any(value is tl or value is tl.core for value in function.__globals__.values()):
+                patch(function)
 
     return patch_language
 
