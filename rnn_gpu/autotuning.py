@@ -53,7 +53,8 @@ def autotune(
     all later ones of this shape take what was fastest.
 
     layer: an LSTM, GRU or RNN of this library, on a GPU. input: as the layer takes it, on that GPU; of a dense one at
-    most 256 steps are timed. With gradients enabled forward and backward are timed, under torch.no_grad() the forward;
+    most 256 steps are timed. With gradients enabled forward and backward are timed, under torch.no_grad() the forward,
+    and so where neither input nor parameters require gradients: the backend found then holds under torch.no_grad().
     autocast, precision, memory and the other settings are those of now. It takes a second or two, and what it takes to
     compile up to eight kernels, once: they stay in Triton's cache.
 
@@ -119,8 +120,8 @@ def first_call(
     try:
         ragged = lengths is not None or resets is not None or isinstance(input, PackedSequence)
         sizes = layer.mode, layer.hidden_size, layer.num_layers, layer.bidirectional, layer.proj_size
-        now = torch.is_grad_enabled(), layer.memory, backends.current_memory(), backends.limits()
-        key = batch, ragged, dtype, data.device, *sizes, *now, backends.precision_of("float32")
+        now = _differentiated(layer, data), backends.drops_weights(layer), layer.memory, backends.current_memory()
+        key = batch, ragged, dtype, data.device, *sizes, *now, backends.limits(), backends.precision_of("float32")
         if key not in _seen:
             _seen.add(key)
             tune(layer, input, lengths, resets, device_seconds)
@@ -140,6 +141,11 @@ def _data_of(input: Tensor | PackedSequence) -> Tensor:
 
 def _on_gpu(data: Tensor) -> bool:
     return data.is_cuda
+
+
+def _differentiated(layer: _Layer[Any], data: Tensor) -> bool:
+    """Whether a call has gradients, but for those of initial states."""
+    return torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in layer.parameters()))
 
 
 # ---- What is timed ---------------------------------------------------------------------------------------------------
@@ -184,6 +190,7 @@ def _like(
     given: dict[str, Any] = dict(
         num_layers=layer.num_layers, bias=layer.bias, batch_first=layer.batch_first, dropout=layer.dropout,
         bidirectional=layer.bidirectional, device=first.device, dtype=first.dtype, memory=layer.memory,
+        weight_dropout=layer.weight_dropout,
     )  # fmt: skip
     sizes = layer.input_size, layer.hidden_size
     if layer.mode == "LSTM":
@@ -270,8 +277,14 @@ def tune(
 ) -> Choice:
     """`autotune` by any timer."""
     where = _data_of(input).device
-    with torch.random.fork_rng([where] if where.type == "cuda" else []):
-        trial, training = _like(layer, input, lengths, resets), torch.is_grad_enabled()
+    training = _differentiated(layer, _data_of(input))  # what is timed, and so what the choice is of
+    # The user's hooks (torch.utils.checkpoint's, for one) must not see what a trial saves.
+    with (
+        torch.random.fork_rng([where] if where.type == "cuda" else []),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        torch.set_grad_enabled(training),
+    ):
+        trial = _like(layer, input, lengths, resets)
         problem = backends._problem(layer, trial.batch, trial.dtype)
         device, precision = backends.device_of(where), backends.precision_of(problem[-1])
         asked = layer, trial.batch, trial.dtype, device, training, trial.ragged
@@ -286,10 +299,8 @@ def tune(
         choice = chosen()
         if not choice.plans:
             return choice
-        saving = backends.saving_of(layer, training) if trial.wanted else "nothing"
+        saving = backends.saving_of(layer, training)
         for p in choice.plans:
-            if p.backward and not trial.wanted:
-                continue
             shape = *problem, device, p.backward, precision, trial.ragged, backends.limits(), saving
             key = measured.key_of_plan(*shape)
             if again or measured.known(key, True) is None:
@@ -338,7 +349,7 @@ def _entry(p: planning.Plan) -> dict[str, Any]:
 def _faster_backend(trial: _Trial, timer: Timer) -> dict[str, Any]:
     """What is to be kept of our kernels, as they are planned now, against PyTorch's own."""
     masked = trial.lengths is not None or trial.resets is not None
-    theirs = backends.route_of_torch(trial.layer, _data_of(trial.input), masked)
+    theirs = backends.route_of_torch(trial.layer, _data_of(trial.input), masked, backends.drops_weights(trial.layer))
     calls = [lambda: trial.run("kernels"), lambda: trial.run(theirs)]
     times = _in_turns(calls, timer, _data_of(trial.input).device)
     ours, others = (seconds * 1e6 / trial.steps for seconds in times)

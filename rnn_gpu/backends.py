@@ -429,6 +429,11 @@ def beyond_aten(module: Any) -> bool:
     return isinstance(module, torch.nn.RNNBase) and getattr(module, "_beyond_aten", bool)()
 
 
+def drops_weights(module: torch.nn.RNNBase) -> bool:
+    """Whether a layer drops recurrent weights now, for which PyTorch's own kernels take another route."""
+    return module.training and getattr(module, "weight_dropout", 0.0) > 0
+
+
 def saving_of(module: torch.nn.RNNBase, training: bool) -> str:
     """What the forward of a layer keeps for a backward: "nothing", "lean" or "full"."""
     return getattr(module, "memory", None) or _memory if training else "nothing"
@@ -441,7 +446,7 @@ def key_of(
     """Under which key a comparison of the backends for a call is kept."""
     return measured.key_of_layer(
         *problem, device, module.num_layers, module.proj_size, precision or precision_of(problem[-1]), ragged,
-        limits(), saving_of(module, training),
+        limits(), saving_of(module, training), drops_weights(module),
     )  # fmt: skip
 
 
@@ -532,7 +537,7 @@ def choose(
     kind = module.mode, module.hidden_size, module.num_layers, module.bidirectional, batch_size, dtype, input.device
     key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, precision, beyond_aten(module)
     if measured.anything():  # which is of all that its key says
-        key = *key, saving_of(module, training), module.proj_size
+        key = *key, saving_of(module, training), module.proj_size, drops_weights(module)
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)

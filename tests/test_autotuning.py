@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
 from perf import benchmark, tune
@@ -157,10 +158,31 @@ def test_inference_and_training_are_measured_apart(clock):
     assert len(tuned(clock).plans) == 2 and clock.timed > seen
 
 
-def test_a_frozen_layer_and_a_packed_one(clock):
-    """Catches a backward of what nothing is differentiated by, and packed input that is cut."""
-    frozen = rnn_gpu.LSTM(8, 512).requires_grad_(False)
-    assert tuned(clock, frozen).measured
+def test_a_frozen_layer_is_measured_in_inference(clock):
+    """Catches a backward of what nothing is differentiated by, and times of a forward kept as those of a training."""
+    choice = tuned(clock, rnn_gpu.LSTM(8, 512).requires_grad_(False))
+    assert choice.measured and [p.backward for p in choice.plans] == [False]
+    asked = rnn_gpu.LSTM(8, 512), 16, torch.float32, DEVICE
+    assert backends.kernels_for(*asked, False) == choice and not backends.kernels_for(*asked, True).measured
+    with torch.no_grad():
+        seen = clock.timed
+        assert tuned(clock) == choice and clock.timed == seen
+
+
+def test_dropout_of_weights_is_timed_on_the_route_that_it_takes(clock, monkeypatch):
+    """Catches: PyTorch's side timed without the masks, which its fused kernels never draw."""
+    routes, run = [], clock.run
+    monkeypatch.setattr(clock, "run", lambda trial, route: (routes.append((route, trial.layer)), run(trial, route)))
+    layer = rnn_gpu.LSTM(8, 512, weight_dropout=0.5)
+    for training, theirs in ((True, "aten"), (False, "torch.nn")):
+        tuned(clock, layer.train(training))
+        route, trial = routes[-1]
+        assert route == theirs and trial.weight_dropout == 0.5 and trial.training == training
+        assert backends.kernels_for(layer, 16, torch.float32, DEVICE, True).measured
+
+
+def test_packed_input_is_not_cut(clock):
+    """Catches packed input that is cut, or taken for a dense one."""
     packed = pack_sequence([torch.randn(n, 8) for n in (5, 3)])
     choice = autotuning.tune(rnn_gpu.LSTM(8, 512), packed, None, None, clock)
     assert choice.measured and choice != tuned(clock, batch=2)
@@ -173,7 +195,7 @@ def test_a_frozen_layer_and_a_packed_one(clock):
     "other",
     [
         "batch", "hidden size", "cell", "layers", "directions", "type", "memory", "lengths", "programs", "exchange",
-        "precision", "projection", "inference",
+        "precision", "projection", "inference", "dropout",
     ],
 )  # fmt: skip
 def test_another_shape_or_setting_is_another_measurement(other, clock, tf32):
@@ -201,6 +223,7 @@ def test_another_shape_or_setting_is_another_measurement(other, clock, tf32):
             "type": lambda: rnn_gpu.LSTM(8, 512).bfloat16(),
             "memory": lambda: rnn_gpu.LSTM(8, 512, memory="lean"),
             "projection": lambda: rnn_gpu.LSTM(8, 512, proj_size=100),
+            "dropout": lambda: rnn_gpu.LSTM(8, 512, weight_dropout=0.5),
         }[other]()
     if context is not None:
         with context:
@@ -408,7 +431,7 @@ def test_nothing_is_timed_while_something_traces_transforms_or_captures(monkeypa
     assert autotuning.why_not(x) is None
 
 
-in_a_test = autotuning._in_a_test
+in_a_test, real, run = autotuning._in_a_test, autotuning.tune, autotuning._Trial.run
 
 
 # ---- RNN_GPU_AUTOTUNE=1 ----------------------------------------------------------------------------------------------
@@ -434,6 +457,20 @@ def test_the_first_call_of_a_shape_is_measured_and_no_other(automatic):
     with torch.no_grad():
         layer(torch.randn(4, 2, 3), lengths=[4, 4])
     assert len(automatic) == 3
+    layer.requires_grad_(False)(torch.randn(4, 2, 3), lengths=[4, 4])  # of which nothing is differentiated either
+    assert len(automatic) == 3
+
+
+def test_a_checkpoint_does_not_see_what_is_timed(automatic, clock, monkeypatch):
+    """Catches: tensors of a trial saved by the user's hooks, and counted again in the recomputation."""
+    tune = lambda layer, input, lengths, resets, _: automatic.append(real(layer, input, lengths, resets, clock))
+    monkeypatch.setattr(autotuning, "tune", tune)
+    monkeypatch.setattr(autotuning._Trial, "run", lambda trial, way: (run(trial, "aten"), clock.run(trial, way)))
+    layer, input = rnn_gpu.LSTM(3, 5), torch.randn(4, 2, 3, requires_grad=True)
+    call = lambda input: layer(input, lengths=[4, 2])[0]
+    found = torch.autograd.grad(checkpoint(call, input, use_reentrant=False).sum(), input)
+    assert len(automatic) == 1 and automatic[0].measured
+    torch.testing.assert_close(found, torch.autograd.grad(call(input).sum(), input))
 
 
 def test_what_is_timed_does_not_time_itself(automatic, monkeypatch):
