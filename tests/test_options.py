@@ -15,7 +15,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import backends, zoo
 from rnn_gpu.backends import CELL_OF_MODE
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
@@ -404,6 +404,21 @@ def test_masks_of_programs_that_hold_all_units(monkeypatch):
         assert_as_by_hand(getattr(rnn_gpu, name)(3, 12, **BOTH), "lengths")
 
 
+@pytest.mark.parametrize("cls, memory", [(zoo.PeepholeLSTM, "lean"), (zoo.SLSTM, "full"), (zoo.MGU, "lean")])
+def test_masks_of_other_cells(cls, memory):
+    """Catches: a state of several, or a parameter's gradient, that knows no mask; gates made again without it."""
+    layer, input = cls(3, 12, memory=memory, clip=0.3, **BOTH), torch.randn(4, 3, 3)
+    found = []
+    for backend in ("torch", BACKEND):
+        torch.manual_seed(4)
+        with rnn_gpu.backend(backend):
+            output, states = layer(input, lengths=[4, 0, 2])
+        states = states if isinstance(states, tuple) else (states,)
+        loss = output.square().sum() + sum(state.sum() for state in states)
+        found.append([output, *states, *torch.autograd.grad(loss, list(layer.parameters()))])
+    torch.testing.assert_close(*found)
+
+
 def test_masks_of_packed_input_lie_as_it_does():
     """Catches: masks read as if packed rows were padded."""
     layer, input, lengths = rnn_gpu.LSTM(3, 12, **BOTH), torch.randn(4, 3, 3), [4, 2, 1]
@@ -426,7 +441,7 @@ def test_masks_are_drawn_from_their_distributions():
 
     def draw(seed):
         torch.manual_seed(seed)
-        with masks_of_a_forward() as drawn, torch.no_grad():
+        with masks_of_a_forward() as drawn, torch.no_grad(), rnn_gpu.backend("torch"):
             layer(input)
         return drawn[0]
 

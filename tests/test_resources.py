@@ -346,8 +346,9 @@ def test_instructions_are_told_apart():
 
 @PASSES
 @pytest.mark.parametrize("cell", BUILT_IN)
+@pytest.mark.parametrize("options", [(), ("clip", "cells", "recurrent_dropout", "zoneout")], ids=["plain", "options"])
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", "dense"), ("bfloat16", "packed"), ("bfloat16", "resets")])
-def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backward):
+def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, options, backward):
     """Catches a kernel compiled here with other types than a launch passes: then nothing above speaks of what runs."""
     p = planned(90, cell, dtype, 40, 2, backward)
     kind, spec, (T, B, N, H) = getattr(torch, dtype), CELLS[cell], (3, 2, 1, 40)
@@ -357,8 +358,11 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backwa
         resets=torch.zeros(T, B, dtype=torch.int8),
     )
     where = launch.Rows(T, B, **{name: where[name] for name in resources.ROWS[rows]})
+    if options:
+        kept = torch.zeros(T * B, N, H, dtype=torch.int8)
+        where = where._replace(dropped=torch.ones(N, B, H), kept_h=kept, kept_c=kept if spec.states else None)
     passed = {}
-    monkeypatch.setattr(launch, "_launch", lambda *arguments: passed.update(arguments[-1]))
+    monkeypatch.setattr(launch, "_launch", lambda *arguments, **numbers: passed.update(arguments[-1] | numbers))
     monkeypatch.setattr(launch, "_prepare", lambda *arguments: None)
     h0, weight = torch.zeros(N, B, H, dtype=kind), torch.zeros(N, spec.gates * H, H, dtype=kind)
     c0 = h0 if spec.states else None
@@ -367,7 +371,8 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backwa
         aux = torch.zeros(T * B, N, padded(H, dtype), dtype=torch.float32 if spec.states else kind)
         y = torch.zeros(T * B, N, H, dtype=kind)
         saved = gates if spec.saves else None, None if spec.reads_h else aux
-        launch.backward(p, y, h0, c0, weight, *saved, y, h0, c0, where, 0)
+        more = dict(d_cells=y if spec.states else None, clip=0.5, carries=aux) if options else {}
+        launch.backward(p, y, h0, c0, weight, *saved, y, h0, c0, where, 0, **more)
     else:
         bias = torch.zeros(N, H, dtype=kind) if spec.apart else None
         launch.forward(p, gates, weight, bias, h0, c0, where, 0, "full")
@@ -379,8 +384,10 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, backwa
         torch.int64: "*i64",
         torch.int8: "*i8",
     }
-    types = {name: None if tensor is None else names[tensor.dtype] for name, tensor in tensors.items()}
-    assert signature(p, rows) == types | {"status": "*i32"}
+    of = lambda value: None if value is None else "fp32" if isinstance(value, float) else names[value.dtype]
+    types = {name: of(value) for name, value in tensors.items()}
+    options = options if spec.states else [option for option in options if option != "cells"]
+    assert signature(p, rows, options) == types | {"status": "*i32"}
 
 
 # The command.
