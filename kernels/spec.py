@@ -22,28 +22,36 @@ class Cell:
     A step has, for each unit, the sums of its gates in two parts: x from the input, with the biases, and r from the
     state h of the step before, `W_hh h`. From these and from what the unit carries it makes h.
 
-    name: of the layer and its class. gates: their names, in the order in which they lie in the weights [G*H, ...].
-    step: the equations in plain torch, any floating dtype, differentiable, nothing in place:
-        step(x, r, carry) -> h, carry, with x, r tuples of G tensors [B, H], carry a tuple; with `parameters`, step(x,
-        r, carry, p).
+    name: of the layer and its class. gate_names: in the order in which the gates lie in the weights [G*H, ...]. step:
+    the equations in plain torch, any floating dtype, differentiable, nothing in place. x and r are tuples of G tensors
+    [B, H], carry is a tuple:
+
+        step(x, r, carry) -> h, carry
+
     states: names of the values a unit keeps beside h ("c" of the LSTM); each is a state of the layer, in float32
-        within a launch. carries_h: what is kept is the unit's own h (GRU), and carry is (h,).
-    apart: so many of the last gates do something else with r than to add it to x (GRU: 1, the reset gate stands before
-        r of n): their hidden biases are part of r, and the gradients of x and r differ.
-    saves: values that `forward` leaves for the backward in the type of the layer; best the G gates, which take the
-        place of x. reads_h: the backward also reads h of its step (RNN); not with states or more than G values saved.
-    parameters: names of weights [H] beside the matrices (peepholes).
+    within a launch. carries_h: what is kept is the unit's own h (GRU), and carry is (h,). apart: so many of the last
+    gates do something else with r than to add it to x (GRU: 1, the reset gate stands before r of n): their hidden
+    biases are part of r, and the gradients of x and r differ. saves: values that `forward` leaves for the backward in
+    the type of the layer; the first G take the place of x. reads_h: the backward also reads h of its step (RNN); not
+    with states or more than G values saved. parameters: names of weights [H] beside the matrices (peepholes).
+
     forward, factors, backward: the equations as Triton functions on tiles in float32, or where to import them from
-        ("module:name"). Without them the cell runs by its step, as a loop over time.
-            forward(x, r, carry) -> h, carry, saved
-            factors(saved, before, after) -> all of the backward that needs no neighbour; before: carry of the step
-                before; after: the states after this one, or (h,) with reads_h
-            backward(factors, dh, dcarry) -> slots, dcarry of the step before. slots: gradients at the gate sums; at r
-                of the gates apart, then of all other gates at both sides, then at x of those apart
-        With parameters, forward and factors take p, a tuple of tiles, last, and backward also returns their gradients.
-    quiet: where everything is zero, the slots are: lone kernels then need no mask for units that do not exist.
-    mode: the name of torch.nn's layer of the same equations, for the routes through PyTorch and ONNX; None: there is
-        none.
+    ("module:name"). Without them the cell runs by its step, as a loop over time.
+
+        forward(x, r, carry) -> h, carry, saved
+
+        factors(saved, before, after) -> all of the backward that needs no neighbour
+
+        backward(factors, dh, dcarry) -> slots, dcarry of the step before
+
+    before: carry of the step before. after: the states after this one, or (h,) with reads_h. slots: gradients at the
+    gate sums; at r of the gates apart, then of all other gates at both sides, then at x of those apart. With
+    parameters, step, forward and factors take p, a tuple, last, and backward also returns their gradients.
+
+    quiet: where everything is zero, the slots are: lone kernels then need no mask for units that do not exist. mode:
+    the name of torch.nn's layer of the same equations, for the routes through PyTorch and ONNX; None: there is none.
+
+    TypeError and ValueError for what no layer can be made of.
     """
 
     name: str
