@@ -213,8 +213,11 @@ def test_errors_of_the_layers_are_no_larger_than_those_of_torch_nn(name, kind, d
     tf32(chosen)
     errors = errors_of_layers(name, kind, problems, device)
     if device == "cpu":
-        # One product of all steps, as in cuDNN; on a CPU torch.nn sums one product a step, which BLAS sums better.
-        errors = {key: pairs for key, pairs in errors.items() if "weight_hh" not in key}
+        # One product of all steps, as in cuDNN; on a CPU torch.nn sums one product a step, which BLAS sums better. The
+        # RNN's bias_hh it sums by steps, too: its bias_ih, which has the same gradient, is less exact, and no better
+        # than ours.
+        by_step = ("weight_hh", "bias_hh") if name == "RNN" else ("weight_hh",)
+        errors = {key: pairs for key, pairs in errors.items() if not any(part in key for part in by_step)}
     assert_all_no_worse(errors)
 
 
