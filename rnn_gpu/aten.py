@@ -168,6 +168,7 @@ def aten_layer(*arguments):
     *arguments, keep = arguments
     inputs, rows, call = _taken(arguments)
     if not _has_token(keep, inputs) or torch.is_inference_mode_enabled():
+        call = call._replace(clip=None)  # which is for gradients alone
         y, h_n, c_n, cells = _computed(inputs, rows, call)
         c_n = y.new_empty(0) if c_n is None else _own(c_n, inputs.c0)
         results = y.contiguous(), _own(h_n, inputs.h0), c_n, y.new_empty(0) if cells is None else cells.contiguous()

@@ -223,7 +223,7 @@ def route(
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
-        if beyond:
+        if module.has_another_forward():
             raise RuntimeError(f"torch.onnx.export cannot export {module.beyond_torch()}: ONNX has no such operator")
         return "reference" if unknown else "onnx"
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # the old one, dynamo=False
@@ -231,7 +231,7 @@ def route(
             raise RuntimeError(
                 "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"
             )
-        if drops or beyond:
+        if drops or module.has_another_forward():
             raise RuntimeError(f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}")
         return "reference" if unknown else "torch.nn"
     kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"

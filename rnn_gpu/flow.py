@@ -61,9 +61,9 @@ def gradient_flow(
     """How large the gradient of a loss is at the hidden state of every step: where it vanishes, and where it explodes.
 
     layer: an LSTM, GRU or RNN, of this library or of torch.nn. input, hx, lengths, resets: as the layer takes them.
-    loss: a function of what the layer returns, loss(output, h_n), for the LSTM loss(output, (h_n, c_n)), that gives one
-    number; it may hold the rest of a model. None: the sum of the last layer's final states, which depend on the last
-    step of each row and direction alone, so that the norms show how far back it still remembers.
+    loss: a function of output and final states, loss(output, h_n), for the LSTM loss(output, (h_n, c_n)), that gives
+    one number; it may hold the rest of a model. None: the sum of the last layer's final states, which depend on the
+    last step of each row and direction alone, so that the norms show how far back it still remembers.
 
     The gradient at step t is the whole of it, dL/dh_t: of the output at t and through all later steps (reverse
     directions: earlier ones). Past a row's end it is zero. With proj_size h is the projected state.
@@ -99,7 +99,7 @@ def gradient_flow(
             h_n = results[1][0] if isinstance(results[1], tuple) else results[1]
             value = h_n[-2 if layer.bidirectional else -1 :].sum()
         else:
-            value = loss(*results)
+            value = loss(*results[:2])
         _check_loss(value)
         found = torch.autograd.grad(value, [h for _, h in states], allow_unused=True)
     sets = layer.num_layers * (2 if layer.bidirectional else 1)

@@ -26,6 +26,15 @@ from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])  # h, or h and c
+# What layers have beyond torch.nn, and of a probability that of what.
+OPTIONS = {
+    "memory": "",
+    "weight_dropout": "a recurrent weight being zeroed",
+    "recurrent_dropout": "a unit's hidden state being zeroed before the recurrent product",
+    "zoneout": "a unit keeping its state",
+    "clip": "",
+    "return_cells": "",
+}
 INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
@@ -93,7 +102,7 @@ def _check_resets(resets: Tensor | None) -> None:
         raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
 
 
-def _check_lstm_alone(proj_size: None, return_cells: bool) -> None:
+def _check_lstm_alone(proj_size: None, return_cells: object) -> None:
     """The errors for what the LSTM alone has; GRU and RNN take these arguments for nothing else."""
     if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -149,19 +158,30 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     ) -> None:
         """Keep the options that torch.nn does not know; ValueError for settings that are none."""
         if memory is not None:
-            self.memory = backends.checked_memory(memory)
-        self.weight_dropout = _probability("weight_dropout", weight_dropout, "a recurrent weight being zeroed")
-        of = "a unit's hidden state being zeroed before the recurrent product"
-        self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout, of)
-        pair = isinstance(zoneout, tuple | list)
-        if pair and (self.mode != "LSTM" or len(zoneout) != 2):
+            self.memory = memory
+        self.weight_dropout, self.recurrent_dropout, self.zoneout = weight_dropout, recurrent_dropout, zoneout
+        self.clip, self.return_cells = clip, return_cells
+
+    def __setattr__(self, attr: str, value: Any) -> None:
+        """As torch.nn; ValueError for settings of an option that are none."""
+        super().__setattr__(attr, self._checked(attr, value) if attr in OPTIONS else value)
+
+    def _checked(self, option: str, value: Any) -> Any:
+        """The value of one of OPTIONS as it is kept."""
+        if option == "memory":
+            return None if value is None else backends.checked_memory(value)
+        if option == "clip":
+            return None if value is None else _positive(option, value)
+        if option == "return_cells":
+            _check_lstm_alone(None, value and self.mode != "LSTM")
+            return bool(value)
+        pair = option == "zoneout" and isinstance(value, tuple | list)
+        if pair and (self.mode != "LSTM" or len(value) != 2):
             raise ValueError("zoneout should be a number, or for the LSTM a pair of them, of c and of h")
-        rates = [_probability("zoneout", rate, "a unit keeping its state") for rate in (zoneout if pair else [zoneout])]
-        self.zoneout = tuple(rates) if pair else rates[0]
-        if self.proj_size > 0 and (recurrent_dropout > 0 or any(rates)):
+        rates = [_probability(option, rate, OPTIONS[option]) for rate in (value if pair else [value])]
+        if option != "weight_dropout" and self.proj_size > 0 and any(rates):
             raise ValueError("recurrent_dropout and zoneout are not supported with proj_size")
-        self.clip = None if clip is None else _positive("clip", clip)
-        self.return_cells = bool(return_cells)
+        return tuple(rates) if pair else rates[0]
 
     def beyond_torch(self) -> str:
         """The options that change results and that torch.nn does not know, as in the layer's repr; "" for none."""
@@ -353,8 +373,11 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def _beyond_aten(self) -> bool:
         """Whether a call asks for what PyTorch's own kernels do not know."""
-        drops = self.training and self.recurrent_dropout > 0
-        return drops or self.zoneout != 0 or self.return_cells or (self.clip is not None and torch.is_grad_enabled())
+        return self.has_another_forward() or (self.clip is not None and torch.is_grad_enabled())
+
+    def has_another_forward(self) -> bool:
+        """Whether the results are now others than those of PyTorch's own kernels."""
+        return self.zoneout != 0 or self.return_cells or (self.training and self.recurrent_dropout > 0)
 
     def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
         """The weights with `weight_dropout` on the recurrent ones, where it is on."""
@@ -452,7 +475,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             hidden = route == "kernels" and torch.compiler.is_compiling()
             if hidden or any(tensor.requires_grad for tensor in tensors):
                 saving = self.memory or backends.current_memory()
-        if self.return_cells and saving == "nothing":
+        if self.return_cells and saving == "nothing" and route in ("kernels", "direct"):  # which keep c for a backward
             saving = "lean"
         cell, (sets, reversed_sets) = backends.cell_of(self), (2, 2) if self.bidirectional else (1, 0)
         how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
@@ -460,8 +483,11 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         c0 = torch.cat(beside, -1) if len(beside) > 1 else beside[0] if beside else None
         dropout = self.dropout if self.training else 0.0
         zoneout = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)  # of c, of h
+        clip = self.clip
+        if clip is not None and (torch.onnx.is_in_onnx_export() or not torch.is_grad_enabled()):
+            clip = None  # which is for gradients alone
         call = Call(
-            cell, sets, reversed_sets, *how, cells=self.return_cells, clip=self.clip, watch=self._watch,
+            cell, sets, reversed_sets, *how, cells=self.return_cells, clip=clip, watch=self._watch,
             zoneout=(zoneout[1], zoneout[0] if self._states > 1 else 0.0) if any(zoneout) else None,
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training,
         )  # fmt: skip

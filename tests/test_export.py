@@ -127,6 +127,22 @@ def test_onnx_says_what_it_cannot_hold():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_refuses_options_that_change_the_forward_alone(dynamo, tmp_path):
+    """Catches: a layer refused for a limit of its gradients; one exported as if it were torch.nn's, which it is not."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, input = Model(rnn_gpu.GRU(3, 5, clip=1.0, recurrent_dropout=0.5)).eval(), torch.randn(5, 2, 3)
+    torch.onnx.export(model, (input,), file := tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    (name,) = (one.name for one in session.get_inputs())
+    found = session.run(None, {name: input.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), model(input)[0].detach(), rtol=1e-5, atol=1e-5)
+    model.layer.zoneout = 0.1
+    with pytest.raises(RuntimeError, match=r"cannot export recurrent_dropout=0\.5, zoneout=0\.1, clip=1\.0"):
+        torch.onnx.export(model, (input,), io.BytesIO(), dynamo=dynamo, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_old_onnx_exporter():
     """Catches: a program that is wrong for another T and B than it was made with, or lengths that end in words which
     do not say what to do.

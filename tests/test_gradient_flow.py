@@ -92,6 +92,15 @@ def test_layouts_give_the_same_norms():
         assert_same_mathematics(gradient_flow(layer, input.transpose(0, 1), h0, lengths=lengths).rows, flow.rows)
 
 
+def test_a_loss_is_given_output_and_states_whatever_the_layer_gives():
+    """Catches: a loss that is called with the cells of every step, too."""
+    layer, input = rnn_gpu.LSTM(I, H, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
+    loss = lambda output, state: of_output(output, state[1])
+    expected = gradient_flow(layer, input, loss=loss)
+    layer.return_cells = True
+    assert_same_mathematics(gradient_flow(layer, input, loss=loss).rows, expected.rows)
+
+
 def test_projected_states():
     """Catches: the gradient by what is projected instead of by h."""
     layer = torch.nn.LSTM(I, H, proj_size=3, dtype=torch.float64)

@@ -15,7 +15,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends, zoo
+from rnn_gpu import aten, backends, zoo
 from rnn_gpu.backends import CELL_OF_MODE
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
@@ -351,6 +351,27 @@ def test_cells_of_packed_and_unbatched_input_and_without_gradients():
     assert bool(torch.autograd.grad(output.sum(), layer.weight_hh_l0)[0].any())
 
 
+def test_inference_takes_no_loop_for_clip_and_keeps_no_graph(monkeypatch):
+    """Catches: compiled, mapped and exported forwards on PyTorch's kernels that a limit of gradients sends to the loop
+    over time, or that make a graph for a backward because cells are asked for.
+    """
+    layer, input = rnn_gpu.LSTM(3, 12, clip=0.2), torch.randn(4, 3, 3)
+    compiled = lambda: torch.compile(layer, fullgraph=True, backend="aot_eager")(input)
+    with rnn_gpu.backend("torch"):
+        expected = layer(input)
+        monkeypatch.setattr(aten, "_with_autograd", lambda *given: pytest.fail("a graph"))
+        with monkeypatch.context() as patch:
+            patch.setattr(aten, "reference_layer", lambda *given: pytest.fail("the loop"))
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(), expected)
+            torch.testing.assert_close(torch.export.export(layer, (input,)).module()(input), expected)
+            mapped = torch.func.vmap(lambda x: layer(x)[0])(input[None])
+            torch.testing.assert_close(mapped[0], expected[0])
+        layer.return_cells = True
+        with torch.no_grad():
+            torch.testing.assert_close(compiled()[:2], expected)
+
+
 def test_wrong_clips_and_cells():
     """Catches: a limit that zeroes or turns the gradient; cells of a layer that has none."""
     for name in NAMES:
@@ -522,6 +543,21 @@ def test_layers_with_options_are_not_restored():
         rnn_gpu.restore_rnns(model)
     assert type(model["plain"]) is torch.nn.GRU and type(model["dropped"]) is rnn_gpu.GRU
     assert rnn_gpu.replace_rnns(model)["plain"].weight_dropout == 0
+
+
+def test_options_are_checked_when_they_are_changed():
+    """Catches: a setting that is none, found deep inside a call, or never; one that is kept though it was refused."""
+    for name in NAMES:
+        layer = getattr(rnn_gpu, name)(3, 4)
+        wrong = {"memory": "none", "weight_dropout": 2, "recurrent_dropout": -1, "zoneout": (0.1,), "clip": -1}
+        for option, value in (wrong if name == "LSTM" else wrong | {"return_cells": True}).items():
+            with pytest.raises(ValueError, match=option):
+                setattr(layer, option, value)
+        assert not layer.beyond_torch() and layer.memory is None
+        layer.clip, layer.memory = 1, "lean"
+        assert (layer.clip, layer.memory) == (1.0, "lean")
+    with pytest.raises(ValueError, match="not supported with proj_size"):
+        rnn_gpu.LSTM(3, 4, proj_size=2).zoneout = 0.1
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, True, "0.5", None])
