@@ -157,6 +157,10 @@ PASSING_WORDS = {False: 32, True: 48}
 STREAMED_WORDS = {False: 16, True: 32}
 # Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
 ROUNDING_WORDS = {False: 24, True: 40}
+# Words of polled state that a thread may hold backward on tiles of 16 rows, those of all slots and tiles together: the
+# compiler keeps them however the slots are parted among waits. With more, a thread spilled 400 bytes and more on sm_90
+# (up to 1,800 instructions a step); with 128 and fewer some 100.
+WIDE_STATE_WORDS = 128
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
 PAIRS = 4
 # Bytes of K that a row has in the part of a chunk that is one warp's: 16 words (tiles.py).
@@ -511,10 +515,19 @@ def _most_on_chip(problem: Problem, tiling: Tiling, waits: int) -> Residency | N
         fitting = most = 0
     for registers in range(most, -1, -1):
         shared = min(tiling.chunks - registers, fitting)
+        if most and _wide_state(problem, tiling, registers + shared) > WIDE_STATE_WORDS:
+            continue
         needed = registers * words + _passing_words(problem, tiling, slots, registers, shared)
         if needed <= room or (registers == 0 and smallest):
             return Residency(waits, registers, shared, scratch + shared * chunk_bytes)
     return None
+
+
+def _wide_state(problem: Problem, tiling: Tiling, held: int) -> int:
+    """Words of the state of `held` chunks, of all slots and tiles, backward on tiles of 16 rows; 0 elsewhere."""
+    if not problem.backward or problem.gates == 1 or (tiling.rows == TILE_BATCH and tiling.slices < 4):
+        return 0
+    return held * problem.gates * tiling.slices * tiling.rows // 2
 
 
 def _chunk_bytes(problem: Problem, tiling: Tiling) -> int:
