@@ -1,11 +1,13 @@
 """Whole kernels on the machine for PTX, against torch: real tilings of this library's, and kernels not from here."""
 
+import re
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from rnn_gpu.kernels.machine import on_machine
+from rnn_gpu.kernels.machine import Fault, on_machine
 from rnn_gpu.kernels.plan import DEVICES
 from tests.problems import Problem, assert_right, plans, run
 
@@ -160,6 +162,36 @@ def test_a_matrix_product_by_four_warps(dtype, tile, warps, stages):
     assert "wgmma.mma_async" in texts[0]
     tolerance = 2e-2 if dtype == torch.float32 else 1e-4
     torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
+
+
+def _wait_left_out(ptx):
+    return re.sub(r"wgmma\.wait_group\.sync\.aligned \d+;", "", ptx)
+
+
+def _one_group_too_many(ptx):
+    return re.sub(r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;", ptx)
+
+
+def _stored_too_early(ptx):
+    """The wait stands behind the barrier after which shared memory is written again."""
+    wait = re.search(r"wgmma\.wait_group\.sync\.aligned \d+;", ptx)
+    again = ptx.index("wgmma.fence.sync.aligned;")
+    return ptx[:again] + wait[0] + ptx[again : wait.start()] + ptx[wait.end() :]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (_wait_left_out, "product.*not waited for"),
+        (_one_group_too_many, "product.*not waited for"),
+        (_stored_too_early, "a store to shared memory that a product reads"),
+    ],
+)
+def test_control_a_product_that_is_not_waited_for_is_found(edit, said):
+    """Catches results that are read, or operands that are written, while a product of four warps is on its way."""
+    a, b, c = torch.randn(64, 96).half(), torch.randn(96, 64).half(), torch.zeros(64, 64)
+    with pytest.raises(Fault, match=said), on_machine(90, seed=2, edit=edit):
+        product_kernel[(1, 1, 1)](a, b, c, 64, 64, 96, 64, 64, 32, 1, num_warps=4, num_stages=1)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

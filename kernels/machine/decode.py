@@ -42,6 +42,8 @@ class Instruction:
     together: bool = False  # all lanes of a warp must execute it together
     asks: bool = False  # what it reads from memory may have come from another program just now
     tells: bool = False  # writes global memory
+    holds: frozenset[int] = frozenset()  # registers that nothing else may touch until they have been waited for
+    touches: tuple[int, ...] = ()  # registers of its own that another instruction `holds`
     spins: bool = False  # a branch back to polls, over nothing that tells: the loop of a wait
 
 
@@ -164,6 +166,7 @@ class Code:
         self.grain = {space: self._grain(space) for space in ("global", "shared")}
         self._needs: dict[tuple, tuple[int, ...]] = {}
         self._find_waits()
+        self._find_held()
 
     def _grain(self, space: str) -> int:
         widths = [WIDTH[s.op[-1]] for s in self.kernel.statements if s.has(space) and s.op[0] in ("st", "atom", "red")]
@@ -174,6 +177,12 @@ class Code:
             if found.kind == BRANCH and found.target <= at:
                 inside = self.code[found.target : at]
                 found.spins = any(x.asks for x in inside) and not any(x.tells for x in inside)
+
+    def _find_held(self) -> None:
+        held = frozenset().union(*(x.holds for x in self.code))
+        for x in self.code:
+            if held and not x.holds:
+                x.touches = tuple(held.intersection((*x.reads, *x.writes)))
 
     @cached_property
     def ends(self) -> list[int]:

@@ -126,6 +126,22 @@ class SharedMemory:
         self.room = -(-size // 16) * 16
         self.data = np.zeros(self.room * programs, np.uint8)
         self.shadow = Shadow(self.room * programs, grain, fine) if races else None
+        self.held: np.ndarray | None = None  # how many products on their way read each grain, once there was one
+
+    def hold(self, address: np.ndarray, program: int) -> np.ndarray:
+        """16 bytes at each address of a program are being read -> their places, for `let_go`."""
+        if not self.races:
+            return np.zeros(0, np.int64)
+        if self.held is None:
+            self.held = np.zeros(self.shadow.written.size, np.int32)
+        places = self.shadow.places(address + program * self.room, 16).ravel()
+        self.held[places] += 1
+        return places
+
+    def let_go(self, places: np.ndarray) -> None:
+        """They have been read."""
+        if places.size:
+            self.held[places] -= 1
 
     def _offset(self, run, lanes: Lanes, size: int, what: str) -> np.ndarray:
         """Bytes from the beginning of `data`; faults where an access is not within the program's own."""
@@ -172,6 +188,10 @@ class SharedMemory:
             if odd.any():
                 run.fail_at(
                     "race: another thread reads this shared memory, and no barrier since", lanes.which[odd.any(1)]
+                )
+            if self.held is not None and (used := self.held[places] > 0).any():
+                run.fail_at(
+                    "a store to shared memory that a product reads which was not waited for", lanes.which[used.any(1)]
                 )
             lost = shadow.note_write(places, lanes)
             if in_flight:

@@ -19,6 +19,7 @@ from .decode import ACT, BARRIER, BRANCH, EXIT, SPECIAL, VALUE, Code
 from .memory import GlobalMemory, Lanes, Segment, SharedMemory
 from .parse import Fault
 from .values import UNSIGNED
+from .warpgroup import Outstanding
 
 READY, WAITING, DONE = range(3)
 NOWHERE = 1 << 30  # the place of a lane that has ended
@@ -134,6 +135,7 @@ class Launch:
         self.registers: list[np.ndarray | None] = [None] * len(code.widths)
         self._set_special()
         self.copies: dict[int, list] = {}  # row -> groups of asynchronous copies, the open one last
+        self.products: dict[int, Outstanding] = {}  # row -> products that it has not waited for
         together = np.array([x.together for x in code.code] + [False])
         self.together = lambda at: together[np.minimum(at, len(together) - 1)]
         absent = np.array([schedule.absent(code.kernel.name, index) for index in self.index])
@@ -306,6 +308,8 @@ class Run:
                     return self._stop(at, steps)
                 self.at = at
                 mask = self._mask(x)
+                if x.touches and launch.products:
+                    self._leave_alone(x, mask)
                 steps += 1
                 at += 1
                 if x.kind == VALUE:
@@ -545,3 +549,32 @@ class Run:
                     mine = np.zeros((self.warps, 32), bool)
                     everywhere[i, lane], mine[i, lane] = address, True
                     self.launch.shared.land(self.lanes(everywhere, mine), size)
+
+    def begin_product(self, registers: frozenset[int], addresses: list[np.ndarray]) -> None:
+        """A product of four warps is on its way, with registers of each of these warps, and 16 bytes of shared memory
+        at each of the addresses [warps, 32].
+        """
+        launch = self.launch
+        for i, row in enumerate(self.rows.tolist()):
+            mine = np.unique(np.concatenate([address[i] for address in addresses]))
+            places = launch.shared.hold(mine, int(launch.program[row]))
+            launch.products.setdefault(row, Outstanding()).groups[-1].append((registers, places))
+
+    def commit_products(self) -> None:
+        """The products since the last group are a group."""
+        for row in self.rows.tolist():
+            self.launch.products.setdefault(row, Outstanding()).groups.append([])
+
+    def wait_for_products(self, left: int) -> None:
+        """Until all groups but the latest `left` are over."""
+        for row in self.rows.tolist():
+            for places in self.launch.products.get(row, Outstanding()).wait(left):
+                self.launch.shared.let_go(places)
+
+    def _leave_alone(self, x, mask: np.ndarray | None) -> None:
+        """Fault where an instruction touches a register of a product that is on its way."""
+        for i, row in enumerate(self.rows.tolist()):
+            known = self.launch.products.get(row)
+            if known is not None and not known.registers().isdisjoint(x.touches):
+                if mask is None or mask[i].any():
+                    self.fail_at("a register of a product that was not waited for", 32 * i + LANES)

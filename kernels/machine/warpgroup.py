@@ -1,11 +1,12 @@
 """Products of matrices by four warps, with operands in shared memory. (PTX ISA 9.7.15)
 
 A warp has 16 of the 64 rows, with fragments as those of `mma`, 8 columns after 8 columns, and computes them by itself
-here, at once. Not checked: that four warps come together, and that registers and shared memory are left alone until
-`wait_group`.
+here, at once. But until `wait_group` its registers count as on their way, for all but other products, and whoever
+writes the shared memory that it reads is at fault (`Outstanding`). Not checked: that four warps come together, fences.
 """
 
 import re
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +19,24 @@ CHUNK = 16  # bytes that a swizzle moves together
 ROW = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row of a swizzled tile, by the mode in a descriptor
 
 
+@dataclass
+class Outstanding:
+    """The products of a warp that it has not waited for, in groups, the open one last: their registers, and the places
+    of shared memory that they read.
+    """
+
+    groups: list[list[tuple[frozenset[int], np.ndarray]]] = field(default_factory=lambda: [[]])
+
+    def registers(self) -> set[int]:
+        """All registers on their way."""
+        return {slot for group in self.groups for slots, _ in group for slot in slots}
+
+    def wait(self, left: int) -> list[np.ndarray]:
+        """Until all closed groups but the latest `left` are over -> the places that they read."""
+        over, self.groups = self.groups[: -1 - left], self.groups[-1 - left :]
+        return [places for group in over for _, places in group]
+
+
 class Operand:
     """A matrix in shared memory, by its descriptor, [warps, 1]. (9.7.15.5.1)"""
 
@@ -28,6 +47,7 @@ class Operand:
         if modes.size != 1:
             raise ValueError("warps with other swizzles")
         self.row = ROW[int(modes[0])]
+        self.read_from: list[np.ndarray] = []  # addresses, [warps, 32], of 16 bytes each
 
     def address(self, line: np.ndarray, byte: np.ndarray, transposed: bool) -> np.ndarray:
         """Where a byte of a line lies. A line has the numbers that are contiguous: along k, or, transposed, across it;
@@ -45,7 +65,9 @@ class Operand:
         for begin in range(0, count, 32):
             part = (begin + LANES) % count
             address = self.address(part // (size // CHUNK), part % (size // CHUNK) * CHUNK, transposed)
-            found.append(run.load("shared", np.broadcast_to(address, (run.warps, 32)), 4, 4, None))
+            address = np.broadcast_to(address, (run.warps, 32))
+            found.append(run.load("shared", address, 4, 4, None))
+            self.read_from.append(address)
         return np.stack(found, 1).reshape(run.warps, -1, 4)[:, :count].reshape(run.warps, lines, size // 4)
 
 
@@ -55,7 +77,11 @@ SHAPES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16, 32))
 @instruction("wgmma", "fence commit_group wait_group mma_async sync aligned e4m3 e5m2 " + SHAPES)
 def wgmma(d: Decoder, s: Statement) -> Instruction:
     """9.7.15.5.2: D = A B + D, or A B where the predicate is false; A in registers or shared memory, B there."""
-    if not s.has("mma_async"):
+    if s.has("commit_group"):
+        return d.act(lambda run, mask: run.commit_products(), together=True)
+    if s.has("wait_group"):
+        return d.act(lambda run, mask, left=int(s.operands[0], 0): run.wait_for_products(left), together=True)
+    if s.has("fence"):
         return d.act(lambda run, mask: None, together=True)
     n, k = map(int, re.search(r"m64n(\d+)k(\d+)", ".".join(s.op)).groups())
     d_kind, kind, _ = s.op[-3:]
@@ -76,12 +102,16 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
     def matrix(run, slot, lines, transposed):
         """-> [warps, lines, k]."""
         operand = Operand(whole(run.frame[slot], run)[:, :1])
+        words = operand.read(run, k, lines * width, True) if transposed else operand.read(run, lines, 32, False)
+        places.extend(operand.read_from)
         if transposed:
-            words = operand.read(run, k, lines * width, True)
             return elements(words, kind).reshape(run.warps, k, lines).swapaxes(1, 2)
-        return elements(operand.read(run, lines, 32, False), kind).reshape(run.warps, lines, k)
+        return elements(words, kind).reshape(run.warps, lines, k)
+
+    places: list[np.ndarray] = []  # that the product in hand has read
 
     def product(run, mask):
+        places.clear()
         if in_registers:
             x = left(fragments([run.frame[i] for i in a], run), kind)
         else:
@@ -96,5 +126,7 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
             found = results(multiply(x, y[:, 8 * j : 8 * j + 8].swapaxes(1, 2), before, d_kind), d_kind)
             for i in range(4):
                 run.put(targets[4 * j + i], found[:, i], mask)
+        run.begin_product(registers, places)
 
-    return d.act(product, together=True)
+    registers = frozenset((*targets, *(a if in_registers else ())))
+    return d.act(product, together=True, holds=registers)
