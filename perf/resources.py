@@ -251,7 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
         {"plan": asdict(p)} | ({"problem": r} if isinstance(r, str) else r.as_dict())
         for p, r in ((p, results[p]) for p in wanted)
     ]
-    if chosen.documented and not failed and chosen.json != "-":
+    compiled = not any(isinstance(r, str) for r in results.values())
+    if chosen.documented and compiled and chosen.json != "-":
         other = None
         if chosen.beside:
             with open(chosen.beside, encoding="utf-8") as file:

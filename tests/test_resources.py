@@ -22,6 +22,7 @@ from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch, machine_code
 from rnn_gpu.kernels.compiled import Resources, compile_kernel, compile_plan, signature
 from rnn_gpu.kernels.direct import Prepared
+from rnn_gpu.kernels.machine.decode import Code
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, published_before_the_next_poll
 from rnn_gpu.kernels.plan import DEVICES, SPARE_BYTES, Plan, plan
 from rnn_gpu.kernels.spec import CELLS, padded
@@ -69,11 +70,16 @@ def loads_that_polls_wait_for(r: Resources) -> list[str]:
 # Bytes of stack, where one version spills. Triton 3.6: three instructions of 1,132 in the largest LSTM's backward; to
 # read a chunk of weights again in every step instead would cost more, and in all versions.
 SPILLED = {("3.6", "lstm", "bfloat16", 2048, True): 8}
+# And of plans with several tiles in turn or 16 rows, where some words of the second tile find no register. What would
+# avoid it, fewer rows and twice the launches, costs more (docs/performance.md). A few of the rest, in the whole grid.
+SPILLED_BY_MORE_TILES, SPILLED_IN_THE_GRID = 448, 64
 
 
-def assert_sound(p: Plan, r: Resources) -> None:
-    """What must hold for every plan."""
-    known = SPILLED.get((r.triton[:3], p.cell, p.dtype, p.hidden_size, p.backward), 0)
+def assert_sound(p: Plan, r: Resources, spilled: int = 0) -> None:
+    """What must hold for every plan. spilled: bytes of stack that are let pass."""
+    known = max(spilled, SPILLED.get((r.triton[:3], p.cell, p.dtype, p.hidden_size, p.backward), 0))
+    if p.rows * p.slices > 8 and not p.alone:
+        known = SPILLED_BY_MORE_TILES
     assert r.problem is None or 0 < r.stack <= known, f"{r.problem}, {r.registers} registers, {p}"
     assert r.shared <= p.shared_bytes, f"takes {r.shared} bytes of shared memory, the plan says {p.shared_bytes}"
     matrix = r.count(*resources.TENSOR_CORE)
@@ -433,10 +439,39 @@ def test_the_whole_grid_is_sound(arch, cell, rows):
     for p, r in resources.compile_all(wanted, arch, os.cpu_count() or 1, rows):
         try:
             assert not isinstance(r, str), r
-            assert_sound(p, r)
+            assert_sound(p, r, SPILLED_IN_THE_GRID)
         except AssertionError as error:
             faults.append(f"{resources.describe(p)}: {error}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden_size", "batch", "dtype", "precision"),
+    [("lstm", 1024, 256, "bfloat16", None), ("gru", 1024, 64, "float32", "tf32")],
+)
+def test_no_thread_holds_the_words_of_all_slots_of_wide_tiles(cell, hidden_size, batch, dtype, precision):
+    """Catches backward plans that spill a thousand words and more: these two did, 1,800 instructions a step."""
+    p = planned(90, cell, dtype, hidden_size, batch, True, precision=precision)
+    assert p.rows == 8 and p.slices < 4
+
+
+@pytest.mark.parametrize("arch", list(resources.ARCHITECTURES))
+def test_the_machine_knows_what_the_compiler_makes(arch):
+    """Catches an instruction of one architecture, or of another Triton, that no test on the machine would meet."""
+    for cell, dtype, precision, hidden_size, batch in EVERYWHERE[3:7]:
+        p = planned(arch, cell, dtype, hidden_size, batch, hidden_size % 3 > 0, precision=precision)
+        Code(resources.compile_kernel(p, arch).asm["ptx"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", list(resources.ROWS))
+@pytest.mark.parametrize("arch", list(resources.ARCHITECTURES))
+def test_the_machine_knows_all_of_a_grid(arch, rows):
+    """The same of every cell, type and way that rows can lie, odd sizes too."""
+    for p in (
+        resources.plans("quick", arch, rows=rows)[0] + resources.plans("usual", arch, hidden_sizes=(33,), rows=rows)[0]
+    ):
+        Code(resources.compile_kernel(p, arch, rows).asm["ptx"])
 
 
 @PASSES
