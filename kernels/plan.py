@@ -157,9 +157,9 @@ PASSING_WORDS = {False: 32, True: 48}
 STREAMED_WORDS = {False: 16, True: 32}
 # Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
 ROUNDING_WORDS = {False: 24, True: 40}
-# Words of polled state that a thread may hold backward on tiles of 16 rows, those of all slots and tiles together: the
-# compiler keeps them however the slots are parted among waits. With more, a thread spilled 400 bytes and more on sm_90
-# (up to 1,800 instructions a step); with 128 and fewer some 100.
+# Words of polled state that a thread may hold backward on tiles of 16 rows, or four in turn, of all slots and tiles:
+# the compiler keeps them however the slots are parted among waits. With more, a thread spilled 400 bytes and more on
+# sm_90 (up to 1,800 instructions a step); with 128 and fewer some 100.
 WIDE_STATE_WORDS = 128
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
 PAIRS = 4
@@ -524,7 +524,9 @@ def _most_on_chip(problem: Problem, tiling: Tiling, waits: int) -> Residency | N
 
 
 def _wide_state(problem: Problem, tiling: Tiling, held: int) -> int:
-    """Words of the state of `held` chunks, of all slots and tiles, backward on tiles of 16 rows; 0 elsewhere."""
+    """Words of the state of `held` chunks, of all slots and tiles, backward on tiles of 16 rows or four in turn; 0
+    elsewhere.
+    """
     if not problem.backward or problem.gates == 1 or (tiling.rows == TILE_BATCH and tiling.slices < 4):
         return 0
     return held * problem.gates * tiling.slices * tiling.rows // 2

@@ -460,7 +460,7 @@ def test_the_machine_knows_what_the_compiler_makes(arch):
     """Catches an instruction of one architecture, or of another Triton, that no test on the machine would meet."""
     for cell, dtype, precision, hidden_size, batch in EVERYWHERE[3:7]:
         p = planned(arch, cell, dtype, hidden_size, batch, hidden_size % 3 > 0, precision=precision)
-        Code(resources.compile_kernel(p, arch).asm["ptx"])
+        Code(compile_kernel(p, arch).asm["ptx"])
 
 
 @pytest.mark.slow
@@ -471,7 +471,7 @@ def test_the_machine_knows_all_of_a_grid(arch, rows):
     for p in (
         resources.plans("quick", arch, rows=rows)[0] + resources.plans("usual", arch, hidden_sizes=(33,), rows=rows)[0]
     ):
-        Code(resources.compile_kernel(p, arch, rows).asm["ptx"])
+        Code(compile_kernel(p, arch, rows).asm["ptx"])
 
 
 @PASSES
