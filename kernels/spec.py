@@ -2,17 +2,21 @@
 device agree on. No device code: the built-in cells are in rnn_gpu/equations.py, their Triton functions in cells.py.
 """
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeVar
 
+from .fingerprint import spelled
+
 Text = TypeVar("Text", bound=str)
 # A Triton function, or where it is to be imported from, as "module:name": so that a description needs no Triton.
 Function = Any
 FUNCTIONS = ("forward", "factors", "backward")  # of a cell, in Triton
 MOST_GATES = 4  # that the kernels' tiles have room for
+MATRICES = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")  # a layer's weights, as torch.nn calls them
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Cell:
                 raise TypeError(f"{what} should be a tuple of names, got: {names!r}")
             if len(set(names)) < len(names):
                 raise ValueError(f"{what} should have no name twice, got: {names!r}")
+        for name in self.parameters:
+            if name.startswith(MATRICES):
+                raise ValueError(f"parameters should not have the names of a layer's other weights, got: {name!r}")
         if not self.gate_names:
             raise ValueError("gate_names should name one gate at least")
         if not callable(self.step):
@@ -135,6 +142,14 @@ class Cell:
         """Values of a unit in the backward beyond one state, or one saved further; the plan leaves registers free."""
         return max(self.planes - 1, 0) + len(self.parameters)
 
+    @property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits of what it computes: of the step with all that it uses, and of what else a graph
+        holds to. The same in every process; another way to compute it in Triton changes nothing.
+        """
+        sizes = self.gate_names, self.states, self.carries_h, self.apart, self.saves, self.reads_h, self.parameters
+        return hashlib.sha256(f"{sizes}\n{spelled(self.step)}".encode()).hexdigest()[:8]
+
     def keeps_aux(self, saving: str) -> bool:
         """Whether a forward that saves "nothing", "lean" or "full" writes aux."""
         return (saving == "full" and self.planes > 0) or (saving == "lean" and len(self.states) > 0)
@@ -175,13 +190,29 @@ CELLS: dict[str, Cell] = {}
 
 
 def register(cell: Cell) -> str:
-    """Make a cell known -> the name it has in CELLS: its own, or, where another cell has that, with a number behind."""
-    name, count = cell.name, 1
+    """Make a cell known -> the name it has in CELLS. A built-in one has its own. Any other has a fingerprint behind: a
+    graph outlives the process, and must not run another cell of that name. And a number, where two differ in what no
+    fingerprint sees.
+    """
+    if CELLS.get(cell.name) == cell:
+        return cell.name
+    name = first = f"{cell.name}_{cell.fingerprint}"
+    count = 1
     while name in CELLS and CELLS[name] != cell:
         count += 1
-        name = f"{cell.name}_{count}"
+        name = f"{first}_{count}"
     CELLS[name] = cell
     return name
+
+
+def known(name: str) -> Cell:
+    """The cell that a graph holds the name of; RuntimeError where it is not known, or no longer the same."""
+    if name not in CELLS:
+        raise RuntimeError(
+            f"rnn_gpu: no cell {name!r} is known here: import the module that defines it, as it was when the program "
+            f"was exported, before the program runs"
+        )
+    return CELLS[name]
 
 
 # Releases of Triton that all kernels have been compiled and counted with, on sm_80 to sm_120.

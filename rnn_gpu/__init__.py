@@ -9,6 +9,7 @@ import torch
 
 from . import batching as batching  # registers the rules of torch.func.vmap
 from . import init as init
+from . import zoo as zoo
 from .autotuning import autotune
 from .backends import backend, current_backend, current_memory, max_programs, memory
 from .cell_check import CellError, check_cell
@@ -45,6 +46,7 @@ __all__ = [
     "memory",
     "replace_rnns",
     "restore_rnns",
+    "zoo",
 ]
 
 # torch.load(weights_only=True), the default, then takes whole layers: like those of torch.nn they hold weights and

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import inductor, onnx, versions
 from .call import COUNT, OPTIONS, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
-from .kernels.spec import CELLS
+from .kernels.spec import CELLS, known
 from .many_gradients import for_each_gradient
 from .rows import Rows
 from .second_order import reference_layer, save_for_second, second_backward
@@ -189,6 +189,7 @@ def _taken(arguments: Sequence) -> tuple[Inputs, Rows, Call]:
     """What both operators are given."""
     *tensors, cell, reversed_sets, cells, clip, rates = arguments
     inputs, rows = taken_by_operator(tensors)
+    known(cell)
     return inputs, rows, Call(cell, inputs.h0.shape[0], reversed_sets, cells=cells, clip=clip, zoneout=rates)
 
 

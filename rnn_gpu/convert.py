@@ -55,8 +55,9 @@ def restore_rnns(model: Model) -> Model:
 
     The way back from `replace_rnns`, and the way to torch.nn for layers built with rnn_gpu: before torch.jit.script,
     quantize_dynamic or torch.fx, and before a whole model is pickled for a place without rnn_gpu. Sub-classes of
-    rnn_gpu's classes are left alone, and so are layers with an option that changes results and that torch.nn does not
-    know, such as weight_dropout; one UserWarning names them all. (Set the option to 0 before to do without it.)
+    rnn_gpu's classes are left alone, and so are layers of cells that torch.nn does not have, and those with an option
+    that changes results and that torch.nn does not know, such as weight_dropout; UserWarnings name them all. (Set the
+    option to 0 before to do without it.)
 
     >>> type(restore_rnns(LSTM(3, 4)))
     <class 'torch.nn.modules.rnn.LSTM'>
@@ -68,7 +69,7 @@ def _swap(
     model: Model, table: dict[type, type], caller: str, family: tuple[type, ...], done: tuple[type, ...]
 ) -> Model:
     """Change the class of every module in `model` that `table` has; warn of others in `family` but not in `done`."""
-    left_alone, options = [], []
+    left_alone, options, cells = [], [], []
     for name, module in model.named_modules():
         new = class_after(module, table)
         more = module.beyond_torch() if table is THEIRS and isinstance(module, LAYERS) else ""
@@ -76,6 +77,8 @@ def _swap(
             options.append(f"{name or 'the model itself'} ({more})")
         elif new is not None:
             module.__class__ = new
+        elif table is THEIRS and isinstance(module, CellLayer):
+            cells.append(f"{name or 'the model itself'} ({module.cell.name})")
         elif isinstance(module, family) and not isinstance(module, done):
             found = type(module)
             left_alone.append(f"{name or 'the model itself'} ({found.__module__}.{found.__qualname__})")
@@ -88,6 +91,8 @@ def _swap(
         warnings.warn(
             f"{caller} left layers alone whose options torch.nn does not know: {', '.join(options)}", stacklevel=3
         )
+    if cells:
+        warnings.warn(f"{caller} left cells alone that torch.nn does not have: {', '.join(cells)}", stacklevel=3)
     return model
 
 

@@ -17,7 +17,7 @@ written (* is the element-wise product). docs/equations.md derives the backward.
 import torch
 from torch import Tensor
 
-from .kernels.spec import CELLS, Cell, register
+from .kernels.spec import CELLS, Cell
 
 Tensors = tuple[Tensor, ...]
 
@@ -84,5 +84,6 @@ GRU = Cell(
 RNN_TANH = Cell("rnn_tanh", ("h",), rnn_tanh_step, reads_h=True, quiet=True, mode="RNN_TANH", **_in_triton("rnn_tanh"))
 RNN_RELU = Cell("rnn_relu", ("h",), rnn_relu_step, reads_h=True, quiet=True, mode="RNN_RELU", **_in_triton("rnn_relu"))
 
-BUILT_IN = tuple(register(cell) for cell in (LSTM, GRU, RNN_TANH, RNN_RELU))
+CELLS.update({cell.name: cell for cell in (LSTM, GRU, RNN_TANH, RNN_RELU)})
+BUILT_IN = tuple(CELLS)
 CELL_OF_MODE = {CELLS[name].mode: name for name in BUILT_IN}

@@ -384,7 +384,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if not (self.training and self.weight_dropout > 0):
             return weights
         pairs = zip(self._flat_weights_names, weights, strict=True)
-        return [dropout(weight, self.weight_dropout) if "weight_hh" in name else weight for name, weight in pairs]
+        rates = ((self.weight_dropout if name.startswith("weight_hh_l") else 0, weight) for name, weight in pairs)
+        return [dropout(weight, rate) if rate else weight for rate, weight in rates]
 
     def _keep(self, named: list[Tensor | None]) -> None:
         self._flat_weights = named
@@ -549,7 +550,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def _check_count(self, hx) -> None:
         """The error of torch.nn's LSTM for states that are no pair; or no tuple of as many as the cell has."""
-        name = backends.cell_of(self)
+        name = CELLS[backends.cell_of(self)].name
         if isinstance(hx, Tensor):
             raise TypeError(f"{name}(): argument 'hx' must be tuple of Tensors, not Tensor")
         if len(hx) != self._states:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends, inductor, reference
 from .call import COUNT, MASKS, Call, Inputs, taken
 from .kernels.plan import Plan
-from .kernels.spec import CELLS, padded
+from .kernels.spec import CELLS, known, padded
 from .many_gradients import for_each_gradient, in_a_batch
 from .products import full_product
 from .rows import Rows, first_rows, past_the_end, rows_before, rows_of_batch, starts_anew
@@ -40,11 +40,12 @@ def _plan(call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool
         key = *key, call.saving
     plan = _plans.get(key)
     if plan is None:
+        cell = known(call.cell)
         name, device = backends.name_of(like.dtype), backends.device_of(like.device)
         problem = call.cell, hidden_size, batch, call.sets, name, device, backward, ragged
         plan = backends.plan_for(*problem, call.limits, saving=call.saving)
         if isinstance(plan, str):
-            raise RuntimeError(f"rnn_gpu: no plan for {call.cell}: {plan}")
+            raise RuntimeError(f"rnn_gpu: no plan for {cell.name}: {plan}")
         if like.device.index is not None or like.device.type != "cuda":
             _plans[key] = plan
     return plan
@@ -110,7 +111,7 @@ def _(
     inductor.fall_back()
     (count, sets, _), hidden_size, batch = x_part.shape, weight_hh.shape[-1], h0.shape[1]
     size = padded(hidden_size, backends.name_of(x_part.dtype))
-    spec = CELLS[cell]
+    spec = known(cell)
     if dropped is None:
         y = x_part.new_empty((count + 2 * batch, sets, size))[batch : batch + count, :, :hidden_size]
     else:
@@ -246,7 +247,7 @@ def _(
 ):
     (count, sets, hidden_size), batch = y.shape, h0.shape[1]
     size = padded(hidden_size, backends.name_of(y.dtype))
-    spec = CELLS[cell]
+    spec = known(cell)
     d_gates = y.new_empty((count + 2 * batch, sets, spec.slots, size))
     d_gates = d_gates[batch : batch + count, ..., :hidden_size]
 

@@ -37,7 +37,7 @@ class CellLayer(_Layer[Any]):
     """
 
     cell: Cell
-    mode: str  # the name in CELLS, in the place of torch.nn's modes
+    mode: str  # the name in CELLS, which is none of torch.nn's modes, in their place
     _torch_class = None
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 import pickle
 import subprocess
 import sys
@@ -178,6 +179,8 @@ def test_a_cell_without_triton_functions():
     assert "halving has no Triton functions" in rnn_gpu.explain(ours, 16)
     assert "PyTorch has no such layer" in rnn_gpu.explain(zoo.MGU(512, 512), 16)
     assert rnn_gpu.replace_rnns(torch.nn.Sequential(ours))[0] is ours
+    with pytest.warns(UserWarning, match=r"torch\.nn does not have: 0 \(halving\)"):
+        assert rnn_gpu.restore_rnns(torch.nn.Sequential(ours))[0] is ours
 
 
 @on_torch
@@ -191,6 +194,8 @@ def test_a_cell_without_triton_functions():
         (dict(apart=3), ValueError, "apart should be a number of gates"),
         (dict(states=("c",), carries_h=True), ValueError, "not both"),
         (dict(forward="a:b"), ValueError, "missing: factors, backward"),
+        (dict(parameters=("weight_hh",)), ValueError, "names of a layer's other weights, got: 'weight_hh'"),
+        (dict(parameters=("p", "bias_ih_2")), ValueError, "names of a layer's other weights, got: 'bias_ih_2'"),
     ],
     ids=str,
 )
@@ -205,11 +210,100 @@ def test_names_that_are_taken():
     """Catches: a second cell of a name that runs the first one's equations, in a notebook whose line is run again."""
     first = rnn_gpu.layer(Cell("taken", ("a",), lambda x, r, carry: (x[0] + r[0], ())))
     second = rnn_gpu.layer(Cell("taken", ("a",), lambda x, r, carry: (x[0] - r[0], ())))
-    assert first.mode == "taken" and second.mode == "taken_2" and CELLS["taken"] is first.cell
+    assert first.mode != second.mode and CELLS[first.mode] is first.cell and CELLS[second.mode] is second.cell
     ones = lambda layer: layer(torch.ones(2, 1, 1))[0]
     one, two = first(1, 1), second(1, 1)
     two.load_state_dict(one.state_dict())
     assert not torch.equal(ones(one), ones(two))
+
+
+@on_torch
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN_TANH", "lstm"])
+def test_a_cell_called_as_a_built_in_one(name):
+    """Catches: a user's equations that become the built-in cell's by their name, or an initialisation of its gates."""
+    carries = dict(states=("c",)) if name.lower() == "lstm" else dict(carries_h=True)
+    gates = ("i", "f", "g", "o")[: 4 if name.lower() == "lstm" else 3 if name == "GRU" else 1]
+    ours = rnn_gpu.layer(Cell(name, gates, lambda x, r, carry: (x[0] + 0 * r[0], carry), **carries))(2, 2)
+    input = torch.randn(3, 1, 2)
+    expected = (input @ ours.weight_ih_l0.T + ours.bias_ih_l0 + ours.bias_hh_l0)[..., :2]
+    torch.testing.assert_close(ours(input)[0], expected)
+    assert repr(ours) == f"{name}(2, 2)"
+    for initialise in (rnn_gpu.init.unit_forget_bias_, lambda layer: rnn_gpu.init.chrono_(layer, 10)):
+        with pytest.raises(TypeError, match="expects an LSTM"):
+            initialise(ours)
+
+
+MODULE = """
+import rnn_gpu{imported}
+def helper(x):
+    return {sign}x
+def step(x, r, carry):
+    h = helper(x[0] + r[0])
+    return h, (h,)
+MGU = rnn_gpu.layer(rnn_gpu.Cell("MGU", ("f",), step, carries_h=True))
+"""
+
+
+@on_torch
+def test_an_exported_program_finds_its_cell_or_says_so(tmp_path):
+    """Catches: a program that takes another cell of the same name in another process, or that does not find its own
+    there; an error that does not say what to import.
+    """
+    here = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])})
+    for name, text in [("mine", dict(imported="", sign="-")), ("other", dict(imported=".zoo", sign="+"))]:
+        (tmp_path / f"{name}.py").write_text(MODULE.format(**text))
+    save = "import torch, mine; torch.manual_seed(0); layer = mine.MGU(1, 2); x = torch.ones(2, 1, 1); "
+    save += "program = torch.export.export(layer.eval(), (x,)); torch.export.save(program, 'cell.pt2'); "
+    save += "torch.save(layer(x)[0], 'expected.pt'); print(layer.mode)"
+    load = "import torch, rnn_gpu, {}; x = torch.ones(2, 1, 1); program = torch.export.load('cell.pt2').module()\n"
+    load += "try: print(torch.equal(program(x)[0], torch.load('expected.pt')))\n"
+    load += "except RuntimeError as error: print(error)"
+    run = lambda code: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, **here)
+    name = run(save).stdout.strip()
+    assert run(load.format("mine")).stdout.strip() == "True"
+    assert f"no cell {name!r} is known here: import the module that defines it" in run(load.format("other")).stdout
+
+
+@on_torch
+def test_the_fingerprint_is_of_what_is_computed():
+    """Catches: a fingerprint that another text of the same step changes, or that a number around it does not."""
+
+    def made(factor, name="made"):
+        def step(x, r, carry):
+            return factor * (x[0] + r[0]), carry
+
+        return Cell(name, ("a",), step, states=("c",))
+
+    def step(x, r, carry):
+        """The same, and a comment."""
+        return factor * (x[0] + r[0]), carry  # here
+
+    factor = 2.0
+    again = dataclasses.replace(made(2.0), step=step)
+    assert made(2.0).fingerprint == made(2.0, "other").fingerprint == again.fingerprint
+    assert made(2.0).fingerprint != made(3.0).fingerprint
+    assert made(2.0).fingerprint != dataclasses.replace(made(2.0), states=("d",)).fingerprint
+
+
+@every_layer
+def test_gates_far_closed_from_the_first_step(layer, monkeypatch):
+    """Catches: 0/0 in a state without history (sLSTM: the input gate's exponential, where nothing else was before), at
+    the first step and after a reset; and a wrong gradient there.
+    """
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    for dtype, closed in ((torch.float32, -110.0), (torch.float16, -20.0)):
+        ours = layer(3, 4).to(dtype)
+        with torch.no_grad():
+            ours.bias_ih_l0[:4] = closed
+        oracle, input = copy.deepcopy(ours).double(), torch.randn(4, 2, 3, dtype=dtype)
+        masks = dict(resets=torch.tensor([[False, False], [False, False], [True, False], [False, True]]))
+        given = [torch.zeros(1, 2, 4, dtype=dtype) for _ in ("h", *ours.cell.states)]
+        expected = outcome(oracle, input.double(), [one.double() for one in given], "torch", **masks)
+        peer = outcome(ours, input, given, "torch", **masks)
+        actual = outcome(ours, input, given, BACKEND, **masks)
+        for name, value in expected.items():
+            assert peer[name].isfinite().all(), name
+            assert_close_to_oracle(actual[name], value, peer[name], name)
 
 
 @on_torch
