@@ -37,7 +37,8 @@ class Cell:
     gates do something else with r than to add it to x (GRU: 1, the reset gate stands before r of n): their hidden
     biases are part of r, and the gradients of x and r differ. saves: values that `forward` leaves for the backward in
     the type of the layer; the first G take the place of x. reads_h: the backward also reads h of its step (RNN); not
-    with states or more than G values saved. parameters: names of weights [H] beside the matrices (peepholes).
+    with states or more than G values saved. parameters: names of weights [H] beside the matrices (peepholes),
+    none of which begins as theirs do.
 
     forward, factors, backward: the equations as Triton functions on tiles in float32, or where to import them from
     ("module:name"). Without them the cell runs by its step, as a loop over time.

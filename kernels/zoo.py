@@ -131,14 +131,16 @@ def exponential_forward(x, r, carry):
     """m' = max(log f + m, i~); i = exp(i~ - m'), f' = exp(log f + m - m'); c' = f' c + i z, n' = f' n + i;
     h' = o c' / n'.
 
-    log f of a sigmoid f(a) is min(a, 0) - log(1 + exp(-|a|)). Saved: i, f', z, o and 1 - f.
+    log f of a sigmoid f(a) is min(a, 0) - log(1 + exp(-|a|)). Saved: i, f', z, o and 1 - f. Where n = 0, there is no
+    history: m' = i~, and f' is held to e^10.
     """
     c, n, m = carry
     a, b = x[1] + r[1], x[0] + r[0]
     z, o = tanh(x[2] + r[2]), sigmoid(x[3] + r[3])
     kept = tl.where(a < 0.0, a, 0.0) - tl.log(1.0 + exp(-1.0 * tl.abs(a))) + m
-    m = tl.where(kept >= b, kept, b)
-    i, f = exp(b - m), exp(kept - m)
+    m = tl.where((kept >= b) & (n != 0.0), kept, b)
+    f = kept - m
+    i, f = exp(b - m), exp(tl.where(f >= 10.0, 10.0, f))
     c, n = tl.fma(f, c, i * z), tl.fma(f, n, i)
     return o * (c / n), (c, n, m), (i, f, z, o, sigmoid(-1.0 * a))
 
@@ -151,9 +153,10 @@ def exponential_factors(saved, before, after):
     i, f, z, o, away = saved
     c, n = after[0], after[1]
     q = c / n
+    source = tl.where((f >= i) & (before[1] != 0.0), 1.0, 0.0)
     return (
         o / n, -1.0 * o * q / n, q * minus(o, o, o), i * z, f * before[0], i * minus(1.0, z, z), i, f * before[1], away,
-        f, i,
+        f, source,
     )  # fmt: skip
 
 
@@ -162,9 +165,9 @@ def exponential_backward(factors, dh, dcarry):
     """u, v: gradients by i~ and by log f with m' held. m' takes back what it stands for, and gives the rest to its
     source.
     """
-    kc, kn, ko, ci, cf, cz, ni, nf, away, f, i = factors
+    kc, kn, ko, ci, cf, cz, ni, nf, away, f, source = factors
     dc, dn = tl.fma(dh, kc, dcarry[0]), tl.fma(dh, kn, dcarry[1])
     u, v = tl.fma(dc, ci, dn * ni), tl.fma(dc, cf, dn * nf)
-    kept = f >= i
+    kept = source > 0.0
     da, db = tl.where(kept, dcarry[2] - u, v), tl.where(kept, u, dcarry[2] - v)
     return (db, da * away, dc * cz, dh * ko), (dc * f, dn * f, da)

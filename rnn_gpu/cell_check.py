@@ -112,12 +112,12 @@ def _cell_of(given: Any) -> Cell:
 # ---- The step --------------------------------------------------------------------------------------------------------
 
 
-def _drawn(cell: Cell, count: int, seed: int) -> list[tuple[Tensor, ...]]:
-    """x, r, carry, p of `count` elements [count], float64. The carry is what one to five steps from zero make."""
+def _drawn(cell: Cell, count: int, seed: int, fewest: int = 1) -> list[tuple[Tensor, ...]]:
+    """x, r, carry, p of `count` elements [count], float64. The carry is what `fewest` to five steps from zero make."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n, scale=1.5: tuple(scale * torch.randn(n, count, generator=generator, dtype=torch.float64))
     parameters, carry = draw(len(cell.parameters), 0.5), tuple(torch.zeros(cell.carried, count, dtype=torch.float64))
-    last = torch.randint(1, 6, (count,), generator=generator)
+    last = torch.randint(fewest, 6, (count,), generator=generator)
     for step in range(5):
         _, new = reference.step(cell, draw(cell.gates), draw(cell.gates), carry, parameters)
         carry = tuple(torch.where(step < last, a, b) for a, b in zip(new, carry, strict=True))
@@ -304,7 +304,7 @@ def _elementwise(cell: Cell, report: Report) -> None:
     """Every equation on its own: each result of the Triton functions against the step and its gradient."""
     from .kernels.element import elements
 
-    parts = _drawn(cell, 1024, 2)
+    parts = _drawn(cell, 1024, 2, fewest=0)
     generator = torch.Generator().manual_seed(3)
     d_h = torch.randn(1024, generator=generator, dtype=torch.float64)
     d_carry = torch.randn(cell.carried, 1024, generator=generator, dtype=torch.float64)

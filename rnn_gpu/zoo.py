@@ -75,18 +75,20 @@ def exponential_step(x: Tensors, r: Tensors, carry: Tensors) -> tuple[Tensor, Te
     """One step of the sLSTM with one head: an exponential input gate, a normaliser n, a stabiliser m.
 
     Source: Beck et al., "xLSTM: extended long short-term memory", 2024, equations 8 to 17, the forget gate a sigmoid.
-    c and n are those of the paper times exp(-m); h does not depend on m.
+    c and n are those of the paper times exp(-m); h does not depend on m. n = 0 is a unit without history, of whatever
+    m: its m is the input's, or exp(i - m) could be 0 and h = 0/0. There f may be more than 1, within 16 bits' range.
     """
     c, n, m = carry
     i, log_f = x[0] + r[0], torch.nn.functional.logsigmoid(x[1] + r[1])
     z, o = torch.tanh(x[2] + r[2]), torch.sigmoid(x[3] + r[3])
     kept = log_f + m
-    m = torch.where(kept >= i, kept, i)
-    i, f = torch.exp(i - m), torch.exp(kept - m)
+    m = torch.where((kept >= i) & (n != 0), kept, i)
+    i, f = torch.exp(i - m), torch.exp((kept - m).clamp(max=MOST))
     c, n = f * c + i * z, f * n + i
     return o * (c / n), (c, n, m)
 
 
+MOST = 10.0  # logarithm of f of a unit without history
 PEEPHOLES = ("peephole_i", "peephole_f", "peephole_o")
 PeepholeLSTM = layer(
     Cell(
