@@ -306,7 +306,11 @@ def test_the_backward_keeps_to_the_limits_of_its_forward(monkeypatch):
 
     programs = []
     launched = launch._launch
-    monkeypatch.setattr(launch, "_launch", lambda plan, *rest: (programs.append(plan.programs), launched(plan, *rest)))
+    monkeypatch.setattr(
+        launch,
+        "_launch",
+        lambda plan, *rest, **numbers: (programs.append(plan.programs), launched(plan, *rest, **numbers)),
+    )
     layer = rnn_gpu.GRU(8, 64)
     with backends.always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):
         output, _ = layer(torch.ones(2, 3, 8))
