@@ -51,7 +51,7 @@ __all__ = [
 
 # torch.load(weights_only=True), the default, then takes whole layers: like those of torch.nn they hold weights and
 # numbers, and loading one runs no code but their own.
-torch.serialization.add_safe_globals([LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell])
+torch.serialization.add_safe_globals([LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, *zoo.ZOO])
 
 
 def check(device: torch.device | str | None = None) -> None:

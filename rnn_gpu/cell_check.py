@@ -146,6 +146,13 @@ def _check_step(cell: Cell, report: Report) -> None:
             report.wrong(f"step: {what} is {got}, expected the shape and type of the gates")
             return
     parts = _drawn(cell, 6, 1)
+    whole, alone = _results(cell, parts), _results(cell, [[one[2:4] for one in part] for part in parts])
+    if not all(torch.allclose(one[2:4], other) for one, other in zip(whole, alone, strict=True)):
+        report.wrong("step: a row or unit depends on others; only W_hh may mix units, and nothing mixes rows")
+        return
+    if cell.carries_h and not torch.allclose(whole[0], whole[1]):
+        report.wrong("step: with carries_h the carry it returns should be (h,); what else is kept belongs in states")
+        return
     leaves = [one.clone().requires_grad_() for part in parts for one in part]
     counts = [len(part) for part in parts]
 
@@ -164,6 +171,11 @@ def _check_step(cell: Cell, report: Report) -> None:
         report.wrong("step: it changes what it is given in place")
         return
     report.right("step: gradient against finite differences, float64")
+
+
+def _results(cell: Cell, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    h, carry = reference.step(cell, *(tuple(part) for part in parts))
+    return h, *carry
 
 
 def _carry_names(cell: Cell) -> list[str]:

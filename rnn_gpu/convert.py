@@ -69,6 +69,8 @@ def _swap(
     model: Model, table: dict[type, type], caller: str, family: tuple[type, ...], done: tuple[type, ...]
 ) -> Model:
     """Change the class of every module in `model` that `table` has; warn of others in `family` but not in `done`."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{caller} expects a torch.nn.Module, got: {type(model).__name__}")
     left_alone, options, cells = [], [], []
     for name, module in model.named_modules():
         new = class_after(module, table)

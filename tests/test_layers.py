@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import json
+import operator
 import os
 import pickle
 import pydoc
@@ -127,10 +128,10 @@ def test_copies_and_pickles(name):
         assert torch.equal(other(input)[0], layer(input)[0])
 
 
-@pytest.mark.parametrize("name", (*NAMES, "LSTMCell", "GRUCell", "RNNCell"))
+@pytest.mark.parametrize("name", (*NAMES, "LSTMCell", "GRUCell", "RNNCell", "zoo.MGU", "zoo.PeepholeLSTM"))
 def test_whole_layers_are_loaded_as_weights_only(name):
     """Catches: torch.load, as it is called by default, that refuses the library's own classes."""
-    layer, file = getattr(rnn_gpu, name)(3, 4), io.BytesIO()
+    layer, file = operator.attrgetter(name)(rnn_gpu)(3, 4), io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)

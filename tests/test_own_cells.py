@@ -424,6 +424,8 @@ def test_wrong_steps_are_named():
     assert "h is [2]" in of(lambda x, r, carry: ((x[0] + r[0]).sum(1), ()))
     assert "its gradient differs" in of(lambda x, r, carry: (x[0] * r[0].detach(), ()))
     assert "TypeError" in of(lambda x, r: (x[0], ()))
+    assert "depends on others" in of(lambda x, r, carry: (x[0] + r[0] - x[0].mean(0), ()))
+    assert "should be (h,)" in of(lambda x, r, carry: (torch.tanh(x[0] + carry[0]), (carry[0] * 0.5,)), carries_h=True)
     with pytest.raises(rnn_gpu.CellError, match="its gradient differs"):
         rnn_gpu.check_cell(Cell("wrong", ("a",), lambda x, r, carry: (x[0] * r[0].detach(), ())))
     assert str(rnn_gpu.check_cell(Renamed)).endswith("halving is all right")
