@@ -132,17 +132,21 @@ def _directly(inputs: Inputs, rows: Rows, call: Call):
 
 
 # In a graph of torch.compile the Functions stand as they are: one that it has looked into gives its backward an input
-# as it is then, whatever has been written into it since, where autograd raises.
+# as it is then, whatever has been written into it since, where autograd raises. All arguments in a row, because Dynamo
+# takes no tuple with names that was made from another, before PyTorch 2.13.
 @torch.compiler.allow_in_graph
-def _by_operators(inputs: Inputs, rows: Rows, call: Call):
-    """By the operators around the launchers, for compilers and transforms."""
-    return Layer.apply(call, *inputs, *rows)[:4]
+def _apply(*arguments):
+    count = len(Inputs._fields) + len(Rows._fields)
+    call = Call(*arguments[count:])
+    function = Layer if call.route == "kernels" else aten.AtenLayer
+    return function.apply(call, *arguments[:count])[:4]
 
 
-@torch.compiler.allow_in_graph
-def _opaque(inputs: Inputs, rows: Rows, call: Call):
-    """By PyTorch's own kernels behind one operator."""
-    return aten.AtenLayer.apply(call, *inputs, *rows)[:4]
+def _in_a_graph(inputs: Inputs, rows: Rows, call: Call):
+    """By the operators around the launchers, or by PyTorch's own kernels behind one operator, as compilers and
+    transforms want it.
+    """
+    return _apply(*inputs, *rows, *call)
 
 
 # How a layer is computed: by the persistent kernels, called directly or as operators; by PyTorch's own; by PyTorch's
@@ -152,9 +156,9 @@ def _opaque(inputs: Inputs, rows: Rows, call: Call):
 # is not asked for; weights as one tensor [N, ...], but for "direct" as one of each set.
 ROUTES = {
     "direct": _without_projection(_directly),
-    "kernels": _without_projection(_by_operators),
+    "kernels": _without_projection(_in_a_graph),
     "aten": lambda inputs, rows, call: (*aten.layer(inputs, rows, call), None),
-    "opaque": _opaque,
+    "opaque": _in_a_graph,
     "reference": reference_layer,
     "onnx": lambda inputs, rows, call: (*onnx.layer(inputs, rows, call), None),
 }

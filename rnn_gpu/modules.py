@@ -429,11 +429,12 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         rows = self._masked_rows(input, lengths, resets)
         if rows.lengths is not None:  # what stands in the padding, NaN perhaps, must not reach the weights' gradients
             input = input.masked_fill(past_the_end(rows).unsqueeze(2), 0)
-        *outputs, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
-        for i, output in enumerate(outputs):
+        *flat, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
+        outputs = []  # not written into `flat`: to torch.compile it is a tuple, before PyTorch 2.13
+        for output in flat:
             output = output.unflatten(0, (rows.time, rows.batch))
             output = output.transpose(0, 1) if self.batch_first else output
-            outputs[i] = output if batched else output.squeeze(0 if self.batch_first else 1)
+            outputs.append(output if batched else output.squeeze(0 if self.batch_first else 1))
         if not batched:
             final = tuple(state.squeeze(1) for state in final)
         return outputs[0], final if len(final) > 1 else final[0], *outputs[1:]

