@@ -71,7 +71,7 @@ def loads_that_polls_wait_for(r: Resources) -> list[str]:
 # read a chunk of weights again in every step instead would cost more, and in all versions.
 SPILLED = {("3.6", "lstm", "bfloat16", 2048, True): 8}
 # And of plans with several tiles in turn or 16 rows, where some words of the second tile find no register. What would
-# avoid it, fewer rows and twice the launches, costs more (docs/performance.md). A few of the rest, in the whole grid.
+# avoid it, fewer rows and twice the launches, costs more by the model (docs/design.md). A few of the rest, in the grid.
 SPILLED_BY_MORE_TILES, SPILLED_IN_THE_GRID = 448, 64
 
 
