@@ -37,7 +37,7 @@ demo: $(READY)  ## train a character language model on real text (about 75 secon
 # Each in turn, all of them even where one falls short, in a folder where they leave pictures and a checkpoint.
 NAMES := $(filter-out common distributed_training,$(basename $(notdir $(wildcard examples/*.py))))
 
-examples: $(READY)  ## solve a small real problem of each kind (20 minutes at most on two cores); build/examples
+examples: $(READY)  ## solve a small real problem of each kind (some 13 minutes on two cores); build/examples
 	@mkdir -p build/examples; short=; \
 	for name in $(NAMES); do \
 	    echo; echo "==== $$name"; \

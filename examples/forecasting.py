@@ -20,6 +20,7 @@ import sys
 import common
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import rnn_gpu
 
@@ -116,12 +117,14 @@ def pinball(predicted: Tensor, targets: Tensor) -> Tensor:
 def train(windows: Windows, season: int, options) -> tuple[Forecaster, object]:
     """A forecaster of this series, trained for the budget, and the function that makes one step.
 
-    A series is short, and learnt by heart in seconds: the weights are kept that were best on the validation windows.
+    A series is short, and learnt by heart in seconds: what is kept is the mean of the weights over some hundred steps
+    (Polyak and Juditsky 1992), which depends less on chance than those of one step, when it was best on the validation.
     """
     model = Forecaster(season, options.hidden_size).to(options.device)
+    mean = AveragedModel(model, avg_fn=lambda mean, latest, count: torch.lerp(mean, latest, max(0.01, 1 / (count + 1))))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     inputs, targets = windows.inputs.to(options.device), windows.targets.to(options.device)
-    loss, least, best = torch.tensor(math.nan), math.inf, model.state_dict()
+    loss, least, best = torch.tensor(math.nan), math.inf, model
 
     def step(rate: float = 0.0) -> None:
         nonlocal loss
@@ -129,18 +132,17 @@ def train(windows: Windows, season: int, options) -> tuple[Forecaster, object]:
         noisy = inputs[:, rows] + 0.3 * torch.randn(inputs.shape[0], BATCH_SIZE, 2, device=options.device)
         loss = pinball(model(noisy), targets[rows])
         common.update(optimizer, loss, rate * LEARNING_RATE)
+        mean.update_parameters(model)
 
     for number, passed in enumerate(common.budget(options.seconds, lambda: f"pinball loss {loss.item():.3f}")):
         step(common.schedule(passed))
         if number % 20 == 0:
-            model.eval()
+            mean.eval()
             with torch.no_grad():
-                found = pinball(model(inputs[:, windows.validation]), targets[windows.validation]).item()
-            model.train()
+                found = pinball(mean(inputs[:, windows.validation]), targets[windows.validation]).item()
             if found < least:
-                least, best = found, copy.deepcopy(model.state_dict())
-    model.load_state_dict(best)
-    return model, step
+                least, best = found, copy.deepcopy(mean.module)
+    return best, step
 
 
 @torch.no_grad()
@@ -148,7 +150,6 @@ def backtest(model: Forecaster, windows: Windows, device: torch.device) -> Tenso
     """Forecasts from every step of the test's part, with the past of each alone: [windows, P, Q]."""
     model.eval()
     deviations = model(windows.inputs[:, windows.test].to(device)).cpu()
-    model.train()
     return windows.season_before[windows.test].unsqueeze(2) + windows.scale * deviations
 
 
