@@ -18,10 +18,11 @@ import os
 import sys
 from dataclasses import asdict
 
+from rnn_gpu import zoo
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import ROWS, TENSOR_CORE, Resources, compile_plan
 from rnn_gpu.kernels.plan import DEVICES, Plan, Problem, exchanging_plans, plan
-from rnn_gpu.kernels.spec import DTYPES
+from rnn_gpu.kernels.spec import CELLS, DTYPES
 
 ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made for
     80: "a100",
@@ -36,6 +37,7 @@ KEY = (
     "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
     "registers", "shared", "waits", "gates_per_tile",
 )  # fmt: skip
+NAMED = {name: name for name in BUILT_IN} | {layer.__name__: layer.mode for layer in zoo.ZOO}  # cells, as asked for
 COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MUFU")
 
 
@@ -186,13 +188,13 @@ def describe(p: Plan) -> str:
     """A plan in a few columns."""
     kind = p.dtype if p.precision is None else p.precision
     return (
-        f"{p.cell:8} {kind:8} {'backward' if p.backward else 'forward':8} {p.hidden_size:5} {p.sets:4} {p.units:5} "
-        f"{f'{p.slices}x{p.rows}':>5} {p.warps:5} {where(p):>8} {p.waits:5}"
+        f"{CELLS[p.cell].name:12} {kind:8} {'backward' if p.backward else 'forward':8} {p.hidden_size:5} {p.sets:4} "
+        f"{p.units:5} {f'{p.slices}x{p.rows}':>5} {p.warps:5} {where(p):>8} {p.waits:5}"
     )
 
 
 HEADER = (
-    f"{'cell':8} {'type':8} {'pass':8} {'H':>5} {'sets':>4} {'units':>5} {'rows':>5} {'warps':>5} {'weights':>8} "
+    f"{'cell':12} {'type':8} {'pass':8} {'H':>5} {'sets':>4} {'units':>5} {'rows':>5} {'warps':>5} {'weights':>8} "
     f"{'waits':>5} | {'regs':>4} {'spills':>6} {'stack':>5} {'shared':>7} | {'all':>5} "
 ) + " ".join(f"{name:>5}" for name in COLUMNS)
 FOOTER = """\
@@ -226,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--arch", type=int, choices=ARCHITECTURES, default=90, help="compute capability * 10 (default: 90)")
     add("--grid", choices=("usual", "full"), default="usual", help="full: odd sizes too, and two directions; hours")
     add("--quick", action="store_true", help="a grid that takes less than a minute")
-    add("--cell", action="append", choices=BUILT_IN, help="only this cell (may be repeated)")
+    add("--cell", action="append", choices=NAMED, help="only this cell, also of rnn_gpu.zoo (may be repeated)")
     add("--dtype", action="append", choices=DTYPES, help="only this type (may be repeated)")
     add("--precision", action="append", choices=KINDS["float32"], help="only float32, with these products (repeatable)")
     add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")
@@ -241,8 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
         tables = documented(chosen.arch)
         wanted, refused = list({key(p): p for p in itertools.chain(*tables.values())}.values()), []
     else:
+        cells = [NAMED[name] for name in chosen.cell or ()]
         wanted, refused = plans(
-            grid, chosen.arch, chosen.cell, chosen.dtype, chosen.hidden_size, chosen.rows, chosen.precision
+            grid, chosen.arch, cells, chosen.dtype, chosen.hidden_size, chosen.rows, chosen.precision
         )  # fmt: skip
     results = dict(progress(compile_all(wanted, chosen.arch, chosen.jobs, chosen.rows), len(wanted)))
     failed = [r for r in results.values() if isinstance(r, str) or r.problem]

@@ -52,7 +52,8 @@ def autotune(
     """Time the best plans and PyTorch's own kernels for calls such as `layer(input, lengths=..., resets=...)`, and let
     all later ones of this shape take what was fastest.
 
-    layer: an LSTM, GRU or RNN of this library, on a GPU. input: as the layer takes it, on that GPU; of a dense one at
+    layer: an LSTM, GRU or RNN of this library, on a GPU; or of a cell of one's own, whose plans alone are timed, for
+    PyTorch has none to compare with. input: as the layer takes it, on that GPU; of a dense one at
     most 256 steps are timed. With gradients enabled forward and backward are timed, under torch.no_grad() the forward,
     and so where neither input nor parameters require gradients: the backend found then holds under torch.no_grad().
     autocast, precision, memory and the other settings are those of now. It takes a second or two, and what it takes to
@@ -70,8 +71,6 @@ def autotune(
     """
     if not isinstance(layer, _Layer):
         raise TypeError(f"autotune expects an LSTM, GRU or RNN of rnn_gpu, got: {type(layer).__name__}")
-    if layer._torch_class is None:
-        raise TypeError(f"autotune compares with PyTorch's own layers, and there is no {type(layer).__name__}")
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
     data = _data_of(input)
@@ -119,8 +118,8 @@ def first_call(
         return
     try:
         ragged = lengths is not None or resets is not None or isinstance(input, PackedSequence)
-        sizes = layer.mode, layer.hidden_size, layer.num_layers, layer.bidirectional, layer.proj_size
-        now = _differentiated(layer, data), backends.drops_weights(layer), layer.memory, backends.current_memory()
+        sizes = layer.mode, layer.hidden_size, layer.heads, layer.num_layers, layer.bidirectional, layer.proj_size
+        now = _differentiated(layer, data), backends.other_weights(layer), layer.memory, backends.current_memory()
         key = batch, ragged, dtype, data.device, *sizes, *now, backends.limits(), backends.precision_of("float32")
         if key not in _seen:
             _seen.add(key)
@@ -190,11 +189,14 @@ def _like(
     given: dict[str, Any] = dict(
         num_layers=layer.num_layers, bias=layer.bias, batch_first=layer.batch_first, dropout=layer.dropout,
         bidirectional=layer.bidirectional, device=first.device, dtype=first.dtype, memory=layer.memory,
-        weight_dropout=layer.weight_dropout,
+        weight_dropout=layer.weight_dropout, heads=layer.heads,
     )  # fmt: skip
     sizes = layer.input_size, layer.hidden_size
-    if layer.mode == "LSTM":
-        mine: _Layer[Any] = LSTM(*sizes, **given, proj_size=layer.proj_size)
+    if layer._torch_class is None:
+        made = next(cls for cls in type(layer).__mro__ if "cell" in vars(cls))  # by `layer`
+        mine: _Layer[Any] = made(*sizes, **given)
+    elif layer.mode == "LSTM":
+        mine = LSTM(*sizes, **given, proj_size=layer.proj_size)
     elif layer.mode == "GRU":
         mine = GRU(*sizes, **given)
     else:
@@ -305,6 +307,8 @@ def tune(
             key = measured.key_of_plan(*shape)
             if again or measured.known(key, True) is None:
                 measured.keep(key, _fastest_plan(p, device, key, trial, timer), again)
+        if layer._torch_class is None:  # nothing to compare with
+            return chosen()
         key = backends.key_of(layer, problem, device, training, trial.ragged, precision)
         if again or measured.known(key, True) is None:
             chosen()
@@ -349,7 +353,7 @@ def _entry(p: planning.Plan) -> dict[str, Any]:
 def _faster_backend(trial: _Trial, timer: Timer) -> dict[str, Any]:
     """What is to be kept of our kernels, as they are planned now, against PyTorch's own."""
     masked = trial.lengths is not None or trial.resets is not None
-    theirs = backends.route_of_torch(trial.layer, _data_of(trial.input), masked, backends.drops_weights(trial.layer))
+    theirs = backends.route_of_torch(trial.layer, _data_of(trial.input), masked, backends.other_weights(trial.layer))
     calls = [lambda: trial.run("kernels"), lambda: trial.run(theirs)]
     times = _in_turns(calls, timer, _data_of(trial.input).device)
     ours, others = (seconds * 1e6 / trial.steps for seconds in times)

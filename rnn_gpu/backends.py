@@ -14,6 +14,7 @@ Environment variables, read when rnn_gpu is imported:
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -218,8 +219,9 @@ def route(
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
     input: the input, or, if `packed`, the data of a PackedSequence; dtype: that of the computation; masked: with
-    lengths or resets; drops: with dropout on the weights; beyond: with what PyTorch's own kernels do not know; unknown:
-    PyTorch has no such layer. RuntimeError where backend "triton" was asked for and cannot serve the call.
+    lengths or resets; drops: with other weights than the layer's own (`other_weights`); beyond: with what PyTorch's own
+    kernels do not know; unknown: PyTorch has no such layer. RuntimeError where backend "triton" was asked for and
+    cannot serve the call.
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
@@ -387,8 +389,17 @@ class Choice(NamedTuple):
 
 
 def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> Sizes:
-    """Cell, hidden units, batch, sets and type of a call, as `plan_for` takes them: no graph can hold a module."""
-    return cell_of(module), module.hidden_size, batch_size, 2 if module.bidirectional else 1, name_of(dtype)
+    """Cell, hidden units, batch, sets and type of a call, as `plan_for` takes them: no graph can hold a module. Heads
+    are sets of fewer units (heads.py).
+    """
+    heads, directions = heads_of(module), 2 if module.bidirectional else 1
+    return cell_of(module), module.hidden_size // heads, batch_size, directions * heads, name_of(dtype)
+
+
+def heads_of(module: torch.nn.Module) -> int:
+    """Heads of a layer, of this library's or of torch.nn's."""
+    heads: Any = module.heads if hasattr(type(module), "heads") else 1
+    return int(heads)
 
 
 def cell_of(module: torch.nn.RNNBase) -> str:
@@ -411,7 +422,8 @@ def kernels_for(
     ask whether Triton is installed.
     """
     problem, saving = _problem(module, batch_size, dtype), saving_of(module, training)
-    choice = _weighed(problem, device, training, ragged, precision, module.num_layers, saving)
+    layers = module.num_layers, heads_of(module)
+    choice = _weighed(problem, device, training, ragged, precision, layers, saving)
     if choice.plans and choice.name == "torch" and beyond_aten(module):
         return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
     if not choice.plans or not measured.anything() or beyond_aten(module):
@@ -429,9 +441,11 @@ def beyond_aten(module: Any) -> bool:
     return isinstance(module, torch.nn.RNNBase) and getattr(module, "_beyond_aten", bool)()
 
 
-def drops_weights(module: torch.nn.RNNBase) -> bool:
-    """Whether a layer drops recurrent weights now, for which PyTorch's own kernels take another route."""
-    return module.training and getattr(module, "weight_dropout", 0.0) > 0
+def other_weights(module: torch.nn.RNNBase) -> bool:
+    """Whether PyTorch's own kernels are given other recurrent weights than a layer's own now, and take another route:
+    where some are dropped, and where there are several heads.
+    """
+    return heads_of(module) > 1 or (module.training and getattr(module, "weight_dropout", 0.0) > 0)
 
 
 def saving_of(module: torch.nn.RNNBase, training: bool) -> str:
@@ -446,7 +460,7 @@ def key_of(
     """Under which key a comparison of the backends for a call is kept."""
     return measured.key_of_layer(
         *problem, device, module.num_layers, module.proj_size, precision or precision_of(problem[-1]), ragged,
-        limits(), saving_of(module, training), drops_weights(module),
+        limits(), saving_of(module, training), other_weights(module), heads_of(module),
     )  # fmt: skip
 
 
@@ -456,10 +470,10 @@ def _weighed(
     training: bool,
     ragged: bool,
     precision: str | None = None,
-    layers: int = 1,
+    layers: tuple[int, int] = (1, 1),
     saving: str = "full",
 ) -> Choice:
-    """The same by the estimates alone, for a `_problem` of a module with so many layers."""
+    """The same by the estimates alone, for a `_problem` of a module with so many layers and heads."""
     if reason := CELLS[problem[0]].without_kernels:
         return Choice("torch", f"{reason}: it runs as a loop over time in PyTorch, by its step")
     plans = []
@@ -472,9 +486,16 @@ def _weighed(
     estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}"
     if CELLS[problem[0]].mode is None:
         return Choice("triton", f"{estimate}; PyTorch has no such layer", tuple(plans))
-    theirs = sum(planning.cudnn_microseconds(p, device, layers) for p in plans)
+    theirs = sum(cudnn_microseconds(p, device, *layers) for p in plans)
     estimate += f", cuDNN {theirs:.1f}"
     return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
+
+
+def cudnn_microseconds(p: planning.Plan, device: planning.Device, layers: int, heads: int = 1) -> float:
+    """`plan.cudnn_microseconds` of a layer whose heads the plan has as sets: cuDNN knows none, and takes all in one."""
+    if heads > 1:
+        p = dataclasses.replace(p, hidden_size=p.hidden_size * heads, sets=p.sets // heads)
+    return planning.cudnn_microseconds(p, device, layers)
 
 
 _logged: set[tuple[Any, ...]] = set()
@@ -484,7 +505,7 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
     """Say once for each kind of layer that "auto" fell back, not again for every batch size: a warning where the
     kernels cannot serve it, for information where they can and are estimated to be slower.
     """
-    kind = module.mode, module.hidden_size, module.bidirectional, bool(choice.plans)
+    kind = module.mode, module.hidden_size, heads_of(module), module.bidirectional, bool(choice.plans)
     if kind not in _logged:
         _logged.add(kind)
         level = logging.INFO if choice.plans else logging.WARNING
@@ -493,8 +514,9 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 
 @torch.compiler.assume_constant_result
 def _why_not_compiled(
-    problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: int = 1, beyond: bool = False
-) -> str:
+    problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: tuple[int, int] = (1, 1),
+    beyond: bool = False,
+) -> str:  # fmt: skip
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
     The estimate for one row, forward and backward, stands for all: a graph that chose between backends by the size of
@@ -528,16 +550,17 @@ def choose(
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
         problem = _problem(module, 1, dtype)
-        how = ragged, wanted, module.num_layers, beyond_aten(module)
+        how = ragged, wanted, (module.num_layers, heads_of(module)), beyond_aten(module)
         reason = _why_not_compiled(problem, input.device.type, where, *how)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return Choice("torch" if reason else "triton", reason or "compiled")
     precision = precision_of("float32") if dtype == torch.float32 else None
-    kind = module.mode, module.hidden_size, module.num_layers, module.bidirectional, batch_size, dtype, input.device
+    sizes = module.mode, module.hidden_size, heads_of(module), module.num_layers, module.bidirectional
+    kind = *sizes, batch_size, dtype, input.device
     key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, precision, beyond_aten(module)
     if measured.anything():  # which is of all that its key says
-        key = *key, saving_of(module, training), module.proj_size, drops_weights(module)
+        key = *key, saving_of(module, training), module.proj_size, other_weights(module)
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)

@@ -57,6 +57,7 @@ class Call(NamedTuple):
     zoneout: tuple[float, float] | None = None  # probabilities that h and the states are kept; in eval what stays
     recurrent_dropout: float = 0.0  # on h before the recurrent product
     training: bool = False
+    heads: int = 1  # K: then weight_hh is [N, G*H, H/K] (heads.py); for the kernels alone
     watch: Callable[[int, Tensor], Tensor] | None = None  # on the route "reference": sees every h (reference.py)
 
     @property

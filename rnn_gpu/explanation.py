@@ -5,14 +5,14 @@ from typing import Literal
 import torch
 
 from . import backends
-from .kernels.plan import Device, Plan, cudnn_microseconds, named
+from .kernels.plan import Device, Plan, named
 from .kernels.spec import CELLS
 
 
-def _pass_lines(plan: Plan, device: Device, layers: int) -> list[str]:
+def _pass_lines(plan: Plan, device: Device, layers: int, heads: int) -> list[str]:
     name = "backward" if plan.backward else "forward"
     known = CELLS[plan.cell].mode is not None  # to PyTorch
-    theirs = f"; cuDNN {cudnn_microseconds(plan, device, layers):.2f}" if known else ""
+    theirs = f"; cuDNN {backends.cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
     return [
         f"  {name}: {plan}",
         f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
@@ -43,15 +43,16 @@ def _layer_lines(
 ) -> list[str]:
     """Everything about one layer."""
     choice = backends.kernels_for(layer, batch_size, dtype, gpu, training, ragged, precision)
-    directions = "both directions" if layer.bidirectional else "one direction"
+    directions, heads = "both directions" if layer.bidirectional else "one direction", backends.heads_of(layer)
     lines = [
-        f"{type(layer).__name__} of {layer.hidden_size} hidden units, {layer.num_layers} layer(s), {directions}, batch "
-        f"{batch_size}, {backends.name_of(dtype)}{f' ({precision} products)' if precision else ''}, "
+        f"{type(layer).__name__} of {layer.hidden_size} hidden units{f' in {heads} heads' if heads > 1 else ''}, "
+        f"{layer.num_layers} layer(s), {directions}, batch {batch_size}, "
+        f"{backends.name_of(dtype)}{f' ({precision} products)' if precision else ''}, "
         f"{'training' if training else 'inference'}",
         f"backend 'auto' takes {choice.name}: {choice.reason}",
     ]
     for plan in choice.plans:
-        lines += _pass_lines(plan, gpu, layer.num_layers)
+        lines += _pass_lines(plan, gpu, layer.num_layers, heads)
     if choice.plans and layer.proj_size > 0:
         lines.append(_projection_line(layer, choice.plans))
     if not choice.plans:
@@ -95,13 +96,17 @@ def explain(
     batch_size = backends.positive_integer("batch_size", batch_size)
     if precision not in (None, "tf32", "ieee"):
         raise ValueError(f"Unknown precision {precision!r}. Select from 'tf32', 'ieee'.")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"explain(): argument 'dtype' must be torch.dtype, not {type(dtype).__name__}")
+    stands_in = device is None and not torch.cuda.is_available()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "h200"
+        device = "h200" if stands_in else "cuda"
     gpu = backends.device_of(device)
     if not (isinstance(device, str) and named(device)) and torch.device(device).type != "cuda":
         raise ValueError(f"explain plans for a CUDA device or a GPU it knows by name, got: {device}")
     lines = [
         f"on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.shared_memory // 1024} KiB of shared memory each)"
+        f"{', which stands in for a GPU, since there is none here' if stands_in else ''}"
     ]
     planned = False
     for name, layer in layers:

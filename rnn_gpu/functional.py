@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from . import aten, onnx
 from .call import Call, Inputs
+from .heads import by_heads
 from .kernels.spec import CELLS
 from .operators import EagerLayer, Layer, run_directly, stacked
 from .projection import combined, projected
@@ -72,7 +73,7 @@ def drawn(call: Call, rows: Rows, input: Tensor, weight_hh: Tensor) -> Rows:
     """The rows of a layer with masks of its own for recurrent dropout and zoneout, in training. weight_hh [G*H, H]."""
     if not call.training:
         return rows
-    size, sets = weight_hh.shape[1], call.sets
+    size, sets = weight_hh.shape[1] * call.heads, call.sets
     if call.recurrent_dropout > 0:
         wide = torch.promote_types(input.dtype, torch.float32)
         ones = torch.ones(sets, rows.batch, size, dtype=wide, device=input.device)
@@ -98,7 +99,7 @@ def zero_states(
 ) -> tuple[Tensor, Tensor | None]:
     """h0 and c0, None for cells without states, of zeros, for as many layers and directions."""
     cell, (gates_size, state_size) = CELLS[call.cell], weights[1].shape
-    h0 = input.new_zeros(count, rows.batch, state_size)
+    h0 = input.new_zeros(count, rows.batch, state_size * call.heads)
     if not cell.states:
         return h0, None
     return h0, input.new_zeros(count, rows.batch, gates_size // cell.gates * len(cell.states))
@@ -156,7 +157,7 @@ def _in_a_graph(inputs: Inputs, rows: Rows, call: Call):
 # is not asked for; weights as one tensor [N, ...], but for "direct" as one of each set.
 ROUTES = {
     "direct": _without_projection(_directly),
-    "kernels": _without_projection(_in_a_graph),
+    "kernels": by_heads(_without_projection(_in_a_graph)),
     "aten": lambda inputs, rows, call: (*aten.layer(inputs, rows, call), None),
     "opaque": _in_a_graph,
     "reference": reference_layer,

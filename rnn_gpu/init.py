@@ -6,12 +6,15 @@ ValueError for modules without what it sets. Build and initialise, then move on 
 """
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils import parametrize
+
+from .backends import heads_of
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -21,7 +24,7 @@ __all__ = ["chrono_", "orthogonal_", "unit_forget_bias_"]
 @torch.no_grad()
 def orthogonal_(layer: Module, gain: float = 1.0, *, generator: torch.Generator | None = None) -> Module:
     """Make the recurrent weights orthogonal, gate by gate: each [H, H] of `weight_hh` a random orthogonal matrix times
-    gain.
+    gain; of several heads each block [H/heads, H/heads].
 
     layer: an LSTM, GRU or RNN, or a cell. An orthogonal matrix keeps the length of what it is multiplied with, so that
     neither states nor gradients vanish or explode by it. One such matrix of all gates together, [G*H, H], would not do:
@@ -34,9 +37,12 @@ def orthogonal_(layer: Module, gain: float = 1.0, *, generator: torch.Generator 
     True
     """
     _check(layer, "orthogonal_", RNNBase, RNNCellBase)
+    if not isinstance(gain, Real):
+        raise ValueError(f"gain should be a number, got: {gain!r}")
     for name in _names(layer, "weight_hh", "weight_hr"):
         old = _parameter(layer, name)
-        blocks = old.chunk(1 if name.startswith("weight_hr") else old.shape[0] // _hidden_size(layer))
+        units = _hidden_size(layer) // heads_of(layer)  # of a head
+        blocks = old.chunk(1 if name.startswith("weight_hr") else old.shape[0] // units)
         new = [torch.empty_like(block, dtype=_exact(block.dtype)) for block in blocks]  # no QR in 16 bits
         for block in new:
             torch.nn.init.orthogonal_(block, gain, generator)
@@ -85,10 +91,11 @@ def chrono_(
     lstm = _is_lstm(layer)
     if not lstm and not _is_gru(layer):
         raise TypeError(f"chrono_ expects an LSTM, GRU, LSTMCell or GRUCell, got: {type(layer).__name__}")
-    if not 0 < shortest < float("inf"):
-        raise ValueError(f"shortest should be a positive number of steps, got: {shortest}")
-    if not shortest + 1 <= longest < float("inf"):
-        raise ValueError(f"longest should be a number of steps, at least shortest + 1 = {shortest + 1}, got: {longest}")
+    if not (isinstance(shortest, Real) and 0 < shortest < float("inf")):
+        raise ValueError(f"shortest should be a positive number of steps, got: {shortest!r}")
+    if not (isinstance(longest, Real) and shortest + 1 <= longest < float("inf")):
+        least = f"at least shortest + 1 = {shortest + 1}"
+        raise ValueError(f"longest should be a number of steps, {least}, got: {longest!r}")
     for names in _bias_names(layer, "chrono_"):
         of_unit = _parameter(layer, names[0])[: _hidden_size(layer)]
         u = torch.empty_like(of_unit, dtype=_exact(of_unit.dtype)).uniform_(shortest, longest - 1, generator=generator)

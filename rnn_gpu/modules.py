@@ -5,36 +5,70 @@ Not from `torch.nn.LSTM` itself: `torch.compile` breaks the graph at that. Each 
 forward serves the "torch" backend.
 """
 
+import inspect
 import numbers
 import operator
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypedDict, TypeVar, get_type_hints, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack
 
 from . import backends, distributed, measured, onnx
 from .call import Call
 from .functional import recurrent_stack
+from .heads import whole
 from .kernels.spec import CELLS
 from .operators import directly
 from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])  # h, or h and c
-# What layers have beyond torch.nn, and of a probability that of what.
-OPTIONS = {
-    "memory": "",
+# What layers have beyond torch.nn, by default; as their constructors take it; and of a probability that of what.
+OPTIONS: dict[str, Any] = {
+    "memory": None,
+    "heads": 1,
+    "weight_dropout": 0.0,
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+    "clip": None,
+    "return_cells": False,
+}
+PROBABILITIES = {
     "weight_dropout": "a recurrent weight being zeroed",
     "recurrent_dropout": "a unit's hidden state being zeroed before the recurrent product",
     "zoneout": "a unit keeping its state",
-    "clip": "",
-    "return_cells": "",
 }
+
+
+class _Options(TypedDict, total=False):
+    memory: backends.Memory | None
+    heads: int
+    weight_dropout: float
+    recurrent_dropout: float
+    clip: float | None
+
+
+class LSTMOptions(_Options, total=False):
+    """The arguments of an LSTM beyond torch.nn's."""
+
+    zoneout: float | tuple[float, float]
+    return_cells: bool
+
+
+class Options(_Options, total=False):
+    """Those of other layers."""
+
+    zoneout: float
+    return_cells: bool
+    proj_size: None  # to be told that it is the LSTM's
+
+
 INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
@@ -102,19 +136,41 @@ def _check_resets(resets: Tensor | None) -> None:
         raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
 
 
-def _check_lstm_alone(proj_size: None, return_cells: object) -> None:
-    """The errors for what the LSTM alone has; GRU and RNN take these arguments for nothing else."""
-    if proj_size is not None:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    if return_cells:
-        raise ValueError("return_cells argument is only supported for LSTM: the state of RNN and GRU is the output")
-
-
 def _probability(name: str, value: float, of: str) -> float:
     """The value; ValueError, in the words of torch.nn's dropout, for what is no probability."""
     if not isinstance(value, numbers.Number) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1] representing the probability of {of}")
     return value
+
+
+def _showing(options: type) -> Callable[[backends.Function], backends.Function]:
+    """Decorates an __init__(..., **options): help and inspect show the options by name."""
+
+    def showing(function: backends.Function) -> backends.Function:
+        signature: Any = inspect.signature(function)
+        *given, last = signature.parameters.values()
+        kinds = get_type_hints(options)
+        named = [
+            last.replace(name=name, kind=last.KEYWORD_ONLY, default=default, annotation=kinds[name])
+            for name, default in OPTIONS.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*given, *named])
+        return function
+
+    return showing
+
+
+def _divisor(name: str, value: int, of: str, whole: int) -> int:
+    """The value; TypeError for what is no int, ValueError for what does not divide `whole`, in the words of torch.nn's
+    layers.
+    """
+    if not isinstance(value, int):
+        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than zero")
+    if whole % value != 0:
+        raise ValueError(f"{of} must be divisible by {name}, got: {whole} and {value}")
+    return int(value)
 
 
 def _positive(name: str, value: float) -> float:
@@ -145,22 +201,49 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     zoneout: float | tuple[float, float] = 0.0  # probability of a unit keeping its h (LSTM: of c, and of h) in a step
     clip: float | None = None  # limit of the gradient of h at every step, by element
     return_cells: bool = False  # of the LSTM: c of every step is a result
+    heads: int = 1  # blocks along the diagonal of the recurrent weight
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
-    def _set_options(
-        self,
-        memory: backends.Memory | None,
-        weight_dropout: float,
-        recurrent_dropout: float,
-        zoneout: float | tuple[float, float],
-        clip: float | None,
-        return_cells: bool = False,
-    ) -> None:
-        """Keep the options that torch.nn does not know; ValueError for settings that are none."""
-        if memory is not None:
-            self.memory = memory
-        self.weight_dropout, self.recurrent_dropout, self.zoneout = weight_dropout, recurrent_dropout, zoneout
-        self.clip, self.return_cells = clip, return_cells
+    def _build(
+        self, mode: str, sizes: tuple[Any, ...], device: torch.device | str | int | None, dtype: torch.dtype | None,
+        options: Any,
+    ) -> None:  # fmt: skip
+        """torch.nn's constructor, with its checks, and the options. sizes: all arguments but for the first and the last
+        two. TypeError and ValueError for options that are none.
+        """
+        options = dict(options)
+        if options.pop("proj_size", None) is not None:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        for name in options.keys() - OPTIONS.keys():
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+        heads, unknown = options.pop("heads", 1), self._torch_class is None  # to PyTorch
+        others = heads != 1 or unknown  # weights of other shapes than torch.nn's
+        RNNBase.__init__(self, mode, *sizes, device="meta" if others else device, dtype=dtype)
+        if unknown:
+            del self.mode  # the class has it
+        if others:
+            self.__dict__["heads"] = _divisor("heads", heads, "hidden_size", self.hidden_size)
+            if self.heads > 1 and self.proj_size > 0:
+                raise ValueError("heads are not supported with proj_size")
+            self._make_weights(device, dtype)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def _make_weights(self, device: torch.device | str | int | None, dtype: torch.dtype | None) -> None:
+        """The weights of this cell and its heads, with initial values, in place of those that torch.nn has made."""
+        cell, own = CELLS[backends.cell_of(self)], self._parameters
+        shapes = {name: own[name].shape for name in self._flat_weights_names}
+        own.clear()
+        for names in self._all_weights:
+            names.extend(names[0].replace("weight_ih", parameter) for parameter in cell.parameters)
+            for name in names:
+                shape = [cell.gates * self.hidden_size, *shapes[name][1:]] if name in shapes else [self.hidden_size]
+                if name.startswith("weight_hh_l"):
+                    shape[1] //= self.heads
+                setattr(self, name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
 
     def __setattr__(self, attr: str, value: Any) -> None:
         """As torch.nn; ValueError for settings of an option that are none."""
@@ -173,26 +256,26 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if option == "clip":
             return None if value is None else _positive(option, value)
         if option == "return_cells":
-            _check_lstm_alone(None, value and self.mode != "LSTM")
+            if value and self._states == 1:
+                raise ValueError(
+                    "return_cells argument is only supported for LSTM and cells with states: the state of RNN and GRU "
+                    "is the output"
+                )
             return bool(value)
+        if option == "heads":
+            raise AttributeError("heads cannot be changed: the recurrent weights have their shape from it")
         pair = option == "zoneout" and isinstance(value, tuple | list)
         if pair and (self.mode != "LSTM" or len(value) != 2):
             raise ValueError("zoneout should be a number, or for the LSTM a pair of them, of c and of h")
-        rates = [_probability(option, rate, OPTIONS[option]) for rate in (value if pair else [value])]
+        rates = [_probability(option, rate, PROBABILITIES[option]) for rate in (value if pair else [value])]
         if option != "weight_dropout" and self.proj_size > 0 and any(rates):
             raise ValueError("recurrent_dropout and zoneout are not supported with proj_size")
         return tuple(rates) if pair else rates[0]
 
     def beyond_torch(self) -> str:
         """The options that change results and that torch.nn does not know, as in the layer's repr; "" for none."""
-        options = (
-            ("weight_dropout", self.weight_dropout, 0.0),
-            ("recurrent_dropout", self.recurrent_dropout, 0.0),
-            ("zoneout", self.zoneout, 0.0),
-            ("clip", self.clip, None),
-            ("return_cells", self.return_cells, False),
-        )
-        return ", ".join(f"{name}={value}" for name, value, default in options if value != default)
+        values = {name: getattr(self, name) for name in OPTIONS if name != "memory"}
+        return ", ".join(f"{name}={value}" for name, value in values.items() if value != OPTIONS[name])
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the options that were given."""
@@ -240,7 +323,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._refuse_input(input, hx)
         if distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
-        drops, beyond = self.training and self.weight_dropout > 0, self._beyond_aten()
+        drops, beyond = self.heads > 1 or (self.training and self.weight_dropout > 0), self._beyond_aten()
         unknown = self._torch_class is None  # to PyTorch
         plain = lengths is None and resets is None and self._watch is None and not (drops or beyond or unknown)
         if plain and backends.plainly_torch(input):
@@ -256,7 +339,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        if measured.automatic and self._watch is None and not (unknown or torch.compiler.is_compiling()):
+        if measured.automatic and self._watch is None and not torch.compiler.is_compiling():
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
@@ -400,9 +483,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def flatten_parameters(self) -> None:
         """As torch.nn, but not under `fully_shard`: it gathers weights into memory of its own before each forward,
-        and would not reach weights that were moved out of it.
+        and would not reach weights that were moved out of it. Nor those of several heads, which cuDNN does not know.
         """
-        if not getattr(self, "_is_fsdp_managed_module", False):
+        if self.heads == 1 and not getattr(self, "_is_fsdp_managed_module", False):
             super().flatten_parameters()
 
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
@@ -466,8 +549,12 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
             input, states = input.to(dtype), [state.to(dtype) for state in states]
             weights = [weight.to(dtype) for weight in weights]
+        heads = self.heads if route == "kernels" else 1
+        if heads != self.heads:
+            named = zip(self._flat_weights_names, weights, strict=True)
+            weights = [whole(w, self.heads) if name.startswith("weight_hh_l") else w for name, w in named]
         tensors = input, *states, *weights
-        if route == "kernels" and directly(tensors):
+        if route == "kernels" and heads == 1 and directly(tensors):
             route = "direct"
         saving, transformed = "nothing", backends.transforming()
         if transformed:  # who differentiates does not show here, and cannot make the gates again
@@ -491,10 +578,13 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         call = Call(
             cell, sets, reversed_sets, *how, cells=self.return_cells, clip=clip, watch=self._watch,
             zoneout=(zoneout[1], zoneout[0] if self._states > 1 else 0.0) if any(zoneout) else None,
-            recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training,
+            recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training, heads=heads,
         )  # fmt: skip
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
         outputs = (output,) if cells is None else (output, cells)
+        if self._states > 2 and cells is not None:
+            of_states = cells.unflatten(1, (sets, self._states - 1, self.hidden_size)).unbind(2)
+            outputs = output, *(one.flatten(1).contiguous() for one in of_states)
         if self._states > 2:
             return *outputs, (h_n, *(state.contiguous() for state in c_n.chunk(self._states - 1, -1)))
         return *outputs, (h_n,) if c_n is None else (h_n, c_n)
@@ -599,6 +689,8 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
     `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
+    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
+    weight_hh_l0 is then [G*H, H/heads], G gates.
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h, and its c, in a step; or (p_c, p_h). clip:
     at every step of the backward the gradient of h is brought within -clip..clip. return_cells: c of every step is a
@@ -618,6 +710,7 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
     check_forward_args = torch.nn.LSTM.check_forward_args
     permute_hidden = torch.nn.LSTM.permute_hidden
 
+    @_showing(LSTMOptions)
     def __init__(
         self,
         input_size: int,
@@ -630,20 +723,11 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
         proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        memory: backends.Memory | None = None,
-        weight_dropout: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
-        clip: float | None = None,
-        return_cells: bool = False,
+        **options: Unpack[LSTMOptions],
     ) -> None:
-        """Arguments and initialisation as torch.nn.LSTM; what follows *: see the class."""
-        super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            device=device, dtype=dtype,
-        )  # fmt: skip
-        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip, return_cells)
+        """Arguments and initialisation as torch.nn.LSTM; options: see the class."""
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        self._build("LSTM", sizes, device, dtype, options)
 
 
 class GRU(_Layer[Tensor]):
@@ -663,6 +747,8 @@ class GRU(_Layer[Tensor]):
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
     `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
+    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
+    weight_hh_l0 is then [G*H, H/heads], G gates.
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h in a step. clip: at every step of the
     backward the gradient of h is brought within -clip..clip. docs/training.md has all of them.
@@ -678,6 +764,7 @@ class GRU(_Layer[Tensor]):
 
     _torch_class = torch.nn.GRU
 
+    @_showing(Options)
     def __init__(
         self,
         input_size: int,
@@ -689,22 +776,11 @@ class GRU(_Layer[Tensor]):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        memory: backends.Memory | None = None,
-        weight_dropout: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0,
-        clip: float | None = None,
-        return_cells: Literal[False] = False,
-        proj_size: None = None,
+        **options: Unpack[Options],
     ) -> None:
-        """Arguments and initialisation as torch.nn.GRU; what follows *: see the class. proj_size: the LSTM's alone."""
-        _check_lstm_alone(proj_size, return_cells)
-        super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype,
-        )  # fmt: skip
-        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip)
+        """Arguments and initialisation as torch.nn.GRU; options: see the class."""
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        self._build("GRU", sizes, device, dtype, options)
 
 
 class RNN(_Layer[Tensor]):
@@ -723,6 +799,8 @@ class RNN(_Layer[Tensor]):
     memory: without effect here, since the outputs are all that the backward needs. Types: float32, float16, bfloat16
     on the kernels, others on PyTorch's.
 
+    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
+    weight_hh_l0 is then [G*H, H/heads], G gates.
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h in a step. clip: at every step of the
     backward the gradient of h is brought within -clip..clip. docs/training.md has all of them.
@@ -738,6 +816,7 @@ class RNN(_Layer[Tensor]):
 
     _torch_class = torch.nn.RNN
 
+    @_showing(Options)
     def __init__(
         self,
         input_size: int,
@@ -750,22 +829,11 @@ class RNN(_Layer[Tensor]):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        memory: backends.Memory | None = None,
-        weight_dropout: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0,
-        clip: float | None = None,
-        return_cells: Literal[False] = False,
-        proj_size: None = None,
+        **options: Unpack[Options],
     ) -> None:
-        """Arguments and initialisation as torch.nn.RNN; what follows *: see the class. proj_size: the LSTM's alone."""
-        _check_lstm_alone(proj_size, return_cells)
+        """Arguments and initialisation as torch.nn.RNN; options: see the class."""
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(
-            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device=device, dtype=dtype,
-        )  # fmt: skip
-        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip)
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        self._build(f"RNN_{nonlinearity.upper()}", sizes, device, dtype, options)

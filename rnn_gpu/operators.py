@@ -286,7 +286,7 @@ class Layer(torch.autograd.Function):
         else:
             results = recurrence(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
         y, h_n, c_n, aux, carries = results
-        cells = cells_of(carries if carries.numel() else aux, y, rows) if call.cells else y.new_empty(0)
+        cells = cells_of(carries if carries.numel() else aux, y, rows, call) if call.cells else y.new_empty(0)
         if not (call.saving == "full" and CELLS[call.cell].saves):
             gates = gates.new_empty(0)
         return y, h_n, c_n, cells, gates, aux, carries
@@ -314,11 +314,13 @@ class Layer(torch.autograd.Function):
         return None, *found, *[None] * len(Rows._fields)
 
 
-def cells_of(aux: Tensor, y: Tensor, rows: Rows) -> Tensor:
-    """c of every step [R, N, H] in y's type, in memory of its own, zeros past a row's end, from what the forward has
-    kept of it, [R, N, HS].
+def cells_of(aux: Tensor, y: Tensor, rows: Rows, call: Call) -> Tensor:
+    """The states of every step [R, N, K*H] in y's type, in memory of their own, zeros past a row's end, from what the
+    forward has kept of them, [R, N, K*HS] and whatever behind.
     """
-    cells = aux[..., : y.shape[2]].to(y.dtype, copy=True)
+    count, size = len(CELLS[call.cell].states), padded(y.shape[2], backends.name_of(y.dtype))
+    states = aux[..., : count * size].unflatten(-1, (count, size))[..., : y.shape[2]]
+    cells = states.to(y.dtype, copy=True, memory_format=torch.contiguous_format).flatten(2)
     if rows.lengths is not None and rows.offsets is None:
         cells = cells.masked_fill_(past_the_end(rows).flatten()[:, None, None], 0)
     return cells
@@ -622,7 +624,7 @@ class EagerLayer(torch.autograd.Function):
         ctx.save_for_backward(*rows[2:], y, kept, aux, carries, input, start, h0, c0, parameters, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
-        return y, h_n, c_n, cells_of(aux if carries is None else carries, y, rows) if call.cells else None
+        return y, h_n, c_n, cells_of(aux if carries is None else carries, y, rows, call) if call.cells else None
 
     @staticmethod
     def backward(ctx, *d_outputs):

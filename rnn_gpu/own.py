@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
-from torch.nn.modules.rnn import RNNBase
+from typing_extensions import Unpack
 
-from . import backends
 from .kernels.spec import CELLS, Cell, register
-from .modules import _check_lstm_alone, _Layer
+from .modules import Options, _Layer, _showing
+from .reference import check_step
 
 
 class CellLayer(_Layer[Any]):
@@ -26,9 +25,12 @@ class CellLayer(_Layer[Any]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
+    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
+    weight_hh_l0 is then [G*H, H/heads], G gates.
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h, and, by another draw, all its states, in a
-    step. clip: limit of the gradient of h at every step.
+    step. clip: limit of the gradient of h at every step. return_cells: the states of every step are further results,
+    one for each, in the order of the cell, [T, B, D*H] of the last layer.
     Parameters: weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0, and the cell's own, NAME_l0 [H]; further layers and
     the other direction as in torch.nn.
 
@@ -39,7 +41,9 @@ class CellLayer(_Layer[Any]):
     cell: Cell
     mode: str  # the name in CELLS, which is none of torch.nn's modes, in their place
     _torch_class = None
+    _checked_step = False  # not before functions that it uses may stand below it
 
+    @_showing(Options)
     def __init__(
         self,
         input_size: int,
@@ -51,38 +55,16 @@ class CellLayer(_Layer[Any]):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        memory: backends.Memory | None = None,
-        weight_dropout: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0,
-        clip: float | None = None,
-        proj_size: None = None,
+        **options: Unpack[Options],
     ) -> None:
-        """Arguments and initialisation as torch.nn's layers; memory: see the class. proj_size: the LSTM's alone."""
-        _check_lstm_alone(proj_size, False)
-        # torch.nn's own checks, on a layer of one gate without memory, whose numbers and weights are then this one's.
-        checked = RNNBase(
-            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
-        )
-        Module.__init__(self)
-        for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
-            setattr(self, name, getattr(checked, name))
-        self.proj_size = 0
-        self._flat_weight_refs: list[Any] = []
-        self._flat_weights_names: list[str] = []
-        self._all_weights: list[list[str]] = []
-        for names in checked._all_weights:
-            shapes = {name: getattr(checked, name).shape for name in names}
-            shapes = {name: (self.cell.gates * size, *others) for name, (size, *others) in shapes.items()}
-            shapes |= {names[0].replace("weight_ih", own): (hidden_size,) for own in self.cell.parameters}
-            for name, shape in shapes.items():
-                setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            self._flat_weights_names.extend(shapes)
-            self._all_weights.append([*shapes])
-        self._init_flat_weights()
-        self.reset_parameters()
-        self._set_options(memory, weight_dropout, recurrent_dropout, zoneout, clip)
+        """Arguments and initialisation as torch.nn's layers; options: see the class. ValueError, before the first
+        layer is made, for a cell whose step is none.
+        """
+        if not self._checked_step:
+            check_step(self.cell)
+            type(self)._checked_step = True
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        self._build("RNN_TANH", sizes, device, dtype, options)  # one gate and no memory, to begin with
 
     def _as_torch_nn(self, input: Any, hx: Any) -> Any:
         """Where the built-in layers ask torch.nn's own forward for its error: the same for input of another type."""

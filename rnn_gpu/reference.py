@@ -60,6 +60,25 @@ def step(cell: Cell, x: Gates, r: Gates, carry: Gates, parameters: Gates = ()) -
     return cell.step(x, r, carry, parameters) if cell.parameters else cell.step(x, r, carry)
 
 
+def check_step(cell: Cell) -> None:
+    """ValueError where a cell's step raises, or gives no (h, carry) of the shape and type of its gates."""
+    zeros = lambda *shape: tuple(torch.zeros(*shape, dtype=torch.float64, device="cpu"))
+    given, wrong = [zeros(n, 2, 3) for n in (cell.gates, cell.gates, cell.carried)], f"step of {cell.name}:"
+    try:
+        results = step(cell, *given, zeros(len(cell.parameters), 3))
+    except Exception as error:  # of whatever kind: the step is a user's
+        raise ValueError(f"{wrong} {type(error).__name__}: {error}") from error
+    if not (isinstance(results, tuple) and len(results) == 2 and isinstance(results[1], tuple)):
+        raise ValueError(f"{wrong} returns {type(results).__name__}, expected (h, carry) with carry a tuple")
+    h, carry = results
+    if len(carry) != cell.carried:
+        raise ValueError(f"{wrong} returns {len(carry)} values to carry, expected {cell.carried}")
+    for what, one in zip(("h", *(cell.states or "h")), (h, *carry), strict=False):
+        if not isinstance(one, Tensor) or one.shape != (2, 3) or one.dtype != torch.float64:
+            got = f"{list(one.shape)} {one.dtype}" if isinstance(one, Tensor) else type(one).__name__
+            raise ValueError(f"{wrong} {what} is {got}, expected the shape and type of the gates")
+
+
 def carry_from(cell: Cell, h: Tensor, c: Tensor | None) -> Gates:
     """What a unit carries, from its states: h [B, H], c [B, K*H] -> of [B, H]."""
     return c.chunk(len(cell.states), -1) if cell.states else (h,) if cell.carries_h else ()

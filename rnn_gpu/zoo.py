@@ -72,7 +72,7 @@ def light_step(x: Tensors, r: Tensors, carry: Tensors) -> tuple[Tensor, Tensors]
 
 
 def exponential_step(x: Tensors, r: Tensors, carry: Tensors) -> tuple[Tensor, Tensors]:
-    """One step of the sLSTM with one head: an exponential input gate, a normaliser n, a stabiliser m.
+    """One step of the sLSTM: an exponential input gate, a normaliser n, a stabiliser m.
 
     Source: Beck et al., "xLSTM: extended long short-term memory", 2024, equations 8 to 17, the forget gate a sigmoid.
     c and n are those of the paper times exp(-m); h does not depend on m. n = 0 is a unit without history, of whatever

@@ -2,12 +2,14 @@
 both.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
 
 import rnn_gpu
-from rnn_gpu import reference
+from rnn_gpu import backends, reference
 from rnn_gpu.backends import CELL_OF_MODE
 from tests import interpreter
 from tests.problems import RoundedProducts, round_to_tf32
@@ -16,6 +18,19 @@ INTERPRETED = interpreter.INTERPRETED or interpreter.ON_MACHINE  # the kernels r
 BACKEND = "triton" if INTERPRETED else "torch"
 # `pytestmark` of files whose tests run twice: once on torch, and once on the kernels (tests/interpreter.py).
 ON_BOTH_BACKENDS = [pytest.mark.interpreted] if INTERPRETED else []
+
+
+@contextlib.contextmanager
+def exchanging_in_full():
+    """The backend of this run, several programs, and products in full, to be compared with PyTorch's on a CPU."""
+    torch._dynamo.reset()
+    before = torch._C._get_cudnn_allow_tf32()
+    torch._C._set_cudnn_allow_tf32(False)  # what torch.backends.cudnn.allow_tf32 sets; torch.export reads it back
+    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+        yield
+    torch._C._set_cudnn_allow_tf32(before)
+    torch._dynamo.reset()
+
 
 STATES = {"LSTM": 2, "GRU": 1, "RNN": 1}
 
@@ -27,6 +42,12 @@ def pair(name: str, *args, dtype: torch.dtype = torch.float32, seed: int = 0, **
     oracle = getattr(torch.nn, name)(*args, **kwargs).double()
     oracle.load_state_dict({key: value.double() for key, value in ours.state_dict().items()})
     return ours, oracle
+
+
+def block_diagonal(weight_hh: Tensor, heads: int) -> Tensor:
+    """weight_hh [G*H, H/heads] of a layer with heads, with zeros between its blocks: [G*H, H]."""
+    size = weight_hh.shape[1]
+    return torch.cat([torch.block_diag(*gate.split(size)) for gate in weight_hh.split(heads * size)])
 
 
 def same(layer: torch.nn.RNNBase, dtype: torch.dtype) -> torch.nn.RNNBase:

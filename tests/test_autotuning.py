@@ -93,6 +93,20 @@ def tuned(clock, layer=None, batch=16, again=False, **masks):
 # ---- What is chosen --------------------------------------------------------------------------------------------------
 
 
+def test_plans_of_a_cell_of_ones_own(clock):
+    """Catches: a cell that is compared with a layer that PyTorch does not have, or whose plans nobody takes."""
+    layer = rnn_gpu.zoo.PeepholeLSTM(8, 512, heads=2)
+    problem = layer.mode, 256, 16, 2, "float32", DEVICE, True
+    every = planning.every_plan(*problem, backends.precision_of("float32"))
+    assert not isinstance(every, str)
+    clock.theirs, clock.favourites = 0.0, {}
+    choice = tuned(clock, layer)
+    assert choice.name == "triton" and "PyTorch has no such layer" in choice.reason
+    assert all(p.measured and p.hidden_size == 256 for p in choice.plans)
+    timed = clock.timed
+    assert timed > 0 and tuned(clock, layer) == choice and clock.timed == timed
+
+
 def test_the_fastest_plans_and_the_faster_backend_are_taken_and_say_so(clock):
     """Catches: times that nobody obeys; a choice that does not say that it was measured, and when."""
     clock.favourites = {backward: cut(candidates(backward)[1]) for backward in (False, True)}

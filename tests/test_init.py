@@ -133,3 +133,8 @@ def test_errors_say_what_is_wrong():
         init.chrono_(rnn_gpu.LSTM(3, 4), 1)
     with pytest.raises(ValueError, match="shortest should be a positive number of steps, got: 0"):
         init.chrono_(rnn_gpu.LSTM(3, 4), 10, 0)
+    for wrong in (None, "10"):
+        with pytest.raises(ValueError, match=f"longest should be a number of steps, .*, got: {wrong!r}"):
+            init.chrono_(rnn_gpu.LSTM(3, 4), wrong)
+        with pytest.raises(ValueError, match=f"gain should be a number, got: {wrong!r}"):
+            init.orthogonal_(rnn_gpu.LSTM(3, 4), wrong)

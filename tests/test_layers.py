@@ -269,6 +269,8 @@ def test_explain_names_the_reason_for_torch():
     for batch_size in (16.5, "16", None):
         with pytest.raises(TypeError, match="batch_size should be an integer"):
             rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
+    with pytest.raises(TypeError, match=r"argument 'dtype' must be torch\.dtype, not str"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", dtype="bf16")
     with pytest.raises(ValueError, match="Unknown precision 'tf16'"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", precision="tf16")
     for nothing, words in ((torch.nn.Linear(3, 4), "Linear"), (torch.nn.LSTM, "got: type"), (3, "got: int")):
@@ -361,7 +363,9 @@ runpy.run_module("rnn_gpu", run_name="__main__")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 def test_a_gpu_that_is_not_there():
-    """Catches: an AssertionError from the depths of PyTorch."""
+    """Catches: an AssertionError from the depths of PyTorch; a GPU that is planned for, and that nobody has named."""
+    assert "on NVIDIA H200 (132" in (text := rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2))
+    assert "which stands in for a GPU" in text and "stands in" not in rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, "h200")
     for call in (rnn_gpu.check, lambda device: rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, device)):
         with pytest.raises(RuntimeError, match="'cuda' is not available"):
             call("cuda")

@@ -19,7 +19,7 @@ from rnn_gpu import aten, backends, zoo
 from rnn_gpu.backends import CELL_OF_MODE
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
-from tests.layers import BACKEND, ON_BOTH_BACKENDS, pair
+from tests.layers import BACKEND, ON_BOTH_BACKENDS, block_diagonal, exchanging_in_full, pair
 from tests.tolerances import assert_close_to_oracle
 
 pytestmark = ON_BOTH_BACKENDS
@@ -30,14 +30,9 @@ NAMES = "LSTM", "GRU", "RNN"
 
 @pytest.fixture(autouse=True)
 def one_backend():
-    """The backend of this run, several programs, and products in full, to be compared with PyTorch's on a CPU."""
-    torch._dynamo.reset()
-    before = torch._C._get_cudnn_allow_tf32()
-    torch._C._set_cudnn_allow_tf32(False)  # what torch.backends.cudnn.allow_tf32 sets; torch.export reads it back
-    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+    """See `exchanging_in_full`."""
+    with exchanging_in_full():
         yield
-    torch._C._set_cudnn_allow_tf32(before)
-    torch._dynamo.reset()
 
 
 def with_gradients(run, weights, input) -> dict[str, torch.Tensor]:
@@ -83,6 +78,7 @@ def by_hand(layer, weights, input, states=None, lengths=None, resets=None, drawn
             w_ih, w_hh, b_ih, b_hh = (
                 weights[f"{key}_{way}"] for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
+            w_hh = w_hh if layer.heads == 1 else block_diagonal(w_hh, layer.heads)
             for b in range(batch):
                 start = [s[len(finals) // batch, b] for s in states] if states else [input.new_zeros(wide)]
                 h, c = start[0], start[1] if len(start) == 2 else input.new_zeros(size) if cell == "lstm" else start[0]

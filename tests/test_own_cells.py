@@ -66,6 +66,11 @@ CASES = [
 def test_the_kernels_are_right(layer, case, monkeypatch, seed):
     """Catches: a wrong equation, slot, state, parameter or mask of a cell, in the loop forward or backward."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert_right(layer, case, seed)
+
+
+def assert_right(layer, case, seed):
+    """Results and gradients of the kernels against the step in float64."""
     size, batch, time, dtype, options, masked, exchange = case
     ours = layer(5, size, **options).to(dtype)
     oracle = copy.deepcopy(ours).double()
@@ -206,6 +211,26 @@ def test_descriptions_that_are_none(wrong, error, words):
 
 
 @on_torch
+def test_a_wrong_step_is_named_when_a_layer_is_made():
+    """Catches: errors of PyTorch's deep inside the first call, which say nothing of the step; a step that is called
+    before what it uses is there.
+    """
+    made = lambda step, **description: rnn_gpu.layer(Cell("wrong", ("a",), step, **description))
+    for step, description, words in [
+        (lambda x, r, carry: x[0] + r[0], {}, r"returns Tensor, expected \(h, carry\)"),
+        (lambda x, r, carry: (x[0] + r[0], ()), dict(states=("c",)), "returns 0 values to carry, expected 1"),
+        (lambda x, r, carry: (x[0].sum(1), ()), {}, r"h is \[2\] torch.float64, expected the shape and type"),
+        (lambda x, r: (x[0], ()), {}, "TypeError: .* takes 2 positional arguments"),
+    ]:
+        layer = made(step, **description)
+        with pytest.raises(ValueError, match=f"step of wrong: {words}"):
+            layer(3, 4)
+    later = made(lambda x, r, carry: (helper(x[0] + r[0]), ()))
+    helper = torch.tanh
+    assert later(3, 4)(torch.randn(2, 1, 3))[0].shape == (2, 1, 4)
+
+
+@on_torch
 def test_names_that_are_taken():
     """Catches: a second cell of a name that runs the first one's equations, in a notebook whose line is run again."""
     first = rnn_gpu.layer(Cell("taken", ("a",), lambda x, r, carry: (x[0] + r[0], ())))
@@ -320,6 +345,26 @@ def test_states_of_other_numbers_and_sizes():
         layer(input[0, 0])
     with pytest.raises(ValueError, match="dtype"):
         layer(input.double())
+
+
+@pytest.mark.parametrize("layer", [zoo.PeepholeLSTM, zoo.SLSTM], ids=lambda layer: layer.__name__)
+def test_the_states_of_every_step(layer, monkeypatch):
+    """Catches: states that change places with another, with a direction or a step; a gradient that is not theirs."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    ours, count = layer(3, 7, bidirectional=True, return_cells=True), len(layer.cell.states)
+    input, lengths, found = torch.randn(4, 3, 3), [4, 0, 2], []
+    for backend in ("torch", BACKEND):
+        with rnn_gpu.backend(backend), backends.always_exchange():
+            output, (_, *states), *cells = ours(input, lengths=lengths)
+        assert [tuple(one.shape) for one in cells] == [(4, 3, 14)] * count
+        for state, of_steps in zip(states, cells, strict=True):
+            assert torch.equal(of_steps[3, 0, :7], state[0, 0]) and torch.equal(of_steps[0, :, 7:], state[1])
+            assert not of_steps[2:, 2].any() and torch.equal(of_steps[1, 2, :7], state[0, 2])
+        loss = sum((one * torch.linspace(-1, 1, one.numel()).view_as(one)).sum() for one in (output, *cells))
+        found.append([output, *cells, *torch.autograd.grad(loss, list(ours.parameters()))])
+    torch.testing.assert_close(*found)
+    with pytest.raises(ValueError, match="return_cells argument is only supported for LSTM and cells with states"):
+        zoo.MGU(3, 4, return_cells=True)
 
 
 @on_torch
