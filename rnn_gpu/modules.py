@@ -689,8 +689,7 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
     `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
-    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
-    weight_hh_l0 is then [G*H, H/heads], G gates.
+    heads: blocks along the diagonal of the recurrent weights: weight_hh_l0 is [G*H, H/heads].
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h, and its c, in a step; or (p_c, p_h). clip:
     at every step of the backward the gradient of h is brought within -clip..clip. return_cells: c of every step is a
@@ -747,8 +746,7 @@ class GRU(_Layer[Tensor]):
     memory: what training keeps on the kernels, "full" or "lean" (less, and a product more backward); None: as
     `rnn_gpu.memory` says at each call. Types: float32, float16, bfloat16 on the kernels, others on PyTorch's.
 
-    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
-    weight_hh_l0 is then [G*H, H/heads], G gates.
+    heads: blocks along the diagonal of the recurrent weights: weight_hh_l0 is [G*H, H/heads].
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h in a step. clip: at every step of the
     backward the gradient of h is brought within -clip..clip. docs/training.md has all of them.
@@ -799,8 +797,7 @@ class RNN(_Layer[Tensor]):
     memory: without effect here, since the outputs are all that the backward needs. Types: float32, float16, bfloat16
     on the kernels, others on PyTorch's.
 
-    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
-    weight_hh_l0 is then [G*H, H/heads], G gates.
+    heads: blocks along the diagonal of the recurrent weights: weight_hh_l0 is [G*H, H/heads].
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h in a step. clip: at every step of the
     backward the gradient of h is brought within -clip..clip. docs/training.md has all of them.

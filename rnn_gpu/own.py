@@ -25,8 +25,7 @@ class CellLayer(_Layer[Any]):
 
     num_layers: layers above each other. bias: with b_ih and b_hh. dropout: between layers, in training.
     memory: what training keeps on the kernels, "full" or "lean"; None: as `rnn_gpu.memory` says at each call.
-    heads: blocks along the diagonal of the recurrent weights, so that units see those of their own H/heads alone;
-    weight_hh_l0 is then [G*H, H/heads], G gates.
+    heads: blocks along the diagonal of the recurrent weights: weight_hh_l0 is [G*H, H/heads].
     weight_dropout, recurrent_dropout: probability of a recurrent weight, or of a unit's h before the recurrent product,
     being zeroed, in training. zoneout: probability of a unit keeping its h, and, by another draw, all its states, in a
     step. clip: limit of the gradient of h at every step. return_cells: the states of every step are further results,
