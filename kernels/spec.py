@@ -144,10 +144,10 @@ class Cell:
 
     @property
     def beyond(self) -> int:
-        """Values of a unit in the backward beyond four gates, and one state or one saved further: the plan leaves
-        registers free.
+        """Values of a unit in the backward beyond four gates, with two each, and one state or one saved further: the
+        plan leaves registers free.
         """
-        return max(self.planes - 1, 0) + len(self.parameters) + max(self.gates - 4, 0)
+        return max(self.planes - 1, 0) + len(self.parameters) + 2 * max(self.gates - 4, 0)
 
     @property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import pickle
 import subprocess
@@ -104,6 +105,24 @@ def test_more_gates_than_the_built_in_cells_have(gates, case, monkeypatch, seed)
 
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     assert_right(rnn_gpu.layer(wide_cells.MULTIPLICATIVE if gates is None else wide_cells.wide(gates)), case, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch, device", [(80, "a100"), (90, "h200")])
+@pytest.mark.parametrize("name", ["PeepholeLSTM", "SLSTM", 5, 6, 8, None])
+def test_values_beyond_those_of_the_built_in_cells_do_not_spill(name, arch, device):
+    """Catches: states, parameters or gates of a cell that the plan leaves no registers for."""
+    from rnn_gpu.kernels.compiled import compile_plan
+    from rnn_gpu.kernels.plan import DEVICES, plan
+    from rnn_gpu.kernels.spec import register
+    from tests import wide_cells
+
+    wide = lambda gates: wide_cells.MULTIPLICATIVE if gates is None else wide_cells.wide(gates)
+    cell = getattr(zoo, name).mode if isinstance(name, str) else register(wide(name))
+    for size, backward in itertools.product((64, 512, 1024), (False, True)):
+        p = plan(cell, size, 16, 1, "bfloat16", DEVICES[device], backward)
+        assert compile_plan(p, arch).spills == 0, str(p)
 
 
 @on_torch
