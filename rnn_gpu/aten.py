@@ -11,6 +11,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,19 +126,33 @@ def _stretches(time, batch, lengths, offsets, resets, backwards):
 # ---- As an opaque operator -------------------------------------------------------------------------------------------
 
 
-# What autograd keeps of a forward, (inputs, results), by a number. The number stands in a tensor that whoever may ask
-# for the backward saves beside the inputs; when its memory goes, so does what is kept here.
-_kept: dict[int, tuple[Inputs, tuple]] = {}
+# What a forward keeps for its backward, such as autograd's (inputs, results), by a number. The number stands in a
+# tensor that whoever may ask for the backward saves beside the inputs; when its memory goes, so does what is kept here.
+_kept: dict[int, Any] = {}
 _numbers = itertools.count(1)
 
 
-def _keep(leaves: Inputs, results: tuple) -> Tensor:
-    """The tensor, int64 [1], that stands for them."""
+def kept(what: Any) -> Tensor:
+    """The tensor, int64 [1], that stands for it."""
     number = next(_numbers)
     token = torch.full((1,), number, dtype=torch.int64, device="cpu")
-    _kept[number] = leaves, results
+    _kept[number] = what
     weakref.finalize(token.untyped_storage(), _kept.pop, number, None)
     return token
+
+
+def taken_back(token: Tensor) -> Any:
+    """What it stands for, which is then kept no more: autograd frees what it has used as it goes, and memory that was
+    used a moment ago is fast. None where it stands for nothing, or was asked before; the forward has to run again then.
+    """
+    return _kept.pop(token.item(), None) if token.numel() else None
+
+
+def same_memory(given: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> bool:
+    """Whether tensors still are what the leaves of a graph were made from. A compiler may have taken the memory of an
+    input that it makes again for the backward: then what was kept is lost.
+    """
+    return all(t is None or t.data_ptr() == leaf.data_ptr() for t, leaf in zip(given, leaves, strict=True))
 
 
 def _with_autograd(inputs: Inputs, rows: Rows, call: Call, need: Sequence[bool]) -> tuple[Inputs, tuple]:
@@ -177,7 +192,7 @@ def aten_layer(*arguments):
     leaves, results = _with_autograd(inputs, rows, call, [t is not None for t in inputs])
     # Copies: a compiler that sees no further use of a result may write over it.
     copies = (inputs.input.new_empty(0) if r is None else r.detach().clone().contiguous() for r in results)
-    return *copies, _keep(leaves, results)
+    return *copies, kept((leaves, results))
 
 
 def _has_token(keep: bool, inputs: Inputs) -> bool:
@@ -219,29 +234,22 @@ def _(*arguments):
     "rnn_gpu::aten_layer_backward",
     mutates_args=(),
     schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells, {TENSORS}, {OPTIONS}, bool[] need, "
-    f"Tensor kept) -> ({', '.join(['Tensor'] * COUNT)})",
+    f"Tensor token) -> ({', '.join(['Tensor'] * COUNT)})",
 )
 def aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *arguments):
     """The gradients of a layer's inputs, empty where `need` says no: ATen's backward, from what the forward has kept,
     or else from the forward again.
     """
-    *arguments, need, kept = arguments
+    *arguments, need, token = arguments
     given, rows, call = _taken(arguments)
-    known = _kept.get(kept.item()) if kept.numel() else None
-    # A compiler may have taken the memory of an input that it makes again for the backward: then what was kept is lost.
-    if known and any(
-        t is not None and t.data_ptr() != leaf.data_ptr() for t, leaf in zip(given, known[0], strict=True)
-    ):
-        known = None
-    leaves, results = known or _with_autograd(given, rows, call, need)
+    known = taken_back(token)
+    leaves, results = known if known and same_memory(given, known[0]) else _with_autograd(given, rows, call, need)
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         d_results = d_y, d_h_n, d_c_n, d_cells
         pairs = [(r, d) for r, d in zip(results, d_results, strict=True) if d is not None and r.requires_grad]
         wanted = [leaf for leaf, n in zip(leaves, need, strict=True) if n]
         outputs, gradients = zip(*pairs, strict=True) if pairs else ((), ())
-        # Kept for another backward, too, as long as somebody holds the tensor that stands for it.
-        how = dict(retain_graph=known is not None, allow_unused=True)
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, **how) if pairs else ())
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True) if pairs else ())
     result = []
     for tensor, n in zip(given, need, strict=True):
         gradient = next(found, None) if n else None
@@ -264,9 +272,14 @@ def _(d_y, d_h_n, d_c_n, d_cells, *arguments):
 EXPORT_SHOWS = versions.minor(torch.__version__) >= (2, 13)
 
 
+def exporting() -> bool:
+    """Whether a program is made that has no backward, and may run elsewhere."""
+    return EXPORT_SHOWS and torch.compiler.is_exporting()
+
+
 def _may_be_kept(call: Call) -> bool:
-    """Whether a backward may follow that looks for what was kept: an exported program has none."""
-    return call.saving != "nothing" and not call.functional and not (EXPORT_SHOWS and torch.compiler.is_exporting())
+    """Whether a backward may follow that looks for what was kept."""
+    return call.saving != "nothing" and not call.functional and not exporting()
 
 
 class AtenLayer(torch.autograd.Function):

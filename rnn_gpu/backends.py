@@ -87,6 +87,9 @@ class _Setting:
         """Make `value` the setting -> what it was before."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:  # what a notebook shows after a line that sets one
+        return f"rnn_gpu.{type(self).__name__}({self._value!r})"
+
     def __enter__(self) -> None:
         self._exchanged(self._value)
 

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from torch.nn.modules.rnn import RNNCellBase
 
 from . import backends
 from .kernels.plan import Device, Plan, named
@@ -92,12 +93,18 @@ def explain(
         raise TypeError(f"explain expects a layer or a model, got: {type(module).__name__}")
     layers = [(name, one) for name, one in module.named_modules() if isinstance(one, torch.nn.RNNBase)]
     if not layers:
-        raise TypeError(f"explain expects an LSTM, GRU or RNN layer, or a model with one, got: {type(module).__name__}")
+        cells = any(isinstance(one, RNNCellBase) for one in module.modules())
+        raise TypeError(
+            f"explain expects an LSTM, GRU or RNN layer, or a model with one, got: {type(module).__name__}"
+            + (" (cells run on PyTorch's own kernels, whatever the backend)" if cells else "")
+        )
     batch_size = backends.positive_integer("batch_size", batch_size)
     if precision not in (None, "tf32", "ieee"):
         raise ValueError(f"Unknown precision {precision!r}. Select from 'tf32', 'ieee'.")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"explain(): argument 'dtype' must be torch.dtype, not {type(dtype).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype should be a floating point type, got: {dtype}")
     stands_in = device is None and not torch.cuda.is_available()
     if device is None:
         device = "h200" if stands_in else "cuda"

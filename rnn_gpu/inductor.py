@@ -5,7 +5,8 @@ import sys
 import torch
 
 OPERATORS = (
-    "aten_layer", "aten_layer_backward", "recurrence", "recurrence_functional", "recurrence_backward", "saved_again",
+    "aten_layer", "aten_layer_backward", "aten_stack", "aten_stack_backward",
+    "recurrence", "recurrence_functional", "recurrence_backward", "saved_again",
 )  # fmt: skip
 
 

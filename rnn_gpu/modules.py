@@ -109,7 +109,10 @@ def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
     if lengths is None:
         return None
     try:
-        integers = [operator.index(length) for length in lengths]
+        given = list(lengths)
+        if any(isinstance(length, bool) for length in given):  # a mask
+            raise TypeError
+        integers = [operator.index(length) for length in given]
     except TypeError:
         raise TypeError(f"lengths should be a tensor or a list of integers, got: {lengths!r}") from None
     return torch.tensor(integers, dtype=torch.int64, device="cpu")
@@ -321,7 +324,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """
         if not isinstance(input, (Tensor, PackedSequence)):
             self._refuse_input(input, hx)
-        if distributed.is_dtensor(input):
+        if type(input) is not Tensor and distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
         drops, beyond = self.heads > 1 or (self.training and self.weight_dropout > 0), self._beyond_aten()
         unknown = self._torch_class is None  # to PyTorch
@@ -500,7 +503,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
             lengths, resets = self._unbatched_masks(input, lengths, resets)
-        if hx is None and route == "kernels":  # which begin at zero with no tensor
+        if hx is None and route in ("kernels", "opaque"):  # which begin at zero with no tensor
             states = None
             self.check_input(input, None)
         else:
@@ -530,9 +533,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if hx is None:
             states = None if route == "kernels" else self._zero_states(data, batch)
         else:
-            if self._torch_class is None:
-                self._check_tensors(hx)
-            elif several:
+            if several:
                 self._check_count(hx)
             self._check_sizes(tuple(hx) if several else (hx,), batch)  # before permuting, which would cut them
             hx = self.permute_hidden(tuple(hx) if several else hx, sorted_indices)
@@ -628,8 +629,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if hx is None:
             return self._zero_states(input, input.size(0 if self.batch_first else 1))
         several = self._states > 1
-        if self._torch_class is None:
-            self._check_tensors(hx)
+        if several and self._torch_class is None:
+            self._check_count(hx)
         states = tuple(hx[i] for i in range(self._states)) if several else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
         if any(state.dim() != rank for state in states):
@@ -640,16 +641,6 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if several and batched:  # unbatched, torch.nn makes a pair of whatever has two
             self._check_count(hx)
         return states if batched else tuple(state.unsqueeze(1) for state in states)
-
-    def _check_tensors(self, hx) -> None:
-        """The errors for states of a cell that torch.nn does not have, which are no tensor, or no tuple of them."""
-        if self._states > 1:
-            self._check_count(hx)
-        for state in hx if self._states > 1 else (hx,):
-            if not isinstance(state, Tensor):
-                kind = "tuple of Tensors, not tuple of" if self._states > 1 else "Tensor, not"
-                name = CELLS[backends.cell_of(self)].name
-                raise TypeError(f"{name}(): argument 'hx' must be {kind} {type(state).__name__}")
 
     def _check_count(self, hx) -> None:
         """The error of torch.nn's LSTM for states that are no pair; or no tuple of as many as the cell has."""

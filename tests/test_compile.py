@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rnn_gpu
-from rnn_gpu import aten, backends
+from rnn_gpu import aten, backends, stack
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
 
 pytestmark = ON_BOTH_BACKENDS
@@ -203,30 +203,39 @@ on_torch = pytest.mark.skipif(INTERPRETED, reason="about PyTorch's kernels: runs
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """How often a layer's forward has run on ATen: one entry for each."""
-    seen, run = [], aten.layer
-    monkeypatch.setattr(aten, "layer", lambda *arguments: seen.append(1) or run(*arguments))
+    """How often the forward of a stack, or of a layer with masks, has run: one entry for each."""
+    seen = []
+
+    def counted(run):
+        return lambda *arguments: seen.append(1) or run(*arguments)
+
+    for module, name in ((aten, "layer"), (stack, "_forward")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return seen
 
 
 @on_torch
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name, kwargs", [("LSTM", STACK), ("GRU", {"num_layers": 2})])
-def test_a_forward_runs_once_and_leaves_nothing(name, kwargs, backend, forwards):
+@pytest.mark.parametrize(
+    "name, kwargs, lengths, count",
+    [("LSTM", STACK, None, 1), ("GRU", {"num_layers": 2}, None, 1), ("GRU", {"num_layers": 2}, [5, 0, 2], 2)],
+)
+def test_a_forward_runs_once_and_leaves_nothing(name, kwargs, lengths, count, backend, forwards):
     """Catches: a backward that runs the forward again, and what was kept for one that outlives it."""
     layer, input = getattr(rnn_gpu, name)(4, 12, **kwargs), torch.randn(5, 3, 4)
+    masks = {} if lengths is None else {"lengths": torch.tensor(lengths)}
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for number in (1, 2, 3):
-        results = compiled(input)
-        assert len(aten._kept) == 2
+        results = compiled(input, **masks)
+        assert len(aten._kept) == count
         results[0].sum().backward()
-        assert len(forwards) == 2 * number and not aten._kept
-    results = compiled(input)  # no backward
-    assert len(aten._kept) == 2
+        assert len(forwards) == count * number and not aten._kept
+    results = compiled(input, **masks)  # no backward
+    assert len(aten._kept) == count
     del results
     assert not aten._kept
     with torch.no_grad():
-        compiled(input)
+        compiled(input, **masks)
     assert not aten._kept
 
 
@@ -258,10 +267,11 @@ def test_a_backward_from_what_was_kept(backend):
 
 
 @on_torch
-def test_inputs_made_again_for_the_backward():
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_inputs_made_again_for_the_backward(name):
     """Catches: what was kept of an input whose memory the compiler has taken since: gradients of what is there now."""
-    layer, always = rnn_gpu.LSTM(8, 8), CheckpointPolicy.MUST_SAVE
-    ours = torch.ops.rnn_gpu.aten_layer
+    layer, always = getattr(rnn_gpu, name)(8, 8), CheckpointPolicy.MUST_SAVE
+    ours = torch.ops.rnn_gpu.aten_stack
     policy = lambda ctx, op, *_, **__: always if op in (ours, ours.default) else CheckpointPolicy.MUST_RECOMPUTE
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
 
@@ -291,3 +301,45 @@ def test_a_backward_that_finds_nothing_kept(forwards):
     run = lambda input: checkpoint(layer, input, use_reentrant=False)[0].square().sum()
     loss = torch.compile(run, backend="aot_eager")(input)
     torch.testing.assert_close(torch.autograd.grad(loss, list(layer.parameters())), expected)
+
+
+@on_torch
+@pytest.mark.parametrize(
+    "name, kwargs, given",
+    [("LSTM", {}, False), ("LSTM", STACK, True), ("LSTM", {"proj_size": 3}, True), ("GRU", STACK, False)],
+)
+def test_a_stack_is_torch_nns_to_the_last_bit(name, kwargs, given):
+    """Catches: other numbers than those of torch.nn's layer, or of its autograd, where oneDNN is called without it."""
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(4, 12, **kwargs)
+    ours = getattr(rnn_gpu, name)(4, 12, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    states = ()
+    if given:
+        sets = theirs.num_layers * (2 if theirs.bidirectional else 1)
+        states = [torch.randn(sets, 3, size) for size in (theirs.proj_size or 12, 12)[: 2 if name == "LSTM" else 1]]
+        states = ((*states,) if name == "LSTM" else states[0],)
+    for actual, expected in zip(
+        results(torch.compile(ours, fullgraph=True, backend="aot_eager"), ours, input := torch.randn(5, 3, 4), *states),
+        results(theirs, theirs, input, *states),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@on_torch
+@pytest.mark.parametrize("name, kwargs", [("LSTM", {"num_layers": 2}), ("GRU", {"bidirectional": True})])
+def test_a_stack_is_differentiable_twice(name, kwargs):
+    """Catches: a second derivative that is wrong, or none, where a graph is made of the backward."""
+    layer = getattr(rnn_gpu, name)(2, 3, dtype=torch.float64, **kwargs)
+    sets = layer.num_layers * (2 if layer.bidirectional else 1)
+    states = [torch.randn(sets, 2, 3, dtype=torch.float64) for _ in range(2 if name == "LSTM" else 1)]
+    states = [*states, None][:2]
+
+    def run(input, h0, *weights):
+        how = name.lower(), True, layer.num_layers, 1 + layer.bidirectional, 3
+        y, h_n, c_n, _ = stack.Stack.apply(*how, input, h0, states[1], *weights)
+        return y, h_n, c_n if name == "LSTM" else h_n
+
+    leaves = [torch.randn(6, 2, dtype=torch.float64), states[0], *(w.detach() for w in layer._flat_weights)]
+    assert torch.autograd.gradgradcheck(run, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)

@@ -264,3 +264,14 @@ def test_operators_around_atens_kernels_keep_the_rules_of_torch_library(cell, ga
     need = [t is not None for t in given[: len(Inputs._fields)]]
     backward = d_y, d_h_n, d_c_n if cell == "lstm" else None, None, *given[:-1], need, kept
     torch.library.opcheck(torch.ops.rnn_gpu.aten_layer_backward.default, backward)
+    if masked:
+        return
+    # the same as the operator for a stack without masks
+    of_sets = [kind[n] for n in range(N) for kind in weights]
+    given = given[0], *states, of_sets, cell, True, 1, N, T, False
+    torch.library.opcheck(torch.ops.rnn_gpu.aten_stack.default, given)
+    y, h_n, c_n, kept = torch.ops.rnn_gpu.aten_stack(*given)
+    torch.testing.assert_close((y.view(d_y.shape), h_n, c_n), (d_y, d_h_n, d_c_n))
+    need = [True, *(state is not None for state in states), *[True] * len(of_sets)]
+    backward = y, h_n, c_n if cell == "lstm" else None, *given[:-1], kept, need
+    torch.library.opcheck(torch.ops.rnn_gpu.aten_stack_backward.default, backward)

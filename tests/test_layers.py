@@ -182,6 +182,7 @@ def test_settings_are_setters_contexts_and_decorators(setting):
             return x + (1 if now() == value else 0)
 
     assert now() == before and decorated() == value and now() == before
+    assert repr(setting(before)) == f"rnn_gpu.{setting.__name__}({before!r})"  # what a notebook shows of that line
     assert compiled(torch.zeros(1)).item() == 1 and now() == before
     try:
         setting(value)
@@ -273,7 +274,12 @@ def test_explain_names_the_reason_for_torch():
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", dtype="bf16")
     with pytest.raises(ValueError, match="Unknown precision 'tf16'"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", precision="tf16")
-    for nothing, words in ((torch.nn.Linear(3, 4), "Linear"), (torch.nn.LSTM, "got: type"), (3, "got: int")):
+    with pytest.raises(TypeError, match=r"'dtype' must be torch.dtype, not str"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", "bfloat16")
+    with pytest.raises(ValueError, match="dtype should be a floating point type"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", torch.int32)
+    cell = rnn_gpu.LSTMCell(3, 4), "cells run on PyTorch's own kernels"
+    for nothing, words in ((torch.nn.Linear(3, 4), "Linear"), (torch.nn.LSTM, "got: type"), (3, "got: int"), cell):
         with pytest.raises(TypeError, match=words):
             rnn_gpu.explain(nothing, 4)
 

@@ -176,7 +176,7 @@ def test_lengths_as_a_list():
         expected = layer(input, lengths=torch.tensor([5, 2]))
         for lengths in ([5, 2], (5, 2), torch.tensor([5, 2]).numpy(), [torch.tensor(5), 2]):
             torch.testing.assert_close(layer(input, lengths=lengths), expected, rtol=0, atol=0)
-        for lengths in ([5.0, 2], "52", 5, [[5], [2]]):
+        for lengths in ([5.0, 2], [True, False], "52", 5, [[5], [2]]):
             with pytest.raises(TypeError, match="lengths should be a tensor or a list of integers, got: "):
                 layer(input, lengths=lengths)
 
