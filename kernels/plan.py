@@ -391,7 +391,7 @@ def alone_plan(problem: Problem) -> Plan | None:
     stack = stacked(gates, problem.backward, problem.precision)
     weights = max(gates, stack) * units * units * bytes_
     shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
-    unaligned = problem.ragged and problem.backward and gates == 4 and problem.hidden_size % 2 == 1
+    unaligned = problem.ragged and problem.backward and gates >= 4 and problem.hidden_size % 2 == 1
     beyond = 2 * BEYOND_WORDS[True] * CELLS[problem.cell].beyond if problem.backward else 0  # 64 units compile, with 3
     words = ALONE_WORDS - beyond - (UNALIGNED_WORDS if unaligned else 0)
     if weights // 4 // (warps * 32) > words or shared > device.shared_memory:
@@ -454,11 +454,11 @@ def _warps(problem: Problem) -> tuple[int, ...]:
 def _gates_per_tile(problem: Problem, units: int) -> int:
     """Gates that share a tile of weights forward."""
     if problem.gates % 2 == 0 and units < 64:  # fewer exchanges through shared memory
-        return problem.gates
-    # Of 64 units one gate alone, or a chunk would take half the registers. But two of the GRU where the rows of its
+        return 2 if problem.gates % 4 else 4
+    # Of 64 units one gate alone, or a chunk would take half the registers. But two (of the GRU) where the rows of the
     # input are not aligned, which takes registers of its own, and with 8 units, where two fill the rows of a tile.
     unaligned = problem.hidden_size % 64 != 0 and problem.precision != "ieee"
-    if problem.gates == 3 and (units < TILE_ROWS or (units == 64 and unaligned)):
+    if problem.gates % 2 and problem.gates > 1 and (units < TILE_ROWS or (units == 64 and unaligned)):
         return 2
     return 1
 
@@ -476,7 +476,8 @@ def _waits(problem: Problem) -> tuple[int, ...]:
     if not problem.backward or problem.gates == 1:
         return (1,)
     # Operands of full float32 products take more registers than words.
-    return (problem.gates,) if problem.precision == "ieee" else (1, 2, problem.gates)
+    parts = (1, 2, 4, problem.gates) if problem.gates > 4 else (1, 2, problem.gates)
+    return (problem.gates,) if problem.precision == "ieee" else parts
 
 
 def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
@@ -485,7 +486,7 @@ def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
     """
     if tiling.pairs > PAIRS:
         return None
-    if problem.precision == "ieee" and problem.backward and problem.gates == 4 and tiling.warps == 4:
+    if problem.precision == "ieee" and problem.backward and problem.gates >= 4 and tiling.warps == 4:
         # A thread has the operands of twice as many scalar products as with 8 warps: on sm_86 and sm_100 some spill.
         if tiling.rows * tiling.slices > TILE_BATCH:
             return None

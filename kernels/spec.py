@@ -15,7 +15,7 @@ Text = TypeVar("Text", bound=str)
 # A Triton function, or where it is to be imported from, as "module:name": so that a description needs no Triton.
 Function = Any
 FUNCTIONS = ("forward", "factors", "backward")  # of a cell, in Triton
-MOST_GATES = 4  # that the kernels' tiles have room for
+MOST_GATES = 8  # that the kernels' tiles have room for
 MATRICES = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")  # a layer's weights, as torch.nn calls them
 
 
@@ -101,6 +101,10 @@ class Cell:
         if self.reads_h and (self.states or self.saves > self.gates):
             raise ValueError("reads_h is for cells without states that save no more values than gates: save h instead")
         given = [name for name in FUNCTIONS if getattr(self, name) is not None]
+        for name in given:
+            value = getattr(self, name)
+            if not (callable(value) or hasattr(value, "fn") or (isinstance(value, str) and ":" in value)):
+                raise TypeError(f"{name} should be a Triton function, or 'module:name', got: {value!r}")
         if given and len(given) < len(FUNCTIONS):
             missing = ", ".join(name for name in FUNCTIONS if name not in given)
             raise ValueError(f"a cell has all three of forward, factors and backward, or none; missing: {missing}")
@@ -140,8 +144,10 @@ class Cell:
 
     @property
     def beyond(self) -> int:
-        """Values of a unit in the backward beyond one state, or one saved further; the plan leaves registers free."""
-        return max(self.planes - 1, 0) + len(self.parameters)
+        """Values of a unit in the backward beyond four gates, with two each, and one state or one saved further: the
+        plan leaves registers free.
+        """
+        return max(self.planes - 1, 0) + len(self.parameters) + 2 * max(self.gates - 4, 0)
 
     @property
     def fingerprint(self) -> str:

@@ -156,14 +156,23 @@ def power_of_two(n):
 @triton.jit
 def over_warps(x, S: tl.constexpr, GP: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr):
     """Partial sums [S, GP, UB, NB] of the warps -> GP sums [NB, UB] as a tuple, those of a (row, unit) pair in one
-    thread. GP: 1, 2 or 4.
+    thread. GP: 1, 2, 4 or 8.
     """
     LEVELS: tl.constexpr = (S > 1) + (S > 2) + (S > 4) + (S > 8)
     x = x.permute(0, 1, 3, 2)
     for level in tl.static_range(LEVELS):
         even, odd = tl.split(x.reshape(S >> (level + 1), 2, GP, NB, UB).permute(0, 2, 3, 4, 1))
         x = even + odd
-    if GP == 4:
+    if GP == 8:
+        even, odd = tl.split(x.reshape(2, 2, 2, NB, UB).permute(3, 4, 0, 1, 2))
+        s04, s26 = tl.split(even)
+        s15, s37 = tl.split(odd)
+        s0, s4 = tl.split(s04)
+        s2, s6 = tl.split(s26)
+        s1, s5 = tl.split(s15)
+        s3, s7 = tl.split(s37)
+        return s0, s1, s2, s3, s4, s5, s6, s7
+    elif GP == 4:
         even, odd = tl.split(x.reshape(2, 2, NB, UB).permute(2, 3, 0, 1))
         s0, s2 = tl.split(even)
         s1, s3 = tl.split(odd)
@@ -181,10 +190,19 @@ def side_by_side(parts, COUNT: tl.constexpr, S: tl.constexpr, PER: tl.constexpr,
         x = parts[0].reshape(S, PER, UB, NB)
     elif COUNT == 2:  # gate = PER * part + which
         x = tl.join(parts[0], parts[1]).reshape(S, PER, UB, NB, 2).permute(0, 4, 1, 2, 3).reshape(S, 2 * PER, UB, NB)
-    else:
+    elif COUNT <= 4:
         last = parts[0] * 0.0 if COUNT == 3 else parts[3]
         x = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], last))
-        x = x.reshape(S, UB, NB, 4).permute(0, 3, 1, 2)
+        if PER == 1:
+            x = x.reshape(S, UB, NB, 4).permute(0, 3, 1, 2)
+        else:
+            x = x.reshape(S, PER, UB, NB, 4).permute(0, 4, 1, 2, 3).reshape(S, 4 * PER, UB, NB)
+    else:  # of one gate each
+        for _ in tl.static_range(COUNT, 8):
+            parts = parts + (parts[0] * 0.0,)
+        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+        x = tl.join(even, odd).reshape(S, UB, NB, 8).permute(0, 3, 1, 2)
     return x
 
 

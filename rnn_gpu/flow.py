@@ -84,6 +84,8 @@ def gradient_flow(
         raise TypeError(f"gradient_flow expects an LSTM, GRU or RNN layer, got: {type(layer).__name__}")
     if distributed.is_dtensor(input):
         raise TypeError("gradient_flow expects plain tensors, got a DTensor")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss should be a function of output and final states, got: {type(loss).__name__}")
     states: list[tuple[int, Tensor]] = []
 
     def watch(t: int, h: Tensor) -> Tensor:

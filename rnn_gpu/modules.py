@@ -533,7 +533,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if hx is None:
             states = None if route == "kernels" else self._zero_states(data, batch)
         else:
-            if several:
+            if self._torch_class is None:
+                self._check_tensors(hx)
+            elif several:
                 self._check_count(hx)
             self._check_sizes(tuple(hx) if several else (hx,), batch)  # before permuting, which would cut them
             hx = self.permute_hidden(tuple(hx) if several else hx, sorted_indices)
@@ -629,8 +631,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if hx is None:
             return self._zero_states(input, input.size(0 if self.batch_first else 1))
         several = self._states > 1
-        if several and self._torch_class is None:
-            self._check_count(hx)
+        if self._torch_class is None:
+            self._check_tensors(hx)
         states = tuple(hx[i] for i in range(self._states)) if several else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
         if any(state.dim() != rank for state in states):
@@ -641,6 +643,16 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if several and batched:  # unbatched, torch.nn makes a pair of whatever has two
             self._check_count(hx)
         return states if batched else tuple(state.unsqueeze(1) for state in states)
+
+    def _check_tensors(self, hx) -> None:
+        """The errors for states of a cell that torch.nn does not have, which are no tensor, or no tuple of them."""
+        if self._states > 1:
+            self._check_count(hx)
+        for state in hx if self._states > 1 else (hx,):
+            if not isinstance(state, Tensor):
+                kind = "tuple of Tensors, not tuple of" if self._states > 1 else "Tensor, not"
+                name = CELLS[backends.cell_of(self)].name
+                raise TypeError(f"{name}(): argument 'hx' must be {kind} {type(state).__name__}")
 
     def _check_count(self, hx) -> None:
         """The error of torch.nn's LSTM for states that are no pair; or no tuple of as many as the cell has."""

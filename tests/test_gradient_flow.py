@@ -93,7 +93,9 @@ def test_layouts_give_the_same_norms():
 
 
 def test_a_loss_is_given_output_and_states_whatever_the_layer_gives():
-    """Catches: a loss that is called with the cells of every step, too."""
+    """Catches: a loss that is called with the cells of every step, too; one that is no function."""
+    with pytest.raises(TypeError, match="loss should be a function of output and final states, got: int"):
+        gradient_flow(rnn_gpu.GRU(3, 4), torch.randn(4, 2, 3), loss=3)
     layer, input = rnn_gpu.LSTM(I, H, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
     loss = lambda output, state: of_output(output, state[1])
     expected = gradient_flow(layer, input, loss=loss)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import pickle
 import subprocess
@@ -87,6 +88,51 @@ def assert_right(layer, case, seed):
             actual = outcome(ours, input, states, "triton", **masks)
     for name, value in expected.items():
         assert_close_to_oracle(actual[name], value, peer[name], name)
+
+
+@on_the_kernels
+@pytest.mark.parametrize(
+    "gates, case",
+    [
+        pytest.param(gates, case, marks=[] if (gates, number) in ((5, 0), (8, 0), (None, 2)) else pytest.mark.slow)
+        for gates in (5, 6, 7, 8, None)
+        for number, case in enumerate(CASES)
+    ],
+)
+def test_more_gates_than_the_built_in_cells_have(gates, case, monkeypatch, seed):
+    """Catches: gates beyond four that change places between the tiles of weights, sums or slots, or are left out."""
+    from tests import wide_cells
+
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert_right(rnn_gpu.layer(wide_cells.MULTIPLICATIVE if gates is None else wide_cells.wide(gates)), case, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch, device", [(80, "a100"), (90, "h200")])
+@pytest.mark.parametrize("name", ["PeepholeLSTM", "SLSTM", 5, 6, 8, None])
+def test_values_beyond_those_of_the_built_in_cells_do_not_spill(name, arch, device):
+    """Catches: states, parameters or gates of a cell that the plan leaves no registers for."""
+    from rnn_gpu.kernels.compiled import compile_plan
+    from rnn_gpu.kernels.plan import DEVICES, plan
+    from rnn_gpu.kernels.spec import register
+    from tests import wide_cells
+
+    wide = lambda gates: wide_cells.MULTIPLICATIVE if gates is None else wide_cells.wide(gates)
+    cell = getattr(zoo, name).mode if isinstance(name, str) else register(wide(name))
+    for size, backward in itertools.product((64, 512, 1024), (False, True)):
+        p = plan(cell, size, 16, 1, "bfloat16", DEVICES[device], backward)
+        assert compile_plan(p, arch).spills == 0, str(p)
+
+
+@on_torch
+def test_more_gates_than_the_kernels_have_room_for():
+    """Catches: nine gates that a kernel would take for sixteen, or that no layer would take."""
+    from tests import wide_cells
+
+    ours = rnn_gpu.layer(dataclasses.replace(wide_cells.wide(8), gate_names=tuple("abcdefghi"), saves=9))(3, 4)
+    assert ours(torch.randn(2, 1, 3))[0].shape == (2, 1, 4)
+    assert "has 9 gates, the kernels have room for 8" in rnn_gpu.explain(ours, 16)
 
 
 @every_layer
@@ -199,6 +245,7 @@ def test_a_cell_without_triton_functions():
         (dict(apart=3), ValueError, "apart should be a number of gates"),
         (dict(states=("c",), carries_h=True), ValueError, "not both"),
         (dict(forward="a:b"), ValueError, "missing: factors, backward"),
+        (dict(forward="a.b"), TypeError, "forward should be a Triton function, or 'module:name', got: 'a.b'"),
         (dict(parameters=("weight_hh",)), ValueError, "names of a layer's other weights, got: 'weight_hh'"),
         (dict(parameters=("p", "bias_ih_2")), ValueError, "names of a layer's other weights, got: 'bias_ih_2'"),
     ],
@@ -337,6 +384,11 @@ def test_states_of_other_numbers_and_sizes():
     layer, input, zeros = zoo.SLSTM(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
     with pytest.raises(TypeError, match="must be tuple of Tensors"):
         layer(input, zeros)
+    with pytest.raises(TypeError, match="must be tuple of Tensors, not tuple of int"):
+        layer(input, (zeros, zeros, zeros, 0))
+    for wrong in (0, (zeros,)):
+        with pytest.raises(TypeError, match=rf"MGU\(\): argument 'hx' must be Tensor, not {type(wrong).__name__}"):
+            zoo.MGU(3, 4)(input, wrong)
     with pytest.raises(RuntimeError, match="SLSTM expects 4 hidden states"):
         layer(input, (zeros, zeros))
     with pytest.raises(RuntimeError, match=r"Expected hidden\[2\] size"):
