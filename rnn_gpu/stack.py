@@ -118,20 +118,21 @@ def _onednn(input, h0, c0, weights, how) -> tuple[Tensor, Tensor, Tensor, list]:
     return y, *(one[0].clone() if len(saved) == 1 else torch.cat(one) for one in (h_n, c_n)), saved
 
 
-def _onednn_backward(gradients, input, weights, how, saved, need) -> list[Tensor | None]:
-    """The gradients of input, h0, c0 and weights."""
+def _onednn_backward(gradients, given, weights, how, saved, need) -> list[Tensor | None]:
+    """The gradients of input, h0, c0 and weights. given: input and states, which a compiler may have made again."""
     _, _, layers, directions, _ = how
     (d_y, *d_final), size, found = gradients, saved[0][1][0].shape[2], {}
     backward = torch.ops.aten.mkldnn_rnn_layer_backward.default
     for layer in reversed(range(layers)):
         of_layer = range(layer * directions, (layer + 1) * directions)
         for i in of_layer:
-            given, states, (*results, workspace) = saved[i]
-            given, reverse = input if layer == 0 else given, i % directions == 1
+            input, states, (*results, workspace) = saved[i]
+            input, reverse = given[0] if layer == 0 else input, i % directions == 1
+            states = states if given[1] is None else [_of_set(state, i) for state in given[1:]]
             d_own = d_y if directions == 1 or d_y is None else d_y[..., size:] if reverse else d_y[..., :size]
             d_own = d_own if d_own is None else d_own.contiguous()
             found[i] = backward(
-                given, *weights[4 * i : 4 * i + 4], *states, *results, d_own, *(_of_set(d, i) for d in d_final),
+                input, *weights[4 * i : 4 * i + 4], *states, *results, d_own, *(_of_set(d, i) for d in d_final),
                 reverse, LSTM, size, 1, True, True, False, [], False, workspace,
             )  # fmt: skip
         d_y = found[of_layer[0]][0] if directions == 1 else found[of_layer[0]][0] + found[of_layer[1]][0]
@@ -199,7 +200,7 @@ def _operator_backward(
     gradients = d_y, d_h_n, d_c_n if CELLS[cell].states else None
     if isinstance(saved, list):
         steps = input.view(time, -1, input.shape[1]).contiguous()
-        found = _onednn_backward(gradients, steps, weights, how, saved, need)
+        found = _onednn_backward(gradients, (steps, h0, c0), weights, how, saved, need)
         found[0] = found[0].reshape(input.shape)
         return [d for d, n in zip(found, need, strict=True) if n]
     (leaves, results), wanted = saved, [i for i, n in enumerate(need) if n]

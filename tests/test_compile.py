@@ -275,11 +275,16 @@ def test_inputs_made_again_for_the_backward(name):
     policy = lambda ctx, op, *_, **__: always if op in (ours, ours.default) else CheckpointPolicy.MUST_RECOMPUTE
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
 
+    def called(x):
+        h0 = x[:1] * 3
+        return layer(x * 2, (h0, x[1:2] * 3) if name == "LSTM" else h0)[0]
+
     def run(input, other):
-        y = checkpoint(lambda x: layer(x * 2)[0], input, use_reentrant=False, context_fn=contexts)
+        y = checkpoint(called, input, use_reentrant=False, context_fn=contexts)
         z = y.sum() + other
         w = torch.mm(z[0], z[1].t())
-        return y, w, torch.sort((w.sum() + other) * 3, 0)[0]
+        v = [torch.sort((w.sum() + other[:i]) * 3, 0)[0] for i in (1, 6)]
+        return y, w, *v, torch.sort((v[0] + 1) * 3, 1)[0]
 
     input, other = torch.randn(6, 4, 8), torch.randn(6, 4, 8)
     gradients = lambda run: torch.autograd.grad(run(input, other)[0].square().sum(), list(layer.parameters()))
