@@ -1,15 +1,15 @@
 """Remember for 1,000 steps: the adding and the copy problem, vanishing gradients, and the initialisation that helps.
 
-    python examples/long_memory.py                               about two minutes on two CPU cores
+    python examples/long_memory.py                two models, up to two minutes of training each on two CPU cores
     python examples/long_memory.py --problem copy --longest 500 --seconds 600
 
-Both problems are Hochreiter and Schmidhuber's (1997): add the two numbers of a sequence that are marked, or repeat
-the symbols that stood at its start. An LSTM with PyTorch's initial weights forgets within some tens of steps: the
-picture shows how much of a loss at the last step reaches the steps before it (`rnn_gpu.gradient_flow`). Chrono
-initialisation (Tallec and Ollivier 2018), `rnn_gpu.init.chrono_`, lets the forget gates begin with memories of up to
-`--longest` steps. Training begins with short sequences and makes them longer whenever it has solved them; then the
-same with PyTorch's initial weights, for as many time steps as chrono took: they start later, and may catch up,
-because short sequences teach them what chrono knows from the beginning.
+Both problems are after Hochreiter and Schmidhuber (1997), in the form of Arjovsky, Shah and Bengio (2016): add the two
+numbers of a sequence that are marked, or repeat the symbols that stood at its start. An LSTM with PyTorch's initial
+weights forgets within some tens of steps: the picture shows how much of a loss at the last step reaches the steps
+before it (`rnn_gpu.gradient_flow`). Chrono initialisation (Tallec and Ollivier 2018), `rnn_gpu.init.chrono_`, lets the
+forget gates begin with memories of up to `--longest` steps. Training begins with short sequences and makes them longer
+whenever it has solved them; then the same with PyTorch's initial weights, for as many time steps as chrono took: they
+start later, and may catch up, because short sequences teach them what chrono knows from the beginning.
 
 Shapes: T steps, B sequences, H hidden size.
 """
@@ -27,6 +27,7 @@ import rnn_gpu
 LEARNING_RATE = 1e-2
 LARGEST_GRADIENT_NORM = 1.0
 FIRST = 50  # steps of the first sequences
+SHORTEST, LONGEST = 100, 2000  # that --longest may be
 
 
 # ---- The problems --------------------------------------------------------------------------------------------
@@ -174,13 +175,15 @@ def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = common.parser(__doc__, seconds=120)
     parser.add_argument("--problem", choices=PROBLEMS, default="adding", help="what is to be remembered")
-    parser.add_argument("--longest", type=int, default=1000, help="T of the longest sequences, 100 to 2,000")
+    parser.add_argument("--longest", type=int, default=1000, help=f"T at last, {SHORTEST} to {LONGEST}")
     parser.add_argument("--hidden-size", type=int, default=64, help="units of the layer")
     parser.add_argument("--clip", type=float, help="largest gradient of h at any step; slow without a GPU")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences in a training step")
     options = common.read_options(parser)
+    if not SHORTEST <= options.longest <= LONGEST:
+        parser.error(f"argument --longest: {SHORTEST} to {LONGEST}, got {options.longest}")
     if options.quick:
-        options.hidden_size, options.batch_size, options.longest = 8, 4, 100
+        options.hidden_size, options.batch_size, options.longest = 8, 4, 20
     problem = PROBLEMS[options.problem]()
 
     picture = common.figure(10, 3.6)

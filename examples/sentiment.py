@@ -2,11 +2,11 @@
 
     python examples/sentiment.py                 30 seconds of training on two CPU cores
 
-The data are 10,604 snippets of reviews, each rated by twenty people from -4 to 4 (Hutto and Gilbert 2014, VADER).
+The data are 10,605 snippets of reviews, each rated by twenty people from -4 to 4 (Hutto and Gilbert 2014, VADER).
 They are in the source archive of the package vaderSentiment 2.5, which pip fetches at the first run. A bag of words
 gives every word a rating and adds them up. The GRU starts from the same ratings, in its embedding, and also sees the
 order. What else it shows: padded batches with `lengths=` against packed ones, the last states against the mean of
-all, and, in the picture, what each word did to the rating.
+all, and, in the picture, what each word did to the rating of the words before it.
 
 Shapes: T words of the longest snippet of a batch, B snippets, H hidden size, V words in the vocabulary.
 """
@@ -19,7 +19,6 @@ import random
 import re
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 
 import common
@@ -139,10 +138,11 @@ class Rater(nn.Module):
         return self.head(self.dropout(pooled)).squeeze(1)
 
     @torch.no_grad()
-    def parts(self, words: Tensor) -> Tensor:
-        """Of one snippet [T] what each word adds to the rating by the mean, which is a sum of such parts: [T]."""
-        output, _ = self.gru(self.embedding(words))
-        return (output @ self.head.weight[0] + self.head.bias) / len(words)
+    def added(self, words: Tensor) -> Tensor:
+        """By how much each word of a snippet [T] moves the rating of what stands before it, at first the bias: [T]."""
+        lengths = torch.arange(1, len(words) + 1, device=words.device)  # every beginning is a row of one batch
+        ratings = self(words.unsqueeze(1).expand(-1, len(words)), lengths)
+        return ratings.diff(prepend=self.head.bias)
 
 
 @torch.no_grad()
@@ -189,26 +189,30 @@ def train(model: Rater, snippets: Snippets, seconds: float) -> Callable:
 @torch.no_grad()
 def compare_with_packed(layer: rnn_gpu.GRU, embedded: Tensor, lengths: Tensor) -> float:
     """Largest difference between a padded batch with `lengths=` and the same batch packed; prints the times of both."""
-    start = time.perf_counter()
-    padded, _ = layer(embedded, lengths=lengths)
-    middle = time.perf_counter()
-    packed, _ = layer(pack_padded_sequence(embedded, lengths.cpu(), enforce_sorted=False))
-    end = time.perf_counter()
-    print(f"a batch with lengths= took {(middle - start) * 1e3:.1f} ms, packed {(end - middle) * 1e3:.1f} ms")
-    return (padded - pad_packed_sequence(packed)[0]).abs().max().item()
+
+    def padded() -> Tensor:
+        return layer(embedded, lengths=lengths)[0]
+
+    def packed() -> Tensor:
+        return pad_packed_sequence(layer(pack_padded_sequence(embedded, lengths.cpu(), enforce_sorted=False))[0])[0]
+
+    times = [common.milliseconds(embedded.device, call) for call in (padded, packed)]
+    print("a batch with lengths= takes {:.1f} ms, packed and padded again {:.1f} ms".format(*times))
+    return (padded() - packed()).abs().max().item()
 
 
 def draw_words(model: Rater, bag: BagOfWords, sentences: Snippets, options: argparse.Namespace) -> None:
-    """The picture: what each word of some sentences added to the rating."""
+    """The picture: by how much each word of some sentences moved the rating of the words before it."""
     picture = common.figure(9, 1.7 * len(sentences.texts))
     every = zip(
         picture.subplots(len(sentences.texts), squeeze=False)[:, 0], sentences.texts, sentences.words, strict=True
     )
     for (axes, text, words), by_bag in zip(every, rate(bag, sentences), strict=True):
-        parts = model.parts(words).cpu()
-        axes.bar(range(len(parts)), parts, color=["tab:green" if part > 0 else "tab:red" for part in parts])
-        axes.set_xticks(range(len(parts)), text)
-        axes.set_title(f"GRU {parts.sum():+.1f}, bag of words {by_bag:+.1f}", fontsize=9)
+        added = model.added(words).cpu()
+        axes.bar(range(len(added)), added, color=["tab:green" if change > 0 else "tab:red" for change in added])
+        axes.set_xticks(range(len(added)), text)
+        rating = added.sum() + model.head.bias.item()
+        axes.set_title(f"GRU {rating:+.1f}, bag of words {by_bag:+.1f}", fontsize=9)
         axes.axhline(0.0, color="black", linewidth=0.6)
     common.save(picture, options)
 

@@ -16,6 +16,7 @@ size.
 
 import argparse
 import ctypes
+import functools
 import math
 import random
 import sys
@@ -74,24 +75,33 @@ class Synthesiser:
         return wave / wave.pow(2).mean().sqrt()
 
 
-def utterances(count: int, voices: list[str], generator: random.Random) -> list[tuple[Tensor, Tensor]]:
-    """Waveforms [S] and digits [labels], each of a random voice, speed and pitch."""
+def utterances(
+    count: int,
+    voices: list[str],
+    generator: random.Random,
+    shortest: int = 1,
+    heard: set[tuple[int, ...]] = frozenset(),
+) -> list[tuple[Tensor, Tensor]]:
+    """Waveforms [S] and digits [labels] that are not among those heard, each of a random voice, speed and pitch."""
     synthesiser, spoken = Synthesiser(), []
-    for _ in range(count):
-        digits = [generator.randrange(10) for _ in range(generator.randint(1, 6))]
+    while len(spoken) < count:
+        digits = [generator.randrange(10) for _ in range(generator.randint(shortest, 6))]
+        if tuple(digits) in heard:
+            continue
         how = generator.choice(voices), generator.randint(130, 230), generator.randint(30, 70)
         spoken.append((synthesiser.say(digits, *how), torch.tensor(digits)))
     return spoken
 
 
-def mel_bands() -> Tensor:
+@functools.cache
+def mel_bands(device: torch.device) -> Tensor:
     """Triangular filters, evenly spaced on the mel scale, 2595 log10(1 + f / 700): [M, WINDOW / 2 + 1]."""
     highest = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
     edges = 700 * (10 ** (torch.linspace(0, highest, BANDS + 2) / 2595) - 1)
     frequencies = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)
     rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rising, falling).clamp(min=0)
+    return torch.minimum(rising, falling).clamp(min=0).to(device)
 
 
 def log_mel(wave: Tensor, above_noise: float) -> Tensor:
@@ -99,12 +109,9 @@ def log_mel(wave: Tensor, above_noise: float) -> Tensor:
     noisy = wave + torch.randn_like(wave) * 10 ** (-above_noise / 20)
     window = torch.hann_window(WINDOW, device=wave.device)
     power = torch.stft(noisy, WINDOW, HOP, window=window, return_complex=True).abs().pow(2)
-    features = (FILTERS.to(wave.device) @ power + 1e-3).log().t()  # [frames, M]
+    features = (mel_bands(wave.device) @ power + 1e-3).log().t()  # [frames, M]
     features = (features - features.mean()) / features.std()
     return features[: len(features) // 2 * 2].reshape(-1, 2 * BANDS)
-
-
-FILTERS = mel_bands()
 
 
 # ---- Digits --------------------------------------------------------------------------------------------------
@@ -155,24 +162,28 @@ def digit_error_rate(model: Recogniser, spoken: list[tuple[Tensor, Tensor]], dev
 
 
 def train_digits(spoken: list[tuple[Tensor, Tensor]], options: argparse.Namespace):
-    """A trained recogniser, and the function that makes one step."""
+    """A trained recogniser, and the function that makes one step with a batch of its own."""
     model = Recogniser(options.hidden_size).to(options.device)
     optimizer = torch.optim.Adam(model.parameters())
     generator, loss = random.Random(options.seed), torch.tensor(math.nan)
     print(f"model: {model.lstm}, {sum(p.numel() for p in model.parameters()):,} parameters, on {options.device}")
 
-    def step(rate: float = 0.0) -> None:
+    def batch() -> tuple[list[Tensor], Tensor, Tensor]:
+        """Features of random utterances; their labels, all in a row, and how many each has."""
+        drawn = generator.sample(spoken, options.batch_size)
+        features = [log_mel(wave.to(options.device), generator.uniform(QUIETEST, LOUDEST)) for wave, _ in drawn]
+        labels, counts = torch.cat([right for _, right in drawn]), torch.tensor([len(right) for _, right in drawn])
+        return features, labels.to(options.device), counts
+
+    def step(features: list[Tensor], labels: Tensor, counts: Tensor, rate: float = 0.0) -> None:
         nonlocal loss
-        batch = generator.sample(spoken, options.batch_size)
-        features = [log_mel(wave.to(options.device), generator.uniform(QUIETEST, LOUDEST)) for wave, _ in batch]
         log_probabilities, lengths = model(features)
-        labels, counts = torch.cat([right for _, right in batch]), torch.tensor([len(right) for _, right in batch])
-        loss = functional.ctc_loss(log_probabilities, labels.to(options.device), lengths, counts, blank=BLANK)
+        loss = functional.ctc_loss(log_probabilities, labels, lengths, counts, blank=BLANK)
         common.update(optimizer, loss, rate * LEARNING_RATE)
 
     for passed in common.budget(options.seconds, lambda: f"CTC loss {loss.item():.3f}"):
-        step(common.schedule(passed))
-    return model, step
+        step(*batch(), common.schedule(passed))
+    return model, functools.partial(step, *batch())
 
 
 @torch.no_grad()
@@ -210,9 +221,9 @@ def read_speakers(part: str) -> tuple[list[Tensor], Tensor]:
     return spoken, torch.tensor([int(row[-1]) - 1 for row in rows])
 
 
-def recognise_speakers(options: argparse.Namespace) -> float:
+def recognise_speakers(training: tuple[list[Tensor], Tensor], test: tuple[list[Tensor], Tensor], options) -> float:
     """Train on 270 utterances; the part of 370 others whose speaker is found."""
-    (spoken, speakers), (unheard, truth) = read_speakers("TRAIN"), read_speakers("TEST")
+    (spoken, speakers), (unheard, truth) = training, test
     frames = torch.cat(spoken)
 
     def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -253,11 +264,13 @@ def main() -> int:
     if options.quick:
         options.hidden_size, options.batch_size, options.utterances = 8, 4, 20
 
+    people = read_speakers("TRAIN"), read_speakers("TEST")
     generator = random.Random(options.seed)
     spoken = utterances(options.utterances, VOICES, generator)
-    tests = {
-        "new sequences": utterances(options.utterances // 10, VOICES, generator),
-        "new sequences and voices": utterances(options.utterances // 10, UNHEARD, generator),
+    heard = {tuple(digits.tolist()) for _, digits in spoken}
+    tests = {  # of three digits at least, because most of the shorter ones have been heard
+        "new sequences": utterances(options.utterances // 10, VOICES, generator, 3, heard),
+        "new sequences and voices": utterances(options.utterances // 10, UNHEARD, generator, 3, heard),
     }
     hours = sum(len(wave) for wave, _ in spoken) / SAMPLE_RATE / 3600
     print(f"{len(spoken)} utterances, {hours:.2f} hours, {len(VOICES)} voices")
@@ -268,7 +281,7 @@ def main() -> int:
             rates[name, above_noise] = digit_error_rate(model, test, options.device, above_noise)
             print(f"{name}, noise {above_noise:.0f} dB below: {rates[name, above_noise]:.2%} of digits wrong")
     draw(model, *max(tests["new sequences"], key=lambda pair: len(pair[1])), options)
-    speakers = recognise_speakers(options)
+    speakers = recognise_speakers(*people, options)
     print(f"speakers: {speakers:.1%} of 370 utterances")
     common.compare_speed(options, step)
     worst = max(rates["new sequences", above_noise] for above_noise in (20.0, 10.0))

@@ -12,7 +12,9 @@ on, with the likeliest piece (greedy search) or the likeliest of several beginni
 Shapes: S English words, T pieces, B rows, K beginnings that are kept of each row, H hidden size.
 """
 
+import argparse
 import collections
+import functools
 import itertools
 import math
 import random
@@ -86,14 +88,18 @@ class Pieces:
 
 
 class Pairs:
-    """Numbers in words: English ones with the language that is asked for in front, and pieces of that language."""
+    """Numbers in words: English ones with the language that is asked for in front, and pieces of that language.
 
-    def __init__(self, generator: random.Random):
+    kept_away: numbers for the test, from which no piece is learnt.
+    """
+
+    def __init__(self, generator: random.Random, kept_away: set[int]):
         self.num2words = common.need("num2words").num2words
         known = " ".join(self.num2words(n, lang="en") for n in [*range(102), 10**3, 10**6])
         self.words = [*LANGUAGES, ",", *sorted(set(re.findall(r"[a-z]+", known)))]
         self.number = {word: number for number, word in enumerate(self.words)}
-        sample = [self.right(*question) for digits in range(1, DIGITS + 1) for question in draw(60, digits, generator)]
+        drawn = [question for digits in range(1, DIGITS + 1) for question in draw(60, digits, generator)]
+        sample = [self.right(*question) for question in drawn if question[0] not in kept_away]
         every_letter = [self.right(number, language) for number in [*range(21), 10**6] for language in LANGUAGES]
         self.pieces = Pieces(sample + every_letter, PIECES)
 
@@ -213,44 +219,61 @@ def draw_attention(model: Translator, pairs: Pairs, question: tuple[int, str], o
     common.save(picture, options)
 
 
+def known_numbers(text: str) -> list[int]:
+    """Numbers of the command line, for all of which there are words."""
+    numbers = [int(number) for number in text.split(",")]
+    if any(not 0 <= number < 10 ** (DIGITS + 1) for number in numbers):
+        raise argparse.ArgumentTypeError(f"0 to {10 ** (DIGITS + 1) - 1:,}, got {text}")
+    return numbers
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = common.parser(__doc__, seconds=150)
     parser.add_argument("--hidden-size", type=int, default=128, help="of the decoder; of both directions together")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs in a training step")
     parser.add_argument("--beam", type=int, default=4, help="beginnings that the beam search keeps")
-    parser.add_argument("--try", dest="tried", default="0,71,1999,1000021", help="numbers to show the translations of")
+    parser.add_argument(
+        "--try",
+        dest="tried",
+        type=known_numbers,
+        default="0,71,1999,1000021",
+        help="numbers to show the translations of",
+    )
     options = common.read_options(parser)
     if options.quick:
         options.hidden_size, options.batch_size = 16, 8
 
     generator = random.Random(options.seed)
-    pairs = Pairs(generator)
     count = 20 if options.quick else 200  # of each number of digits
     unseen = [question for digits in range(3, DIGITS + 1) for question in draw(count, digits, generator)]
     longer = draw(count, DIGITS + 1, generator)
     kept_away = {number for number, _ in unseen}
+    pairs = Pairs(generator, kept_away)
 
     model = Translator(len(pairs.words), len(pairs.pieces.names), options.hidden_size).to(options.device)
     optimizer = torch.optim.Adam(model.parameters())
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, on {options.device}")
     loss = torch.tensor(math.nan)
 
-    def step(rate: float = 0.0) -> None:
-        nonlocal loss
+    def batch() -> tuple[Tensor, ...]:
+        """English words and their lengths, and the right pieces and theirs."""
         (digits,) = generator.choices(range(1, DIGITS + 1), range(1, DIGITS + 1))  # longer ones more often
         asked = draw(options.batch_size, digits, generator)
         asked = [question for question in asked if question[0] not in kept_away] or [(0, "fr")]
-        pieces, lengths = pairs.target(asked, options.device)
-        memory, valid = model.encode(*pairs.source(asked, options.device))
+        return *pairs.source(asked, options.device), *pairs.target(asked, options.device)
+
+    def step(words: Tensor, word_counts: Tensor, pieces: Tensor, lengths: Tensor, rate: float = 0.0) -> None:
+        nonlocal loss
+        memory, valid = model.encode(words, word_counts)
         logits, _, _ = model.decode(pieces[:-1], memory, valid, lengths=lengths)
         loss = functional.cross_entropy(logits.flatten(0, 1), pieces[1:].flatten(), ignore_index=PAD)
         common.update(optimizer, loss, rate * LEARNING_RATE)
 
     for passed in common.budget(options.seconds, lambda: f"{loss.item():.4f} nats a piece"):
-        step(common.schedule(passed))
+        step(*batch(), common.schedule(passed))
 
-    tried = [(int(number), language) for number in options.tried.split(",") for language in LANGUAGES]
+    tried = [(number, language) for number in options.tried for language in LANGUAGES]
     for (number, language), answer in zip(tried, search(model, *pairs.source(tried, options.device)), strict=True):
         print(f"  {number:>12,}  {LANGUAGES[language]:7s} {pairs.pieces.text(answer)}")
     reached = {}
@@ -262,7 +285,7 @@ def main() -> int:
             reached[name, beam] = exact(model, pairs, asked, options.device, beam)
             print(f"{name}, {search_name}: {reached[name, beam]:.1%} of {len(asked)} right to the last letter")
     draw_attention(model, pairs, (2_345_678, "de"), options)
-    common.compare_speed(options, step)
+    common.compare_speed(options, functools.partial(step, *batch()))
     least = next(iter(reached.values()))
     return common.verdict(options, translation=(f"{least:.1%} of unseen numbers, at least 95 %", least >= 0.95))
 

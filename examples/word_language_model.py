@@ -76,55 +76,11 @@ class Vocabulary:
         return torch.tensor([self.index.get(word, 0) for word in words])
 
 
-def side_by_side(text: Tensor, batch_size: int) -> Tensor:
-    """Cut a text [N] into B streams of contiguous text: [S, B]."""
-    stream_length = len(text) // batch_size
-    return text[: stream_length * batch_size].view(batch_size, stream_length).t().contiguous()
-
-
 def segments(streams: Tensor, sequence_length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of input and target [T, B], the target one word ahead, in the order of the text."""
     for start in range(0, len(streams) - 1, sequence_length):
         window = streams[start : start + sequence_length + 1]
         yield window[:-1], window[1:]
-
-
-# ---- The baseline --------------------------------------------------------------------------------------------
-
-
-class KneserNey:
-    """Interpolated Kneser-Ney trigrams with one discount an order (Chen and Goodman 1999, section 2.8).
-
-    p(w | u v) = max(c(u v w) - d, 0) / c(u v) + d n(u v) / c(u v) p(w | v), with n the number of different words that
-    follow, and below the highest order the number of different words before in place of each count.
-    """
-
-    def __init__(self, text: list[int], words: int, order: int = 3):
-        self.words, self.orders = words, []
-        grams = collections.Counter(zip(*(text[i:] for i in range(order)), strict=False))
-        for _ in range(order):
-            singles, doubles = (sum(count == k for count in grams.values()) for k in (1, 2))
-            total, following = collections.Counter(), collections.Counter()
-            for gram, count in grams.items():
-                total[gram[:-1]] += count
-                following[gram[:-1]] += 1
-            self.orders.append((grams, total, following, singles / max(singles + 2 * doubles, 1)))
-            grams = collections.Counter(gram[1:] for gram in grams)
-
-    def probability(self, gram: tuple[int, ...]) -> float:
-        """Of the last word of the gram, after those before it."""
-        result = 1 / self.words
-        for length, (grams, total, following, discount) in zip(range(1, 9), reversed(self.orders), strict=False):
-            shorter = gram[len(gram) - length :]
-            if shorter[:-1] in total:
-                rest = discount * following[shorter[:-1]] * result
-                result = (max(grams[shorter] - discount, 0) + rest) / total[shorter[:-1]]
-        return result
-
-    def perplexity(self, text: list[int]) -> float:
-        """The exponential of the mean of -log p over a text."""
-        grams = list(zip(*(text[i:] for i in range(len(self.orders))), strict=False))
-        return math.exp(-sum(math.log(self.probability(gram)) for gram in grams) / len(grams))
 
 
 # ---- The model -----------------------------------------------------------------------------------------------
@@ -231,15 +187,15 @@ def main() -> int:
     vocabulary = Vocabulary(text, options.words)
     training, unseen = vocabulary.encode(text), vocabulary.encode(unseen_text)
     print(f"text: {len(training):,} words to train on, {len(unseen):,} unseen, {len(vocabulary.words):,} different")
-    baseline = KneserNey(training.tolist(), len(vocabulary.words)).perplexity(unseen.tolist())
+    baseline = common.KneserNey(training.tolist(), len(vocabulary.words)).perplexity(unseen.tolist())
     print(f"Kneser-Ney trigrams: perplexity {baseline:.1f} on unseen files")
 
     counts = torch.bincount(training, minlength=len(vocabulary.words)) + 1.0
     model = WordModel(counts / counts.sum(), options.hidden_size, options.layers, options.dropout).to(options.device)
     print(f"model: {model.lstm}, {sum(p.numel() for p in model.parameters()):,} parameters, on {options.device}")
-    streams = side_by_side(training, options.batch_size).to(options.device)
+    streams = common.side_by_side(training, options.batch_size).to(options.device)
     step = train(model, streams, options)
-    reached = perplexity(model, side_by_side(unseen, 8).to(options.device), options.sequence_length)
+    reached = perplexity(model, common.side_by_side(unseen, 8).to(options.device), options.sequence_length)
 
     print(f"\nA sample:\n\n    {write(model, vocabulary, 'returns the', 60, options.temperature, options.top_k)}")
     model.train()

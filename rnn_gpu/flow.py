@@ -96,7 +96,8 @@ def gradient_flow(
     watched.__dict__ = layer.__dict__ | {"_watch": watch}
     masks = {name: mask for name, mask in (("lengths", lengths), ("resets", resets)) if mask is not None}
     with torch.inference_mode(False), torch.enable_grad():
-        results = watched(input, hx, **masks)
+        masks = {name: _ordinary(mask) for name, mask in masks.items()}
+        results = watched(_ordinary(input), _ordinary(hx), **masks)
         if loss is None:
             h_n = results[1][0] if isinstance(results[1], tuple) else results[1]
             value = h_n[-2 if layer.bidirectional else -1 :].sum()
@@ -115,6 +116,15 @@ def gradient_flow(
     if isinstance(input, PackedSequence) and input.unsorted_indices is not None:
         rows = rows[..., input.unsorted_indices]
     return GradientFlow(torch.linalg.vector_norm(rows, dim=-1), rows)
+
+
+def _ordinary(given: Any) -> Any:
+    """The same tensors, those made under inference_mode as copies that autograd takes."""
+    if isinstance(given, PackedSequence):
+        return PackedSequence(*map(_ordinary, given))
+    if isinstance(given, tuple | list):
+        return tuple(map(_ordinary, given))
+    return given.clone() if isinstance(given, Tensor) and given.is_inference() else given
 
 
 def _check_loss(value: object) -> None:

@@ -30,7 +30,8 @@ def orthogonal_(layer: Module, gain: float = 1.0, *, generator: torch.Generator 
     neither states nor gradients vanish or explode by it. One such matrix of all gates together, [G*H, H], would not do:
     its gates, multiplied alone, shrink. With proj_size each [H, P], and `weight_hr` [P, H], have orthonormal columns or
     rows. Source: Saxe, McClelland and Ganguli 2014, "Exact solutions to the nonlinear dynamics of learning in deep
-    linear neural networks"; Le, Jaitly and Hinton 2015 for recurrent layers.
+    linear neural networks"; for recurrent layers Henaff, Szlam and LeCun 2016, "Recurrent orthogonal networks and
+    long-memory tasks", and, with the identity for the matrix, Le, Jaitly and Hinton 2015.
 
     >>> weight = orthogonal_(torch.nn.GRU(3, 4)).weight_hh_l0[4:8]
     >>> torch.allclose(weight @ weight.T, torch.eye(4), atol=1e-5)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,15 @@ def needs(package: str) -> None:
 
 
 @pytest.mark.compiled  # with TRITON_INTERPRET=1 the kernels take CPU tensors
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in HELPERS])
+@pytest.mark.parametrize("name", [*(name for name in EXAMPLES if name not in HELPERS), "long_memory of a copy"])
 def test_an_example_runs(name, tmp_path):
     """Catches: an example that fails, needs what the extra `examples` does not bring, or leaves no picture."""
+    name, *copying = name.split(" of a ")
     for package in ("tqdm", "matplotlib", "num2words", "espeakng_loader"):
         needs(package)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(ROOT / "build")}
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--device", "cpu"]
+    command += ["--problem", *copying, "--clip", "1"] if copying else []
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode != 0 and "could not fetch" in done.stderr:
         pytest.skip(f"no package index in reach: {done.stderr.splitlines()[-1]}")
@@ -53,11 +56,49 @@ def test_an_example_that_falls_short_says_so(capsys):
     assert common.verdict(options, one=("1 of 1", True)) == 0
     assert common.verdict(options, one=("1 of 1", True), other=("0 of 1", False)) == 1
     assert "FAILED: other: 0 of 1" in capsys.readouterr().out
+    assert common.verdict(options, one=("not promised", None)) == 0
+    assert "not judged: one" in capsys.readouterr().out
+
+
+def test_what_would_stop_an_example_at_its_end_stops_it_at_once(monkeypatch, capsys, tmp_path):
+    """Catches: training for nothing, and tracebacks where a line would do."""
+    import common
+
+    for wrong in (
+        ["--seconds", "0"],
+        ["--seconds", "nan"],
+        ["--device", "gpu"],
+        ["--picture", str(tmp_path / "none" / "a.png")],
+        ["--picture", "a.odd"],
+        ["--backend", "triton", "--device", "cpu"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["example.py", *wrong])
+        with pytest.raises(SystemExit) as stopped:
+            common.read_options(common.parser("An example.", seconds=1))
+        assert stopped.value.code == 2 and f"argument {wrong[0]}: " in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["example.py"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r'matplotlib.*pip install "rnn-gpu\[examples\]"'):
+        common.read_options(common.parser("An example.", seconds=1))
+
+
+def test_mazes_that_do_not_end_are_wrong():
+    """Catches: a rate over those episodes alone that ended; later episodes of a maze that count as its first."""
+    from reinforcement_learning import FORWARD, LEFT, Agent, success
+
+    options, agent = SimpleNamespace(device=torch.device("cpu")), Agent(4)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.zero_()
+        agent.policy.bias[FORWARD] = 1.0
+        assert success(agent, options) == 0.0
+        agent.policy.bias[LEFT] = 2.0  # into walls, for ever
+        assert success(agent, options) == 0.0
 
 
 def test_the_trigram_model_is_a_distribution():
     """Catches: a baseline whose probabilities do not add up to 1, so that it would be too easy or too hard to beat."""
-    from word_language_model import KneserNey
+    from common import KneserNey
 
     generator = random.Random(0)
     text = [generator.randrange(10) ** 2 // 9 for _ in range(300)]
@@ -141,16 +182,16 @@ def test_training_sees_nothing_of_what_the_backtest_forecasts():
     assert torch.equal(one.inputs[:, first], two.inputs[:, first]) and not torch.equal(one.future, two.future)
 
 
-def test_parts_of_words_add_up_to_the_rating():
-    """Catches: a picture of parts that are not what the model adds up; a padded row that knows of its padding."""
+def test_what_a_word_adds_is_a_difference_of_ratings():
+    """Catches: a word that changes nothing and gets a bar; a padded row that knows of its padding."""
     from sentiment import BagOfWords, Rater
 
     torch.manual_seed(0)
     model = Rater(BagOfWords(9), hidden_size=8, pooling="mean").double().eval()
-    words, lengths = torch.randint(1, 9, (5, 3)), torch.tensor([5, 2, 3])
-    ratings = model(words, lengths)
-    for row, length in enumerate(lengths.tolist()):
-        torch.testing.assert_close(model.parts(words[:length, row]).sum(), ratings[row])
+    words = torch.randint(1, 9, (5,))
+    alone = [model(words[: n + 1].unsqueeze(1), torch.tensor([n + 1])) for n in range(5)]
+    before = [model.head.bias, *alone[:-1]]
+    torch.testing.assert_close(model.added(words), torch.cat(alone) - torch.cat(before))
 
 
 def test_errors_of_digits_are_edits():

@@ -75,7 +75,7 @@ def test_norms_are_autograds_at_every_step(library, name):
 
 def test_layouts_give_the_same_norms():
     """Catches: rows of packed input in their sorted order, batch_first, unbatched input, a state of the user's that is
-    not used, frozen parameters.
+    not used, frozen parameters, input made under inference_mode.
     """
     layer = rnn_gpu.GRU(I, H, dtype=torch.float64)
     input, h0 = torch.randn(T, B, I, dtype=torch.float64), torch.randn(1, B, H, dtype=torch.float64)
@@ -90,6 +90,8 @@ def test_layouts_give_the_same_norms():
     assert_same_mathematics(gradient_flow(layer, input.transpose(0, 1), h0, lengths=lengths).rows, flow.rows)
     with torch.inference_mode(), rnn_gpu.backend("torch"):
         assert_same_mathematics(gradient_flow(layer, input.transpose(0, 1), h0, lengths=lengths).rows, flow.rows)
+        again = pack_padded_sequence(input.clone(), torch.tensor(lengths), enforce_sorted=False)
+    assert_same_mathematics(gradient_flow(layer, again, h0).rows, flow.rows)
 
 
 def test_a_loss_is_given_output_and_states_whatever_the_layer_gives():
