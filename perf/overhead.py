@@ -1,10 +1,10 @@
 """`python -m perf.overhead`: what a call costs beside its arithmetic, in microseconds, next to torch.nn's.
 
 One step of a stream in eval mode, where Python and the dispatcher take most of the time: torch.nn, this library, and on
-a CPU the opaque operator that stands for a layer under torch.compile (its body is the same kernel, so the difference is
-the operator's own cost). On a GPU calls are queued and not waited for, so that the host's time is what counts; one
-more line is a step of training, forward and backward, and one the replay of a CUDA graph of a step. Everybody is called
-in turns, another one first in every round.
+a CPU the opaque operators that stand for a layer and for a stack in a graph (their body is the same kernel, so the
+difference is the operators' own cost). On a GPU calls are queued and not waited for, so that the host's time is what
+counts; one more line is a step of training, forward and backward, and one the replay of a CUDA graph of a step.
+Everybody is called in turns, another one first in every round.
 
 On a CPU two more tables: the host's time of a call on the kernels, with every launch replaced by nothing, next to
 torch.nn's on the CPU, in time of the processor. It has everything that Python and PyTorch do before and after a launch,
@@ -64,9 +64,11 @@ def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -
         weights = [weight.detach().unsqueeze(0) for weight in ours._flat_weights]
         inputs, rows = Inputs(input[0], *weights, None, None, *states), Rows(1, batch_size)
         call = Call(backends.CELL_OF_MODE[ours.mode], 1, 0)
-        tensors = for_operator(inputs, rows)
         calls["ATen, called directly"] = lambda: aten.layer(inputs, rows, call)
-        calls["the same as an operator"] = lambda: aten.aten_layer(*tensors, *call.options, False)
+        tensors, of_set = for_operator(inputs, rows), [weight[0] for weight in weights]
+        given = input[0], *states, of_set, call.cell, True, 1, 1, 1, False
+        calls["as an operator of a layer"] = lambda: aten.aten_layer(*tensors, *call.options, False)
+        calls["as that of a stack"] = lambda: torch.ops.rnn_gpu.aten_stack(*given)
     return calls
 
 

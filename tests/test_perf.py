@@ -681,7 +681,7 @@ def test_overhead_compares_in_turns(capsys):
     assert overhead.main(["--device", "cpu", "--hidden-size", "8", "--rounds", "3"]) == 0
     text = capsys.readouterr().out
     for cell in overhead.CELLS:
-        for name in ("torch.nn", "rnn_gpu", "the same as an operator", "rnn_gpu, training"):
+        for name in ("torch.nn", "rnn_gpu", "as an operator of a layer", "as that of a stack", "rnn_gpu, training"):
             assert f"{cell:6}{name} " in text
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
