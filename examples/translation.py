@@ -219,7 +219,7 @@ def draw_attention(model: Translator, pairs: Pairs, question: tuple[int, str], o
     common.save(picture, options)
 
 
-def known_numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     """Numbers of the command line, for all of which there are words."""
     numbers = [int(number) for number in text.split(",")]
     if any(not 0 <= number < 10 ** (DIGITS + 1) for number in numbers):
@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument(
         "--try",
         dest="tried",
-        type=known_numbers,
+        type=numbers,
         default="0,71,1999,1000021",
         help="numbers to show the translations of",
     )

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import rnn_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 HELPERS = {"common", "distributed_training"}  # what others import; what tests/test_distributed.py runs
@@ -62,6 +64,7 @@ def test_an_example_that_falls_short_says_so(capsys):
 
 def test_what_would_stop_an_example_at_its_end_stops_it_at_once(monkeypatch, capsys, tmp_path):
     """Catches: training for nothing, and tracebacks where a line would do."""
+    needs("matplotlib")
     import common
 
     for wrong in (
@@ -80,6 +83,30 @@ def test_what_would_stop_an_example_at_its_end_stops_it_at_once(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r'matplotlib.*pip install "rnn-gpu\[examples\]"'):
         common.read_options(common.parser("An example.", seconds=1))
+
+
+def test_an_example_that_learnt_nothing_ends_with_status_1(monkeypatch, capsys, tmp_path):
+    """Catches: a script that trains, misses what it promised, and ends as if it had not."""
+    needs("matplotlib")
+    import reinforcement_learning
+
+    options = [
+        "--seconds",
+        "0.01",
+        "--device",
+        "cpu",
+        "--mazes",
+        "4",
+        "--steps",
+        "4",
+        "--hidden-size",
+        "4",
+        "--picture",
+    ]
+    monkeypatch.setattr(sys, "argv", ["reinforcement_learning.py", *options, str(tmp_path / "a.png")])
+    with rnn_gpu.backend("torch"):  # which the script changes
+        assert reinforcement_learning.main() == 1
+    assert "FAILED: memory" in capsys.readouterr().out and (tmp_path / "a.png").exists()
 
 
 def test_mazes_that_do_not_end_are_wrong():
