@@ -17,6 +17,8 @@
     d_carry_0 [B, N, K*H]    gradient of the first carry: LSTM d c0; GRU, in float32, the direct part of d h0; or None.
                              (With sets first, as the other states, the largest plans would spill.)
     d_parameters [B, N, P*H] float32: each row's part of the parameters' gradient, or None
+    weight_above [L, HS, G, HS]  for the layers of a stack the input's weight of the layer above each, but of the last;
+                             gates in the order of the input side; else None
     status    [1]            int32: becomes `launch` when a wait came to its limit
     d_kept_0  [B, N, H]      float32, where a part of h is kept: gradient of the initial h by that way; or None, and
                              where the cell carries h it is in d_carry_0
@@ -24,6 +26,10 @@
                              cell alone would have, and history, [R, N, K*HS], those that it had
     clip                     what the gradient of h is brought within at every step, -clip..clip, or None
     lengths, offsets, resets as in forward.py
+
+In a stack (forward.py) a layer awaits the slots of the layer above at its own step beside its own of the later one. d_y
+[R, H] is the gradient of the last layer's output alone. The other buffers lie layer after layer: d_gates [L, B+R+B, E,
+HS], gates [L, R, G*H], aux and history [L, R+2B, ...], history_0 and d_carry_0 [L, B, ...].
 
 T, B, R, N, G, K, H, HS, UB, NB, S and the grid are those of forward.py. The slots are awaited in WAITS parts, one after
 another: all at once saves the latency of all but one, and takes registers for as many words. What does not depend on
@@ -55,8 +61,10 @@ from .program import (
     load_states,
     moment_after,
     moved,
+    of_layer,
     part_kept,
     place_of,
+    rows_before,
     save,
     sizes,
     source,
@@ -93,14 +101,17 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, KEEPS
     """
     WIDTH: tl.constexpr = (C.STATES if KEEPS_C else C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
     there = place.exists & within(now.t, place.length, lengths)
-    dy = load_or_zero(left.d_y, now.row, place, there, C.H, C)
+    given = there if C.OTHER is None else there & (me.n == me.edge)
+    dy = load_or_zero(left.d_y, now.row, place, given, C.H, C)
     if dh_n is not None:
         dy = tl.where(True if lengths is None else is_end(now.t, place, me), dy + dh_n, dy)
     dc = ()
     if left.d_carry is not None:
         for i in tl.static_range(C.STATES):
             dc = dc + (load_or_zero(left.d_carry + i * C.H, now.row, place, there, C.STATES * C.H, C),)
-    gates = () if left.gates is None else load_gates(left.gates, now.row, place, there, C.SAVED, C)
+    gates = ()
+    if left.gates is not None:
+        gates = load_gates(entry(left.gates, now.row, place, C.G * C.H, C), there, C.SAVED, C)
     FIRST: tl.constexpr = 0 if present is None else C.STATES
     aux = () if present is None else present
     aux = aux + load_planes(left.aux, now.row, place, there, FIRST, C.PLANES, C.PLANES * C.HS, C)
@@ -151,7 +162,7 @@ def save_all(p, row, place, tiles, COUNT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def prefetch_step(left, out, then, exists, place, lengths, KEEPS_C: tl.constexpr, C: tl.constexpr):
+def prefetch_step(left, out, then, exists, me, place, lengths, KEEPS_C: tl.constexpr, C: tl.constexpr):
     """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
     wait for memory.
     """
@@ -159,7 +170,8 @@ def prefetch_step(left, out, then, exists, place, lengths, KEEPS_C: tl.constexpr
     if not C.ALONE:
         prefetch(entry(out, then.row, place, C.E * C.HS, C), C.E, C.HS, there, C)
     if left.d_y is not None:
-        prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, there, C)
+        given = there if C.OTHER is None else there & (me.n == me.edge)
+        prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, given, C)
     if left.d_carry is not None:
         prefetch(entry(left.d_carry, then.row, place, C.STATES * C.H, C), C.STATES, C.H, there, C)
     if left.gates is not None:
@@ -173,20 +185,43 @@ def prefetch_step(left, out, then, exists, place, lengths, KEEPS_C: tl.constexpr
 
 
 @triton.jit
-def through_gates(W, p, bound, one, C: tl.constexpr):
-    """The gradient [NB, UB] of h through the later step's gate sums: awaits their gradients at p, in C.WAITS parts, and
+def add_source(sums, W, p, bound, one, C: tl.constexpr):
+    """The sums [S, UB, NB], with the products of gradients of gate sums added: awaits these at p, in C.WAITS parts, and
     multiplies them with the weights.
-
-    Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
     """
     SLOTS: tl.constexpr = (C.G + C.WAITS - 1) // C.WAITS  # of a part
-    sums = tl.zeros((C.S, C.UB, C.NB), tl.float32), tl.zeros((C.S, C.UB, C.NB), tl.float32)
     for first in tl.static_range(0, C.G, SLOTS):
         here = p + first * C.WORDS
         words = await_held(here, min(SLOTS, C.G - first), bound, C)
         sums = multiply_held(sums, W, first, min(SLOTS, C.G - first), words, C)
         sums = multiply_streamed(sums, W, first, min(SLOTS, C.G - first), here, bound, one, C)
+    return sums
+
+
+@triton.jit
+def one_tile(sums, C: tl.constexpr):
+    """The sums of all warps, and of both chains of products -> a tile [NB, UB]."""
     return over_warps((sums[0] + sums[1]).reshape(C.S, 1, C.UB, C.NB), C.S, 1, C.UB, C.NB)[0]
+
+
+@triton.jit
+def through_gates(W, p, above, p_above, resets, reset, me, bound, C: tl.constexpr):
+    """The gradient [NB, UB] of h through the later step's gate sums, whose gradients are at p, none where that step's
+    row is `reset`; and in a stack through those of the layer above, which is a step ahead and awaited first.
+
+    Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
+    """
+    nothing = tl.zeros((C.S, C.UB, C.NB), tl.float32), tl.zeros((C.S, C.UB, C.NB), tl.float32)
+    if C.OTHER is None:
+        return tl.where(reset, 0.0, one_tile(add_source(nothing, W, p, bound, me.one, C), C))
+    else:
+        fed = nothing
+        if me.n != me.edge:
+            fed = add_source(fed, above, p_above, bound, me.one, C.OTHER)
+        if resets is None:
+            return one_tile(add_source(fed, W, p, bound, me.one, C), C)
+        own = one_tile(add_source(nothing, W, p, bound, me.one, C), C)
+        return tl.where(reset, 0.0, own) + one_tile(fed, C)
 
 
 @triton.jit
@@ -219,27 +254,38 @@ def clipped(dh, clip):
     do_not_specialize_on_alignment=["d_h_n", "d_carry_n", "d_carry_0"],
 )
 def backward(
-    d_y, d_h_n, d_carry_n, d_carry, weight, parameters, gates, aux, history, history_0, d_gates, d_carry_0,
-    d_parameters, d_kept_0, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, clip,
-    rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr, STATES: tl.constexpr,
-    CARRIED: tl.constexpr, SAVES: tl.constexpr, READS_H: tl.constexpr, PARAMETERS: tl.constexpr, QUIET: tl.constexpr,
-    H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr,
-    SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, WAITS: tl.constexpr,
-    DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    d_y, d_h_n, d_carry_n, d_carry, weight, weight_above, parameters, gates, aux, history, history_0, d_gates,
+    d_carry_0, d_parameters, d_kept_0, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit,
+    launch, clip, rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    STATES: tl.constexpr, CARRIED: tl.constexpr, SAVES: tl.constexpr, READS_H: tl.constexpr, PARAMETERS: tl.constexpr,
+    QUIET: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr,
+    NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
+    WAITS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
+    LAYERED: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
         G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
-        PRECISION, ALONE, E=E, READS_H=READS_H, QUIET=QUIET, BACKWARD=True, WAITS=WAITS,
+        PRECISION, ALONE, E=E, READS_H=READS_H, QUIET=QUIET, BACKWARD=True, WAITS=WAITS, LAYERED=LAYERED,
     )  # fmt: skip
     me = this_program(begin, B, C)
-    W = hold_weights(weight + me.n.to(tl.int64) * (C.HS * C.G * C.HS), me.unit, C)
-    left = Left(d_y=d_y, d_carry=d_carry, gates=gates, aux=aux, history=history, history_0=history_0)
+    W, above = hold_weights(weight, me, C), None if C.OTHER is None else hold_weights(weight_above, me, C.OTHER)
+    R = rows_before(T, B, offsets)
+    span = R + 2 * B.to(tl.int64)  # rows from layer to layer
+    WIDTH: tl.constexpr = (C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
+    left = Left(
+        d_y=d_y, d_carry=d_carry, gates=of_layer(gates, me, R, C.G * C.H, C),
+        aux=of_layer(aux, me, span, C.PLANES * C.HS, C), history=of_layer(history, me, span, WIDTH, C),
+        history_0=of_layer(history_0, me, B, WIDTH, C),
+    )  # fmt: skip
+    d_gates = of_layer(d_gates, me, span, C.E * C.WORDS, C)
+    d_carry_0 = of_layer(d_carry_0, me, B, C.CARRIED * C.H, C)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     then = moment_after(now, ahead, steps > 1, B, offsets)
     bound = Bound(limit=limit, status=status, launch=launch)
     # In 32 bits: launch.py refuses what they do not hold, and with 64 a step has 40 instructions more (sm_90).
     d_gates += B * (C.N * C.E * C.WORDS)  # to the first of the R rows; seen from there, the zeros begin at row -B
+    d_above = d_gates + (span * C.E + C.E - C.G) * C.WORDS
     out = d_gates.to(tl.pointer_type(C.DTYPE))
     zeros = me.first - B
     before = zeros  # where the step before, which is the later one in time, begins
@@ -263,7 +309,7 @@ def backward(
         saved = saved + (load_step(left, dh_n[j], None, now, then, steps > 1, me, tile, lengths, KEEPS_C, C),)
         for i in tl.static_range(1, PREFETCHED):
             far = moved(now, i * ahead, steps > i, B, offsets)
-            prefetch_step(left, out, far, steps > i, tile, lengths, KEEPS_C, C)
+            prefetch_step(left, out, far, steps > i, me, tile, lengths, KEEPS_C, C)
     of_unit = load_parameters(parameters, me, Place(*places[0]), C)
 
     for s in range(steps):
@@ -285,17 +331,18 @@ def backward(
             two = s + 2 < steps
             if C.ALONE:  # no wait that a load could hold up
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
-                dh = through_gates_alone(W, state[j], place, C)
+                dh = tl.where(reset_before, 0.0, through_gates_alone(W, state[j], place, C))
             else:
-                p = source(d_gates, before, zeros, place, s, now.t - ahead, lengths, C)
-                dh = through_gates(W, p, bound, me.one, C)
+                p = source(d_gates, before, zeros, place, s > 0, now.t - ahead, lengths, C)
+                p_above = None if C.OTHER is None else source(d_above, now.row, zeros, place, True, now.t, lengths, C)
+                dh = through_gates(W, p, above, p_above, resets, reset_before, me, bound, C)
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
             saved_next = saved_next + (saved_then,)
             active = within(now.t, place.length, lengths)
             there = place.exists & active
             if dropped is not None:
                 dh = dh * load_states(dropped, me, place, B, 1, C)[0]
-            dh = dy + tl.where(reset_before, 0.0, dh)
+            dh = dy + dh
             if KEEPS_H and not CARRIES_H:
                 dh += dkept[j]
             dc = dcarry[j] if len(dc) == 0 else added(True, dcarry[j], dc)
@@ -325,7 +372,7 @@ def backward(
                 publish(out, now.row, place, e, slot, room, C)
                 if e < C.G:
                     published = published + (slot.to(C.DTYPE),)
-            prefetch_step(left, out, far, more, place, lengths, KEEPS_C, C)
+            prefetch_step(left, out, far, more, me, place, lengths, KEEPS_C, C)
             dcarry_next = dcarry_next + (either(active, zero_where(reset, kept), dcarry[j]),)
             state_next = state_next + (published,)
         dcarry, state, saved, dkept = dcarry_next, state_next, saved_next, dkept_next

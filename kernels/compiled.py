@@ -96,7 +96,9 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
         return {
             "x_part": element,
             "weight": element,
+            "weight_below": element if p.layered else None,
             "bias": element if cell.apart else None,
+            "biases": element if p.layered else None,
             "parameters": parameters,
             "y": "*i32",
             "carry_0": element if cell.carried else None,
@@ -117,6 +119,7 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
         "d_carry_n": element if cell.states else None,
         "d_carry": element if "cells" in options else None,
         "weight": element,
+        "weight_above": element if p.layered else None,
         "parameters": parameters,
         "gates": gates,
         "aux": element if cell.reads_h else aux,

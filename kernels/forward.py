@@ -12,6 +12,8 @@
                              beyond G values (GRU: q); or None
     carry_n [N, B, K*H]      becomes the states after each row's last step; or None
     h_n     [N, B, H]        becomes the state at each row's end
+    weight_below [L, G*H, HS] for the layers of a stack the input's weight of each, but of the first; else None
+    biases  [L, G*H]         what their gate sums begin with in place of an input part; or None
     status  [1]              int32: becomes `launch` when a wait came to its limit
     shown   [R, N, HS]       becomes the outputs, where they are not what is sent to the neighbours (`dropped`); or None
     h_0     [N, B, H]        then: the initial state, or None for zeros; y has what the product sees of it
@@ -28,6 +30,10 @@ T steps, B rows of the batch, R rows of all steps (step t has the rows from t*B 
 sets (directions of a layer), G gates, K values carried, H hidden units, HS their padded number. Grid: unit slices of UB
 units x batch slices of SLICES*NB rows x N sets. The programs of one batch slice and set are a group: only they exchange
 y. ALONE: one program holds all units; nothing is exchanged, and y is only written.
+
+The N = L sets of a launch may be the layers of a stack, as a wavefront: layer n > 0 then awaits the state of layer n-1
+at its own step beside its own of the step before, and multiplies both. Only the first layer has an input part, x_part
+[R, G*H]. Other buffers lie layer after layer: y [L, B+R+B, HS], aux [L, R+2B, P*HS], gates [L, R, G*H].
 
 Rows outside their sequence keep their carry and publish zeros (packed: they have no place to publish). A row whose
 neighbour in time lies outside the sequence reads its h0 instead.
@@ -52,6 +58,7 @@ from .program import (
     load_states,
     mixed,
     moved,
+    of_layer,
     part_kept,
     place_of,
     rows_before,
@@ -69,30 +76,74 @@ from .tiles import copies, lone_result, over_warps, power_of_two, side_by_side
 
 
 @triton.jit
-def prefetch_step(x_part, out, then, exists, place, lengths, C: tl.constexpr):
+def prefetch_step(x_part, out, then, exists, me, place, lengths, C: tl.constexpr):
     """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
     wait for memory.
     """
     there = exists & place.exists & within(then.t, place.length, lengths)
-    prefetch(entry(x_part, then.row, place, C.G * C.H, C), C.G, C.H, there, C)
+    given = there if C.OTHER is None else there & (me.n == me.edge)
+    prefetch(entry(x_part, then.row, place, C.G * C.H, C), C.G, C.H, given, C)
     if not C.ALONE:
         prefetch(entry(out, then.row, place, C.HS, C), 1, 0, there, C)
 
 
 @triton.jit
-def hidden_part(W, p, bound, one, C: tl.constexpr):
-    """The hidden state's part of the gate sums: awaits the state at p and multiplies it with the weights -> G tiles
-    [NB, UB], or 4 for 3.
+def load_input(x_part, biases, now, me, place, mask, C: tl.constexpr):
+    """The input's part of the gates; of a layer that is fed by another one its biases, or zeros, in the same way."""
+    p = entry(x_part, now.row, place, C.G * C.H, C)
+    if C.OTHER is not None and biases is not None:
+        p = tl.where(me.n == me.edge, p, of_layer(biases, me, 1, C.G * C.H, C) + place.units)
+    given = mask if C.OTHER is None or biases is not None else mask & (me.n == me.edge)
+    return load_gates(p, given, C.G, C)
+
+
+@triton.jit
+def add_source(sums, W, p, bound, one, C: tl.constexpr):
+    """The sums [S, PER*UB, NB] of the weight tiles, with the products of a state added: awaits it at p and multiplies
+    it with its weights.
     """
     words = await_held(p, 1, bound, C)
-    held, sums = (), ()
+    held, out = (), ()
     for tile in tl.static_range(tile_count(C.G, C.PER)):
-        zeros = tl.zeros((C.S, C.PER * C.UB, C.NB), tl.float32)
-        held = held + (multiply_held((zeros,), W, tile, 1, copies(words, tile), C),)
+        held = held + (multiply_held((sums[tile],), W, tile, 1, copies(words, tile), C),)
     for tile in tl.static_range(len(held)):
-        sums = sums + multiply_streamed(held[tile], W, tile, 1, p, bound, one, C)
+        out = out + multiply_streamed(held[tile], W, tile, 1, p, bound, one, C)
+    return out
+
+
+@triton.jit
+def gate_tiles(sums, C: tl.constexpr):
+    """The sums of the weight tiles -> as many tiles [NB, UB] as they have gates, or 4 for 3."""
     sums = side_by_side(sums, len(sums), C.S, C.PER, C.UB, C.NB)
-    return over_warps(sums, C.S, power_of_two(C.G), C.UB, C.NB)
+    return over_warps(sums, C.S, power_of_two(C.G + C.APART), C.UB, C.NB)
+
+
+@triton.jit
+def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr):
+    """What states add to the gate sums: its own, at p, none where `reset`, and in a stack that of the layer below -> G
+    tiles [NB, UB], then what the layer below adds to the C.APART last gates.
+
+    The layer below is awaited first: it is a step ahead, and its product hides the way of its own state. Both are added
+    up in the same sums, where nothing is reset.
+    """
+    zeros, nothing = tl.zeros((C.S, C.PER * C.UB, C.NB), tl.float32), ()
+    for _ in tl.static_range(tile_count(C.G, C.PER)):
+        nothing = nothing + (zeros,)
+    if C.OTHER is None:
+        return zero_where(reset, gate_tiles(add_source(nothing, W, p, bound, me.one, C), C))
+    else:
+        SPLIT: tl.constexpr = len(nothing) - C.APART
+        fed = nothing
+        if me.n != me.edge:
+            fed = add_source(fed, below, p_below, bound, me.one, C.OTHER)
+        begin, apart = fed[:SPLIT] + nothing[SPLIT:], fed[SPLIT:]
+        if resets is None:
+            return gate_tiles(add_source(begin, W, p, bound, me.one, C) + apart, C)
+        own, fed = gate_tiles(add_source(nothing, W, p, bound, me.one, C) + apart, C), gate_tiles(begin + apart, C)
+        sums = ()
+        for g in tl.static_range(C.G):
+            sums = sums + (tl.where(reset, 0.0, own[g]) + fed[g],)
+        return sums + fed[C.G :]
 
 
 @triton.jit
@@ -113,12 +164,12 @@ def load_bias(bias, n, place, APART: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def with_bias(r, bias, C: tl.constexpr):
-    """r with `bias` added to the last gates."""
-    FIRST: tl.constexpr = C.G - len(bias)
+def with_last(tiles, more, COUNT: tl.constexpr, C: tl.constexpr):
+    """The tiles of the gates with the first COUNT of `more` added to the last ones."""
+    FIRST: tl.constexpr = C.G - COUNT
     out = ()
     for g in tl.static_range(C.G):
-        out = out + (r[g] if g < FIRST else r[g] + bias[g - FIRST],)
+        out = out + (tiles[g] if g < FIRST else tiles[g] + more[g - FIRST],)
     return out
 
 
@@ -137,27 +188,32 @@ def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
     do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n", "h_0"],
 )
 def forward(
-    x_part, weight, bias, parameters, y, carry_0, gates, aux, carry_n, h_n, shown, h_0, carries, dropped, kept_h,
-    kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, rate_h, rate_c, CELL: tl.constexpr,
-    G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr, SAVES: tl.constexpr,
-    PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
-    REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
+    x_part, weight, weight_below, bias, biases, parameters, y, carry_0, gates, aux, carry_n, h_n, shown, h_0, carries,
+    dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, rate_h, rate_c,
+    CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr,
+    SAVES: tl.constexpr, PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
+    N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
     REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
-    ALONE: tl.constexpr,
+    ALONE: tl.constexpr, LAYERED: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
         G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
-        PRECISION, ALONE, PER=PER,
+        PRECISION, ALONE, PER=PER, LAYERED=LAYERED, APART=APART,
     )  # fmt: skip
     CARRIES_H: tl.constexpr = C.CARRIED > C.STATES
     me = this_program(begin, B, C)
-    W = hold_weights(weight + me.n.to(tl.int64) * (C.G * C.H * C.HS), me.unit, C)
+    W, below = hold_weights(weight, me, C), None if C.OTHER is None else hold_weights(weight_below, me, C.OTHER)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     bound = Bound(limit=limit, status=status, launch=launch)
+    R = rows_before(T, B, offsets)
+    span = R + 2 * B.to(tl.int64)  # rows from layer to layer
+    y, gates = of_layer(y, me, span, C.WORDS, C), of_layer(gates, me, R, C.G * C.H, C)
+    aux = of_layer(aux, me, span, C.PLANES * C.HS, C)
     y += B.to(tl.int64) * (C.N * C.WORDS)  # to the first output; seen from there, h0 begins at row -B or R
+    y_below = y - span * C.WORDS
     out = y.to(tl.pointer_type(C.DTYPE))
-    h0 = me.first + tl.where(me.reverse, rows_before(T, B, offsets), -B)
+    h0 = me.first + tl.where(me.reverse, R, -B)
     before = h0  # where the step before begins
     KEEPS_H: tl.constexpr = kept_h is not None or rate_h is not None
     KEEPS_C: tl.constexpr = kept_c is not None or rate_c is not None
@@ -170,7 +226,7 @@ def forward(
         if dropped is not None:
             own = own + (load_states(h_0, me, tile, B, 1, C)[0].to(C.DTYPE),)
         for i in tl.static_range(1, PREFETCHED):
-            prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, tile, lengths, C)
+            prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, me, tile, lengths, C)
     hidden_bias = load_bias(bias, me.n, Place(*places[0]), APART, C)
     of_unit = load_parameters(parameters, me, Place(*places[0]), C)
 
@@ -181,18 +237,20 @@ def forward(
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
             active = within(now.t, place.length, lengths)
-            x = load_gates(x_part, now.row, place, place.exists & active, C.G, C)
+            x = load_input(x_part, biases, now, me, place, place.exists & active, C)
             reset = starts_anew(resets, now.t, True, place, B)
             if C.ALONE:
-                r = hidden_part_alone(W, state[j], C)
+                sums = zero_where(reset, hidden_part_alone(W, state[j], C))
             else:
-                p = source(y, before, h0, place, s, now.t - ahead, lengths, C)
-                r = hidden_part(W, p, bound, me.one, C)
-            r = with_bias(zero_where(reset, r), hidden_bias, C)
+                p = source(y, before, h0, place, s > 0, now.t - ahead, lengths, C)
+                p_below = None if C.OTHER is None else source(y_below, now.row, h0, place, True, now.t, lengths, C)
+                sums = hidden_part(W, p, below, p_below, resets, reset, me, bound, C)
+            r = with_last(sums, hidden_bias, len(hidden_bias), C)
+            x = with_last(as_float(x), sums[C.G :], C.APART, C)
             if C.PARAMETERS == 0:
-                h, kept, saved = CELL(as_float(x), r, zero_where(reset, carry[j]))
+                h, kept, saved = CELL(x, r, zero_where(reset, carry[j]))
             else:
-                h, kept, saved = CELL(as_float(x), r, zero_where(reset, carry[j]), of_unit)
+                h, kept, saved = CELL(x, r, zero_where(reset, carry[j]), of_unit)
             there, alone, alone_h = place.exists & active, kept, h
             if KEEPS_C:
                 part = part_kept(kept_c, rate_c, now.row, place, there, C)
@@ -220,7 +278,7 @@ def forward(
                 beside = kept if C.STATES > 0 else (alone_h,)
                 for i in tl.static_range(len(beside)):
                     save(carries + i * C.HS, now.row, place, beside[i], room, len(beside) * C.HS, C)
-            prefetch_step(x_part, out, far, more, place, lengths, C)
+            prefetch_step(x_part, out, far, more, me, place, lengths, C)
             carry_next = carry_next + (either(active, kept, carry[j]),)
             state_next = state_next + (tl.where(active, h.to(C.DTYPE), state[j]),)
         carry, state, own = carry_next, state_next, own_next

@@ -100,6 +100,7 @@ def constants(plan: Plan, reversed_sets: int) -> dict:
         BITS=tl.int32 if plan.dtype == "float32" else tl.int16,
         PRECISION=plan.precision,
         ALONE=plan.alone,
+        LAYERED=plan.layered,
     )
     if plan.backward:
         functions = dict(FACTORS=cell.function("factors"), CELL=cell.function("backward"))
@@ -134,7 +135,7 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
     kernel = backward_kernel.backward if plan.backward else forward_kernel.forward
     each = plan.rows * plan.slices  # rows of a program
     launches = tuple(
-        (begin, (plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets))
+        (begin, (plan.unit_slices, min(plan.batch_slices, -(-(rows.batch - begin) // each)), plan.sets * plan.layers))
         for begin in range(0, rows.batch, each * plan.batch_slices)
     )
     check = None
@@ -292,7 +293,7 @@ def begin(
     programs = [-(-job // prepare.BLOCK) for job in jobs]
     _prepare(
         prepare.prepare_forward,
-        (cell.gates, hidden_size, size, sets, cell.apart, plan.dtype, prepare.BLOCK),
+        (cell.gates, hidden_size, size, sets, cell.apart, plan.dtype, prepare.BLOCK, None),
         device,
         sum(programs),
         (
@@ -415,7 +416,9 @@ def go_on(
     tensors = dict(
         x_part=x_part,
         weight=begun.weight_hh,
+        weight_below=None,
         bias=begun.bias_hn,
+        biases=None,
         parameters=None if parameters is None else _aligned(parameters),
         y=y.view(torch.int32),
         carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
@@ -520,6 +523,7 @@ def backward(
         d_h_n=_dense(d_h_n),
         d_carry_n=_dense(d_c_n) if cell.states else None,
         weight=weight,
+        weight_above=None,
         parameters=None if parameters is None else _aligned(parameters),
         gates=None if gates is None else _aligned(gates),
         aux=aux,

@@ -7,7 +7,7 @@ clock of their machine code. `cudnn_microseconds` says the same of what `auto` w
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -82,9 +82,11 @@ class Plan:
     weights stay in registers, in shared memory, or are read again in every step. waits: parts in which the backward
     awaits the slots of a tile.
     alone: one program holds all units, no exchange.
-    unit_slices x batch_slices x sets programs in a launch; launches one after another for the whole batch.
+    unit_slices x batch_slices x sets x layers programs in a launch; launches one after another for the whole batch.
     shared_bytes: estimate of the shared memory of a program. microseconds: predicted time of a step of all launches.
     measured: when this plan was found to be the fastest of some, "" where the model chose it.
+    layers: of a stack, that run side by side, each a step behind the one below; chunks are then those of both weights
+    of a layer, the recurrent one's first.
     """
 
     cell: str
@@ -111,21 +113,28 @@ class Plan:
     microseconds: float
     reason: str
     measured: str = ""
+    layers: int = 1
+
+    @property
+    def layered(self) -> bool:
+        """Whether it is one for several layers: the kernel is the same for any number."""
+        return self.layers > 1
 
     @property
     def programs(self) -> int:
         """Programs of a launch."""
-        return self.unit_slices * self.batch_slices * self.sets
+        return self.unit_slices * self.batch_slices * self.sets * self.layers
 
     def __str__(self) -> str:
         """The plan in one line."""
+        of_sets = f"{self.layers} layers" if self.layered else f"{self.sets} sets"
         where = f"{self.registers} chunks of weights in registers, {self.shared} in shared memory"
         weights = f"{where}, {self.streamed} read every step"
         if self.alone:
             weights = f"all weights in {'shared memory' if self.shared else 'registers'}, no exchange"
         return (
             f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x "
-            f"{self.rows} rows x {self.sets} sets = {self.programs} programs of {self.warps} warps, {self.launches} "
+            f"{self.rows} rows x {of_sets} = {self.programs} programs of {self.warps} warps, {self.launches} "
             f"launch(es); {weights}{f'; measured {self.measured}' if self.measured else ''}"
         )
 
@@ -143,6 +152,9 @@ RAGGED_WORDS = 24
 # Fewer backward, for each (row, unit) pair of a thread, where some of the last program's units do not exist: a mask
 # beside each of the many tensors.
 MASKED_UNITS_WORDS = 12
+# Fewer in a stack: a second source of the state and of the input, and the way round them for the layer that has none.
+# (Times 3 in tf32, whose rounded copies of both sources the compiler makes early.)
+LAYERED_WORDS = {False: 16, True: 8}
 # What each further (row, unit) pair of a thread takes of them: its input part of this step and the next, its carry, its
 # offsets.
 PAIR_WORDS = {False: 23, True: 16}
@@ -261,6 +273,12 @@ class Problem:
     backward: bool = False
     precision: str | None = None
     ragged: bool = False
+    layers: int = 1
+
+    @property
+    def sources(self) -> int:
+        """States that a program awaits in a step: its own, and in a stack another layer's."""
+        return 2 if self.layers > 1 else 1
 
     @property
     def gates(self) -> int:
@@ -313,6 +331,7 @@ def plan(
     allow_alone: bool = True,
     ragged: bool = False,
     measured: Measured | None = None,
+    layers: int = 1,
 ) -> Plan | str:
     """The best plan that fits, or a sentence that says why there is none.
 
@@ -320,10 +339,12 @@ def plan(
     user's cap on programs that must run at the same time; fewer than the multiprocessors leave room for collectives.
     allow_alone=False: exchange even where one program could hold all units (for tests). ragged: sequences are packed,
     end early or start anew. measured: what to take in place of the model's choice, if it is one of `every_plan`.
+    layers: of a stack, one direction, that run side by side; they always exchange.
     """
     found = every_plan(
-        cell, hidden_size, batch_size, sets, dtype, device, backward, precision, max_programs, allow_alone, ragged
-    )
+        cell, hidden_size, batch_size, sets, dtype, device, backward, precision, max_programs, allow_alone, ragged,
+        layers,
+    )  # fmt: skip
     if isinstance(found, str):
         return found
     if measured is not None:
@@ -345,20 +366,23 @@ def every_plan(
     max_programs: int | None = None,
     allow_alone: bool = True,
     ragged: bool = False,
+    layers: int = 1,
 ) -> list[Plan] | str:
     """All plans that fit, one program alone first, or why there is none. Arguments as of `plan`."""
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(DTYPES)}, not in {dtype}"
     if device.arch < 80:
         return f"the kernels need compute capability 8.0 or later, {device.name} has {device.arch / 10}"
+    if layers > 1 and not CELLS[cell].side_by_side:
+        return f"{layers} layers of {hidden_size} hidden units: programs of {cell} serve one layer at a time"
     resident = min(max_programs or device.multiprocessors, device.multiprocessors)
     precision = (precision or "tf32") if dtype == "float32" else None
-    problem = Problem(cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision, ragged)
-    alone = alone_plan(problem) if allow_alone else None
+    problem = Problem(cell, hidden_size, max(batch_size, 1), sets, dtype, device, backward, precision, ragged, layers)
+    alone = alone_plan(problem) if allow_alone and layers == 1 else None
     found = [] if alone is None else [alone]
     found += [with_batch(p, device, resident) for p in exchanging_plans(problem, resident)]
     if not found:
-        what = f"{hidden_size} hidden units in {sets} set(s)"
+        what = f"{hidden_size} hidden units in {f'{layers} layers' if layers > 1 else f'{sets} set(s)'}"
         return f"{what} need more than the {resident} programs that can run at the same time"
     return found
 
@@ -374,7 +398,7 @@ def preferred(timed: list[tuple[Plan, float]]) -> Plan:
 
 def _plan_of(problem: Problem, **chosen) -> Plan:
     """A plan for a problem."""
-    names = ("cell", "hidden_size", "batch_size", "sets", "dtype", "backward", "precision")
+    names = ("cell", "hidden_size", "batch_size", "sets", "dtype", "backward", "precision", "layers")
     return Plan(**{name: getattr(problem, name) for name in names}, **chosen)
 
 
@@ -419,7 +443,8 @@ def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
     """
     for tiling in _tilings(problem):
         unit_slices = -(-problem.size // tiling.units)
-        found = _residency(problem, tiling) if unit_slices * problem.sets <= resident else None
+        fits = unit_slices * problem.sets * problem.layers <= resident
+        found = _residency(problem, tiling) if fits else None
         if found is not None:
             yield _plan_of(
                 problem, alone=False, units=tiling.units, rows=tiling.rows, slices=tiling.slices, warps=tiling.warps,
@@ -433,7 +458,8 @@ def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
 def _tilings(problem: Problem) -> Iterator[Tiling]:
     """The ways to cut a problem that its kernel can be compiled for, whether or not they fit."""
     for warps, units in itertools.product(_warps(problem), UNITS):
-        chunks, per_tile = -(-problem.size // chunk_width(warps, problem.dtype)), _gates_per_tile(problem, units)
+        chunks = problem.sources * -(-problem.size // chunk_width(warps, problem.dtype))
+        per_tile = _gates_per_tile(problem, units)
         if (1 if problem.backward else per_tile) * units < TILE_ROWS:
             continue
         for rows, slices in ROWS_AND_SLICES:
@@ -446,13 +472,16 @@ def _warps(problem: Problem) -> tuple[int, ...]:
     between. With 4 there are fewer partial sums to add, and no thread without a (row, unit) pair; but a thread then
     holds twice the weights.
     """
-    if problem.size <= chunk_width(8, problem.dtype):
+    size, width = problem.sources * problem.size, chunk_width(8, problem.dtype)
+    if size <= width:
         return (4,)
-    return (4, 8) if problem.size <= 2 * chunk_width(8, problem.dtype) and problem.precision != "ieee" else (8,)
+    return (4, 8) if size <= 2 * width and problem.precision != "ieee" else (8,)
 
 
 def _gates_per_tile(problem: Problem, units: int) -> int:
     """Gates that share a tile of weights forward."""
+    if problem.layers > 1 and CELLS[problem.cell].apart:  # one by one: those apart have two sums each
+        return 1
     if problem.gates % 2 == 0 and units < 64:  # fewer exchanges through shared memory
         return 2 if problem.gates % 4 else 4
     # Of 64 units one gate alone, or a chunk would take half the registers. But two (of the GRU) where the rows of the
@@ -496,8 +525,13 @@ def _residency(problem: Problem, tiling: Tiling) -> Residency | None:
 
     found = [_most_on_chip(problem, tiling, waits) for waits in _waits(problem)]
     found = [r for r in found if r is not None]
-    if tiling.warps < max(_warps(problem)):
-        found = [r for r in found if r.registers == tiling.chunks]  # or 8 warps are better
+    # With 4 warps all in registers, or 8 are better; nor does the compiler pass the weights of both sources of a stack
+    # by the slots of more rows without spilling.
+    wide = problem.layers > 1 and problem.backward and tiling.rows * tiling.slices > TILE_BATCH
+    if tiling.warps < max(_warps(problem)) or (wide and problem.precision != "ieee"):
+        found = [r for r in found if r.registers == tiling.chunks]
+    if problem.layers > 1 and problem.precision != "ieee":  # weights read again in every step are better read once
+        found = [r for r in found if r.registers + r.shared == tiling.chunks]
     return max(found, key=lambda r: (r.registers + r.shared, -cycles(r)), default=None)
 
 
@@ -544,7 +578,10 @@ def _room_words(problem: Problem, tiling: Tiling) -> int:
     addresses = 0 if 90 <= problem.device.arch < 120 else ADDRESS_WORDS
     masked = MASKED_UNITS_WORDS * tiling.pairs if problem.backward and problem.hidden_size % tiling.units != 0 else 0
     beyond = BEYOND_WORDS[problem.backward] * CELLS[problem.cell].beyond * tiling.pairs
-    return room - addresses - masked - beyond - (RAGGED_WORDS if problem.ragged else 0)
+    layered = LAYERED_WORDS[problem.backward] * (3 if problem.precision == "tf32" else 1) if problem.layers > 1 else 0
+    if problem.layers > 1 and problem.ragged:  # sums of both sources apart, for resets
+        layered += _sums(problem) * tiling.units * tiling.rows // 32
+    return room - addresses - masked - beyond - layered - (RAGGED_WORDS if problem.ragged else 0)
 
 
 def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int, shared: int) -> int:
@@ -552,7 +589,7 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
     backward, units, rows = problem.backward, tiling.units, tiling.rows
     # Its warp's sums, the backward two of each, and then as many words of those of all warps.
     accumulators = 2 * (2 if backward else _sums(problem)) * units * rows // 32
-    state = tiling.chunks * slots * rows // 2  # polled at the same time
+    state = tiling.chunks * slots * rows // 2  # polled at the same time, in a stack of both sources
     held = registers + shared
     if held == tiling.chunks:
         needed = state + accumulators
@@ -566,7 +603,8 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
 
 def _sums(problem: Problem) -> int:
     """Tiles of sums that go over the warps at the same time, as tiles.side_by_side makes them."""
-    return 1 if problem.backward else 1 << (problem.gates - 1).bit_length()
+    apart = CELLS[problem.cell].apart if problem.layers > 1 else 0
+    return 1 if problem.backward else 1 << (problem.gates + apart - 1).bit_length()
 
 
 def _scratch_bytes(problem: Problem, tiling: Tiling) -> int:
@@ -582,7 +620,7 @@ def with_batch(p: Plan, device: Device, resident: int) -> Plan:
     """A plan of `exchanging_plans` with its batch slices, launches, predicted time and reason."""
     chunks = p.registers + p.shared + p.streamed
     wanted = -(-p.batch_size // (p.rows * p.slices))
-    launches = -(-wanted // (resident // (p.unit_slices * p.sets)))
+    launches = -(-wanted // (resident // (p.unit_slices * p.sets * p.layers)))
     p = replace(p, batch_slices=-(-wanted // launches), launches=launches)  # even launches
     if p.precision == "ieee":
         reason = "full float32 products go without tensor cores: all weights are read again in every step"
@@ -609,6 +647,9 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
     else:
         tile = FORWARD_TILE + FORWARD_MATRIX * matrices
         tile = (tile + FORWARD_EIGHT_WARPS * (p.warps > 4)) * FORWARD_CLOCKED
+    # A stack's further wait, for what has been there for a step. It and its product may well hide behind the way of the
+    # own state, but no GPU has timed a stack yet: they are counted in full.
+    tile += p.layered * p.waits * POLL_CYCLES / CLOCK / 1e3
     if p.precision == "ieee":
         tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
     chunk_bytes = p.warps * tile_gates * p.units * CHUNK_ROW_BYTES
@@ -652,12 +693,50 @@ def cudnn_microseconds(p: Plan, device: Device, layers: int = 1) -> float:
         memory = 0.0 if weights <= device.l2_bytes else weights / device.memory_gigabytes_per_second / 1e3
         *passes, unit = CUDNN_STEP[p.dtype]
         took = max((passes[p.backward] + unit * p.hidden_size) * p.sets, CUDNN_WORK[p.backward] * product, memory)
+    return max(took - (3 if p.backward else 1) * product_microseconds(p, device), took / 2)
+
+
+def product_microseconds(p: Plan, device: Device) -> float:
+    """What one large product with I = H takes of a step: the input's, for all layers of a plan."""
     share = min(device.multiprocessors * device.gigahertz / (132 * CLOCK), 1.0)
-    products = (3 if p.backward else 1) * product * 1e9 / PRODUCT_OPERATIONS[p.dtype] / share
-    return max(took - products, took / 2)
+    operations = 2 * CELLS[p.cell].gates * p.hidden_size**2 * p.batch_size * p.sets
+    return operations / PRODUCT_OPERATIONS[p.dtype] / share
 
 
 @cache
 def cached_plan(*args, **kwargs) -> Plan | str:
     """`plan`, remembered: it is asked for at every call of a layer."""
     return plan(*args, **kwargs)
+
+
+def in_groups(
+    layers: int, passes: tuple[bool, ...], plan_of: Callable[[int, bool], Plan | str], device: Device
+) -> tuple[tuple[Plan, ...], ...] | str:
+    """How the layers of a stack are best put into launches: of each group of neighbours, from the first layer on, the
+    plans of its passes; or why not even one layer has any.
+
+    passes: for each whether it is the backward. plan_of: the plan of so many layers and a pass. A group has no pass
+    that is slower than its layers one after another. It takes T steps and one more for each further layer, which is not
+    counted, and makes an input part, and its gradient, for its first layer alone.
+    """
+    plans: dict[int, tuple[Plan, ...]] = {}
+    costs: dict[int, float] = {}
+    alone: list[float] = []
+    for size in range(1, layers + 1):
+        found = [plan_of(size, backward) for backward in passes]
+        missing = next((reason for reason in found if isinstance(reason, str)), None)
+        if missing and size == 1:
+            return missing
+        if missing:  # nor do more layers fit
+            break
+        times = [p.microseconds + product_microseconds(p, device) for p in found]
+        alone = times if size == 1 else alone
+        if all(us <= size * one for us, one in zip(times, alone, strict=True)):
+            plans[size], costs[size] = tuple(found), sum(times)
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # of the first 0, 1, ... layers
+    for count in range(1, layers + 1):
+        ways = (
+            (best[count - size][0] + costs[size], (*best[count - size][1], size)) for size in plans if size <= count
+        )
+        best.append(min(ways, key=lambda way: (way[0], len(way[1]))))
+    return tuple(plans[size] for size in best[layers][1])

@@ -117,17 +117,17 @@ def transpose(
 
 @triton.jit(
     do_not_specialize=["R", "B", "I", "fills", "states", "sums", "weights"],
-    do_not_specialize_on_alignment=["h0", "bias_ih_0", "bias_ih_1", "bias_hh_0", "bias_hh_1"],
+    do_not_specialize_on_alignment=["h0", "bias_ih_0", "bias_ih_1", "bias_hh_0", "bias_hh_1", "bias", "bias_hn"],
 )
 def prepare_forward(
     y, h0, bias_ih_0, bias_ih_1, bias_hh_0, bias_hh_1, bias, bias_hn, weight_hh_0, weight_hh_1, weight_hh, weight_ih_0,
     weight_ih_1, weight_ih, R, B, I, fills, states, sums, weights, G: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
-    N: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """y [B+R+B, N, HS]: h0 at both ends, unwritten between; biases folded; weights of two sets side by side, padded.
 
-    fills, states, sums, weights: programs of the jobs, one after another; the rest copies weight_ih. A tensor of each
-    set, `_0` and `_1`; None where there is no such job, or no such set.
+    fills, states, sums, weights: programs of the jobs, one after another; the rest copies weight_ih, rows padded to
+    PADDED. A tensor of each set, `_0` and `_1`; None where there is no such job, or no such set.
     """
     job = tl.program_id(0)
     if job < fills:
@@ -146,7 +146,7 @@ def prepare_forward(
     else:
         if weight_ih is not None:
             block = job - fills - states - sums - weights
-            side_by_side(weight_ih_0, weight_ih_1, weight_ih, block, G * H, I, None, BLOCK)
+            side_by_side(weight_ih_0, weight_ih_1, weight_ih, block, G * H, I, PADDED, BLOCK)
 
 
 @triton.jit(do_not_specialize=["R", "B", "fills", "zeros", "states"], do_not_specialize_on_alignment=["state_0"])

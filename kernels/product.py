@@ -111,9 +111,10 @@ def hold_alone(weight, first: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def hold_weights(weight, unit, C: tl.constexpr):
-    """The `Weights` of a program whose first unit is `unit`, from those of its set."""
-    held, streamed = (), ()
+def hold_weights(weight, me, C: tl.constexpr):
+    """The `Weights` of a program, from those of all sets."""
+    weight += me.n.to(tl.int64) * (C.G * C.HS * (C.HS if C.BACKWARD else C.H))
+    unit, held, streamed = me.unit, (), ()
     if C.ALONE:
         for first in tl.static_range(0, C.G, C.STACK):
             held = held + (hold_alone(weight, first, C),)

@@ -6,7 +6,8 @@ was cut, `Program` which part is this program's, a `Place` which rows and units 
 it is.
 
 Every buffer is [rows, N, width]: a row for each row of the batch at each step (or for the batch once), in it the N
-weight sets, in each of them the values of all units. `entry` makes the addresses in them.
+weight sets, in each of them the values of all units. `entry` makes the addresses in them. The layers of a stack are
+weight sets with buffers [rows, 1, width] of their own, layer after layer: `of_layer`.
 
 What is optional costs nothing where it is absent: a helper then returns True or False, a constant, and the compiler
 drops the mask or the choice that it was for.
@@ -38,7 +39,7 @@ class Sizes(NamedTuple):
     QUIET: Any  # backward: where all is zero, the cell makes zeros
     H: Any  # hidden units
     HS: Any  # H padded to whole 16-byte loads
-    N: Any  # weight sets: directions of a layer, members of an ensemble
+    N: Any  # weight sets side by side in a row: directions of a layer, members of an ensemble
     REVERSED: Any  # which of them run backwards in time: 0 none, 1 all, 2 every second one
     UB: Any  # units of a program
     NB: Any  # rows of a sub-slice
@@ -60,29 +61,50 @@ class Sizes(NamedTuple):
     ALONE: Any  # one program holds all units: nothing is exchanged
     SHAPE: Any  # of a sub-slice's tiles: rows x units, or, alone, a lone tile (tiles.py)
     STACK: Any  # states that a lone program multiplies at once
+    APART: Any  # of so many of the last gates, what the layer below adds stays apart from what the own state adds
+    OTHER: Any  # for layers of a stack the `Sizes` of the second source of a step, with its weights' REGISTERS and
+    # HELD; else None
 
 
 stack = triton.constexpr_function(stacked)
 
 
 @triton.constexpr_function
+def compile_time(known):
+    """`Sizes` as a compiled kernel takes them."""
+    if triton.knobs.runtime.interpret:
+        return known
+    return Sizes(*(tl.constexpr(compile_time(value) if isinstance(value, Sizes) else value) for value in known))
+
+
+@triton.constexpr_function
 def sizes(
     G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
-    PRECISION, ALONE, E=1, READS_H=False, QUIET=True, PER=1, BACKWARD=False, WAITS=1,
+    PRECISION, ALONE, E=1, READS_H=False, QUIET=True, PER=1, BACKWARD=False, WAITS=1, LAYERED=False,
+    APART=0,
 ):  # fmt: skip
     """`Sizes` from the compile-time arguments of a kernel. (All is computed here, because Triton's cache of compiled
     kernels sees this function change, and not the class.)
+
+    LAYERED: the sets of the launch are layers of a stack. REGISTERS and SHARED then count the chunks of both sources,
+    its own state's first.
     """
     K = chunk_values(DTYPE)
+    CHUNKS, HELD = -(-HS // (S * K)), REGISTERS + SHARED
     known = Sizes(
         G=G, E=E, STATES=STATES, CARRIED=CARRIED, SAVED=min(SAVES, G), FURTHER=max(SAVES - G, 0),
         PLANES=STATES + max(SAVES - G, 0) + int(READS_H), PARAMETERS=PARAMETERS, QUIET=QUIET, H=H, HS=HS, N=N,
-        REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K, WIDE=wide(DTYPE, NB), CHUNKS=-(-HS // (S * K)),
+        REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K, WIDE=wide(DTYPE, NB), CHUNKS=CHUNKS,
         STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32, REGISTERS=REGISTERS,
-        HELD=REGISTERS + SHARED, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION,
+        HELD=HELD, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION,
         ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB), STACK=stack(G, BACKWARD, PRECISION),
+        APART=APART if LAYERED else 0, OTHER=None,
     )  # fmt: skip
-    return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
+    if LAYERED:
+        own = known._replace(REGISTERS=min(REGISTERS, CHUNKS), HELD=min(HELD, CHUNKS))
+        other = known._replace(REGISTERS=REGISTERS - own.REGISTERS, HELD=HELD - own.HELD)
+        known = own._replace(OTHER=other)
+    return compile_time(known)
 
 
 class Program(NamedTuple):
@@ -94,6 +116,7 @@ class Program(NamedTuple):
     last: Any  # the last row of the batch that exists, counted from `first`
     unit: Any  # its first unit
     one: Any  # 1, but the compiler cannot know it: it unrolls no loop with such a stride
+    edge: Any  # the layer of a stack that no other one feeds: the first; backward the last
 
 
 @triton.jit
@@ -108,7 +131,14 @@ def this_program(begin, B, C: tl.constexpr):
         last=(B - 1 - first).to(tl.int32),
         unit=tl.program_id(0) * C.UB,
         one=tl.where(B > 0, 1, 2),
+        edge=tl.num_programs(2) - 1 if C.BACKWARD else 0,
     )
+
+
+@triton.jit
+def of_layer(p, me, rows, WIDTH: tl.constexpr, C: tl.constexpr):
+    """A buffer [L, rows, 1, WIDTH] of a stack, from the program's layer on; any other one as it is."""
+    return p if p is None or C.OTHER is None else p + me.n.to(tl.int64) * rows * WIDTH
 
 
 class Place(NamedTuple):
@@ -136,14 +166,15 @@ def place_of(me, j: tl.constexpr, T, lengths, C: tl.constexpr):
         b, units = j * C.NB + tl.arange(0, C.NB)[:, None], me.unit + tl.arange(0, C.UB)[None, :]
     inside = tl.minimum(b, me.last)
     polled = tl.minimum(j * C.NB + vector_rows(C.NB), me.last)
+    column = me.n if C.OTHER is None else 0  # of its set in a row
     return Place(
         row=me.first + inside,
-        at=inside * C.N + me.n,
+        at=inside * C.N + column,
         units=units,
         exists=True if C.H % C.UB == 0 else units < C.H,
         own=(b <= me.last) & (units < C.HS),
         length=T if lengths is None else tl.load(lengths + me.first + inside),
-        polled=(polled * C.N + me.n) * (C.E * C.WORDS) + vector_words(C.S),
+        polled=(polled * C.N + column) * (C.E * C.WORDS) + vector_words(C.S),
         polled_length=T if lengths is None else tl.load(lengths + me.first + polled),
     )
 
@@ -251,16 +282,16 @@ def starts_anew(resets, t, exists, place, B):
 
 
 @triton.jit
-def source(p, row, fallback, place, s, t, lengths, C: tl.constexpr):
-    """Pointers to the tile that a place polls in step number s: at `row`, where the step before it, t, begins, or, for
-    rows whose sequence has no such step, at `fallback`, rows that were filled before the launch.
+def source(p, row, fallback, place, exists, t, lengths, C: tl.constexpr):
+    """Pointers to the tile that a place polls: at `row`, where step t begins, if it `exists`, or, for rows whose
+    sequence has no such step, at `fallback`, rows that were filled before the launch.
     """
     there = p + row * (C.N * C.E * C.WORDS) + place.polled
     if lengths is None:
         return there
     else:
         filled = p + fallback * (C.N * C.E * C.WORDS) + place.polled
-        return tl.where((s > 0) & (t < place.polled_length), there, filled)
+        return tl.where(exists & (t < place.polled_length), there, filled)
 
 
 # Loads and stores of a tile -------------------------------------------------------------------------------------------
@@ -282,11 +313,11 @@ def load_or_zero(p, row, place, mask, WIDTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_gates(p, row, place, mask, COUNT: tl.constexpr, C: tl.constexpr):
-    """The first COUNT tiles of a buffer [rows, N, G*H], as stored; zeros where the mask is false."""
+def load_gates(p, mask, COUNT: tl.constexpr, C: tl.constexpr):
+    """COUNT tiles, H values apart, of which p points to the first, as stored; zeros where the mask is false."""
     x = ()
     for g in tl.static_range(COUNT):
-        x = x + (tl.load(entry(p, row, place, C.G * C.H, C) + g * C.H, mask=mask, other=0.0),)
+        x = x + (tl.load(p + g * C.H, mask=mask, other=0.0),)
     return x
 
 

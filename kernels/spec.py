@@ -161,6 +161,11 @@ class Cell:
         """Whether a forward that saves "nothing", "lean" or "full" writes aux."""
         return (saving == "full" and self.planes > 0) or (saving == "lean" and len(self.states) > 0)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the layers of a stack may run side by side: the gates apart have sums of their own for the input."""
+        return not self.parameters and self.gates + self.apart <= MOST_GATES
+
     def function(self, which: str) -> Any:
         """A Triton function by its name in FUNCTIONS."""
         return imported(getattr(self, which))

@@ -73,8 +73,13 @@ def short() -> list[Case]:
     return product(["lstm", "gru"], ["bfloat16"], [128, 256, 512], [16, 64], [32, 64, 128])
 
 
+def stacks() -> list[Case]:
+    """Layers upon layers, which may run side by side: against "layer by layer", and against cuDNN."""
+    return product(["lstm", "gru"], ["bfloat16", "float16"], [256, 512, 1024], [16, 64], [1024], [2, 4, 8])
+
+
 def full() -> list[Case]:
-    """Everything, the core first: thousands of cases, which --resume fills in over time."""
+    """Everything, the core and stacks first: thousands of cases, which --resume fills in over time."""
     everything = product(
         ["lstm", "gru", "rnn_tanh"],
         ["bfloat16", "float16", "float32"],
@@ -84,7 +89,7 @@ def full() -> list[Case]:
         [1, 2, 4],
         [1, 2],
     )
-    return list(dict.fromkeys([*core(), *everything]))
+    return list(dict.fromkeys([*core(), *stacks(), *everything]))
 
 
 def quick() -> list[Case]:
@@ -106,7 +111,7 @@ def tiny() -> list[Case]:
     ]
 
 
-GRIDS = {"quick": quick, "core": core, "long": long, "short": short, "full": full, "tiny": tiny}
+GRIDS = {"quick": quick, "core": core, "long": long, "short": short, "stacks": stacks, "full": full, "tiny": tiny}
 
 
 def selected(cases: list[Case], conditions: list[str]) -> list[Case]:

@@ -79,8 +79,8 @@ class TorchNN:
 class RnnGpu:
     """This library, on one of its backends; on a CPU on "torch", PyTorch's own kernels."""
 
-    def __init__(self, name: str = "rnn_gpu", backend: str = "triton", memory: str = "full"):
-        self.name, self.backend, self.memory = name, backend, memory
+    def __init__(self, name: str = "rnn_gpu", backend: str = "triton", memory: str = "full", side_by_side: bool = True):
+        self.name, self.backend, self.memory, self.side_by_side = name, backend, memory, side_by_side
 
     def version(self) -> str:
         """Of the package."""
@@ -103,7 +103,11 @@ class RnnGpu:
                 detail = f"auto: {choice.name}"
 
         def call(x: Tensor) -> Tensor:
-            with rnn_gpu.backend(backend), rnn_gpu.memory(self.memory):
+            with contextlib.ExitStack() as settings:
+                settings.enter_context(rnn_gpu.backend(backend))
+                settings.enter_context(rnn_gpu.memory(self.memory))
+                if not self.side_by_side:
+                    settings.enter_context(backends.layer_by_layer())
                 return layer(x)[0]
 
         return Candidate(call, dict(layer.named_parameters()), detail)
@@ -276,6 +280,7 @@ PROVIDERS = {
         RnnGpu(),
         RnnGpu("auto", "auto"),
         RnnGpu("lean", memory="lean"),
+        RnnGpu("layer by layer", side_by_side=False),
         TorchNN(),
         CompiledCells(),
         FlashRNN(),

@@ -35,7 +35,7 @@ ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made f
 # What makes one compiled kernel different from another; the batch size itself does not.
 KEY = (
     "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
-    "registers", "shared", "waits", "gates_per_tile",
+    "registers", "shared", "waits", "gates_per_tile", "layered",
 )  # fmt: skip
 NAMED = {name: name for name in BUILT_IN} | {layer.__name__: layer.mode for layer in zoo.ZOO}  # cells, as asked for
 COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MUFU")
@@ -122,6 +122,10 @@ def documented(arch: int) -> dict[str, list[Plan]]:
         plan(cell, hidden_size, 16, 1, "bfloat16", device, backward)
         for cell, backward, hidden_size in itertools.product(cells, passes, sizes)
     ]
+    stacks = [
+        plan(cell, hidden_size, 16, 1, "bfloat16", device, backward, layers=4)
+        for cell, backward, hidden_size in itertools.product(cells, passes, (256, 512))
+    ]
     small = [
         plan(cell, hidden_size, 16, 1, "float32", device, backward, precision)
         for (precision, hidden_size), backward, cell in itertools.product((("tf32", 64), ("ieee", 32)), passes, cells)
@@ -131,6 +135,7 @@ def documented(arch: int) -> dict[str, list[Plan]]:
         f"16 rows, as planned for an {device.name}": planned,
         "One program for all units, float32": small,
         "16 units and 4 x 8 rows a program": of_slices,
+        f"Four layers side by side, 16 rows, as planned for an {device.name}": stacks,
     }
 
 

@@ -71,6 +71,7 @@ def positive_integer(name: str, value: Any) -> int:
 _backend: Backend = choice_from_environment("RNN_GPU_BACKEND", BACKENDS)
 _memory: Memory = choice_from_environment("RNN_GPU_MEMORY", MEMORY)
 _max_programs = integer_from_environment("RNN_GPU_MAX_PROGRAMS", None)
+_wavefront = True
 _allow_alone = integer_from_environment("RNN_GPU_ALONE", 1, largest=1, smallest=0) == 1
 
 
@@ -186,6 +187,22 @@ def always_exchange() -> Iterator[None]:
         yield
     finally:
         _allow_alone = before
+
+
+@contextlib.contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Within this context, the layers of a stack run one after another: for tests, and to compare."""
+    global _wavefront
+    before, _wavefront = _wavefront, False
+    try:
+        yield
+    finally:
+        _wavefront = before
+
+
+def side_by_side() -> bool:
+    """Whether the layers of a stack may run side by side now."""
+    return _wavefront
 
 
 def transforming() -> bool:
@@ -357,18 +374,45 @@ def plan_for(
     under: tuple[int, bool] | None = None,
     precision: str | None = None,
     saving: str = "full",
+    layers: int = 1,
 ) -> planning.Plan | str:
     """The plan of one pass, or why there is none: the one that was measured to be the fastest, or the model's.
 
     ragged: rows end early or start anew. under: `limits`, or now's. precision: of float32 products; None: as PyTorch's
-    switches say. saving: what a forward keeps, for what was measured.
+    switches say. saving: what a forward keeps, for what was measured. layers: that run
+    side by side; measured are plans of one by itself alone.
     """
     cap, alone = limits() if under is None else under
     problem = cell, hidden_size, batch_size, sets, dtype, device, backward
     precision, found = precision or precision_of(dtype), None
-    if measured.anything():
+    if layers == 1 and measured.anything():
         found = measured.plan(measured.key_of_plan(*problem, precision, ragged, (cap, alone), saving))
-    return planning.cached_plan(*problem, precision, cap or None, alone, ragged, found)
+    return planning.cached_plan(*problem, precision, cap or None, alone, ragged, found, layers)
+
+
+def groups_for(
+    problem: Sizes,
+    device: planning.Device,
+    training: bool,
+    ragged: bool,
+    layers: int,
+    under: tuple[int, bool] | None = None,
+    precision: str | None = None,
+    saving: str = "full",
+) -> tuple[tuple[planning.Plan, ...], ...] | str:
+    """The launches of a stack: of each group of its layers the plans of the passes (`kernels.plan.in_groups`); or why
+    there is none. The same groups in training and in inference, where there is a backward: so are the results.
+    """
+    plan_of = lambda size, backward: plan_for(
+        *problem, device, backward, ragged, under=under, precision=precision, saving=saving, layers=size
+    )
+    passes, together = (False, True) if training else (False,), layers if _wavefront else 1
+    found = planning.in_groups(together, (False, True) if together > 1 else passes, plan_of, device)
+    if isinstance(found, str) and not training:
+        found = planning.in_groups(together, passes, plan_of, device)
+    if isinstance(found, str):
+        return found
+    return tuple(plans[: len(passes)] for plans in found) * (layers // together)
 
 
 def limits() -> tuple[int, bool]:
@@ -383,12 +427,14 @@ class Choice(NamedTuple):
     """A backend, "triton" or "torch", the reason, and the plans of the passes where the kernels could serve.
 
     measured: when the two backends were timed against each other, "" where the reason is an estimate or there is none.
+    groups: those of each group of a stack's layers that run side by side; plans: of the first group.
     """
 
     name: str
     reason: str
     plans: tuple[planning.Plan, ...] = ()
     measured: str = ""
+    groups: tuple[tuple[planning.Plan, ...], ...] = ()
 
 
 def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> Sizes:
@@ -426,7 +472,7 @@ def kernels_for(
     """
     problem, saving = _problem(module, batch_size, dtype), saving_of(module, training)
     layers = module.num_layers, heads_of(module)
-    choice = _weighed(problem, device, training, ragged, precision, layers, saving)
+    choice = _weighed(problem, device, training, ragged, precision, layers, saving, _together(module))
     if choice.plans and choice.name == "torch" and beyond_aten(module):
         return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
     if not choice.plans or not measured.anything() or beyond_aten(module):
@@ -436,7 +482,14 @@ def kernels_for(
         return choice
     both = " forward and backward" if training else ""
     reason = f"measured {found.when}: {found.ours:.2f} us a step{both}, PyTorch's own {found.theirs:.2f}"
-    return Choice(found.name, reason, choice.plans, found.when)
+    return choice._replace(name=found.name, reason=reason, measured=found.when)
+
+
+def _together(module: torch.nn.RNNBase) -> int:
+    """How many layers of a module may run side by side: all, where what is between them is known within a launch."""
+    dropped = module.training and module.dropout > 0
+    one_by_one = module.bidirectional or module.proj_size or heads_of(module) > 1 or dropped or beyond_aten(module)
+    return 1 if one_by_one else module.num_layers
 
 
 def beyond_aten(module: Any) -> bool:
@@ -475,23 +528,23 @@ def _weighed(
     precision: str | None = None,
     layers: tuple[int, int] = (1, 1),
     saving: str = "full",
+    together: int = 1,
 ) -> Choice:
-    """The same by the estimates alone, for a `_problem` of a module with so many layers and heads."""
+    """The same by the estimates alone, for a `_problem` of a module with so many layers and heads; together: of which
+    layers so many may run side by side.
+    """
     if reason := CELLS[problem[0]].without_kernels:
         return Choice("torch", f"{reason}: it runs as a loop over time in PyTorch, by its step")
-    plans = []
-    for backward in (False, True) if training else (False,):
-        found = plan_for(*problem, device, backward, ragged, precision=precision, saving=saving)
-        if isinstance(found, str):
-            return Choice("torch", found)
-        plans.append(found)
-    ours = sum(p.microseconds for p in plans)
+    groups = groups_for(problem, device, training, ragged, together, precision=precision, saving=saving)
+    if isinstance(groups, str):
+        return Choice("torch", groups)
+    ours = sum(p.microseconds for plans in groups for p in plans) / together
     estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}"
     if CELLS[problem[0]].mode is None:
-        return Choice("triton", f"{estimate}; PyTorch has no such layer", tuple(plans))
-    theirs = sum(cudnn_microseconds(p, device, *layers) for p in plans)
-    estimate += f", cuDNN {theirs:.1f}"
-    return Choice("triton" if ours <= theirs else "torch", estimate, tuple(plans))
+        return Choice("triton", f"{estimate}; PyTorch has no such layer", groups[0], groups=groups)
+    theirs = sum(cudnn_microseconds(p, device, *layers) for p in groups[0])
+    estimate += f", cuDNN {theirs:.1f}{', for each layer' if together > 1 else ''}"
+    return Choice("triton" if ours <= theirs else "torch", estimate, groups[0], groups=groups)
 
 
 def cudnn_microseconds(p: planning.Plan, device: planning.Device, layers: int, heads: int = 1) -> float:
@@ -561,7 +614,8 @@ def choose(
     precision = precision_of("float32") if dtype == torch.float32 else None
     sizes = module.mode, module.hidden_size, heads_of(module), module.num_layers, module.bidirectional
     kind = *sizes, batch_size, dtype, input.device
-    key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, precision, beyond_aten(module)
+    choices = precision, beyond_aten(module), _wavefront, _together(module)
+    key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, *choices
     if measured.anything():  # which is of all that its key says
         key = *key, saving_of(module, training), module.proj_size, other_weights(module)
     choice = _chosen.get(key)

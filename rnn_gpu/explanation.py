@@ -13,12 +13,32 @@ from .kernels.spec import CELLS
 def _pass_lines(plan: Plan, device: Device, layers: int, heads: int) -> list[str]:
     name = "backward" if plan.backward else "forward"
     known = CELLS[plan.cell].mode is not None  # to PyTorch
-    theirs = f"; cuDNN {backends.cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
+    theirs = f"; cuDNN {plan.layers * backends.cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
+    of_layers = f" of {plan.layers} layers" if plan.layered else ""
     return [
         f"  {name}: {plan}",
         f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
-        f"    estimated {plan.microseconds:.2f} us a step{theirs}",
+        f"    estimated {plan.microseconds:.2f} us a step{of_layers}{theirs}",
     ] + ([f"    chosen because it was the fastest when it was measured, {plan.measured}"] if plan.measured else [])
+
+
+def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...]) -> str:
+    """Which layers of a stack run side by side, and why not more."""
+    sizes = [plans[0].layers for plans in groups]
+    if layer.bidirectional:
+        return "layers: one after another: a layer waits for all steps of both directions below"
+    if layer.proj_size > 0:
+        return "layers: one after another: a projected state is made outside of the kernels"
+    if layer.training and layer.dropout > 0:
+        return "layers: one after another: dropout between them is drawn outside of the kernels (in training)"
+    if backends.heads_of(layer) > 1:
+        return "layers: one after another: the input of a layer with heads is that of all heads"
+    if backends.beyond_aten(layer):
+        return "layers: one after another: gradients are clipped, or c of every step is asked for, layer by layer"
+    if max(sizes) == 1:
+        return "layers: one after another: side by side their weights do not stay on the chip, or a step takes longer"
+    launches = ", ".join(f"{size} side by side" if size > 1 else "1 by itself" for size in sizes)
+    return f"layers: {launches}, each a step behind the one below (in an eager call; compiled, one after another)"
 
 
 def _projection_line(layer: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:
@@ -52,8 +72,11 @@ def _layer_lines(
         f"{'training' if training else 'inference'}",
         f"backend 'auto' takes {choice.name}: {choice.reason}",
     ]
-    for plan in choice.plans:
-        lines += _pass_lines(plan, gpu, layer.num_layers, heads)
+    if layer.num_layers > 1 and choice.plans:
+        lines.append(_layers_line(layer, choice.groups))
+    for plans in dict.fromkeys(choice.groups or (choice.plans,)):
+        for plan in plans:
+            lines += _pass_lines(plan, gpu, layer.num_layers, heads)
     if choice.plans and layer.proj_size > 0:
         lines.append(_projection_line(layer, choice.plans))
     if not choice.plans:

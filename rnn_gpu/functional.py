@@ -12,6 +12,7 @@ from .operators import EagerLayer, Layer, run_directly, stacked
 from .projection import combined, projected
 from .rows import Rows
 from .second_order import reference_layer
+from .wavefront import groups, side_by_side
 
 
 def recurrent_stack(
@@ -41,10 +42,11 @@ def recurrent_stack(
     plain = not call.projected and not call.beyond_aten
     if call.route == "direct" and call.saving == "nothing" and plain and count > call.sets:
         whole = final_states(call, rows, input, weights, count)
-    h_n, c_n, cells = [], [], None
-    for first in range(0, count, call.sets):
-        sets = slice(first, first + call.sets)
+    h_n, c_n, cells, first = [], [], None, 0
+    for layers in groups(call, weights[1].shape[1], input, rows, count // call.sets, dropout):
+        sets = slice(first, first + layers * call.sets)
         mine = weights[first * each : sets.stop * each]
+        first = sets.stop
         kinds = [mine[i::each] for i in range(each)]  # of each kind of weight, those of all directions
         parameters = None
         if own:  # [N, P*H]
@@ -54,14 +56,17 @@ def recurrent_stack(
         weight_hr = kinds.pop() if call.projected else None
         states = h0, c0
         # A slice of all would cost its gradient a copy; but Dynamo takes no tensor twice, as h0 and c0.
-        if count > call.sets or call.route != "direct":
+        if count > len(kinds[0]) or call.route != "direct":
             states = [None if state is None else state[sets] for state in states]
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states, parameters)
-        if whole is None:
+        places = (None, None) if whole is None else (whole[0][sets], None if whole[1] is None else whole[1][sets])
+        if layers > 1:
+            y, h, c = side_by_side(inputs, rows, call, *places)
+        elif whole is None:
             of_layer = call if sets.stop == count else call._replace(cells=False)
             y, h, c, cells = ROUTES[call.route](inputs, drawn(call, rows, input, mine[1]), of_layer)
         else:
-            y, h, c, *_ = run_directly(inputs, rows, call, whole[0][sets], None if whole[1] is None else whole[1][sets])
+            y, h, c, *_ = run_directly(inputs, rows, call, *places)
         h_n.append(h)
         c_n.append(c)
         input = y.flatten(1)

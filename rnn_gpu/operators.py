@@ -32,10 +32,13 @@ SAVING = ("nothing", "lean", "full")
 _plans: dict[tuple, Plan] = {}
 
 
-def _plan(call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool, ragged: bool) -> Plan:
-    """The plan of one pass; RuntimeError where there is none."""
+def plan_of(
+    call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool, ragged: bool, layers: int = 1
+) -> Plan:
+    """The plan of one pass, of so many layers side by side; RuntimeError where there is none."""
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
-    key = call.cell, hidden_size, like.dtype, like.device, batch, call.sets, backward, ragged, call.limits, precision
+    place = hidden_size, like.dtype, like.device, batch, call.sets, ragged, layers
+    key: tuple = call.cell, backward, call.limits, precision, *place
     if not backward:
         key = *key, call.saving
     plan = _plans.get(key)
@@ -43,7 +46,7 @@ def _plan(call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool
         cell = known(call.cell)
         name, device = backends.name_of(like.dtype), backends.device_of(like.device)
         problem = call.cell, hidden_size, batch, call.sets, name, device, backward, ragged
-        plan = backends.plan_for(*problem, call.limits, saving=call.saving)
+        plan = backends.plan_for(*problem, call.limits, saving=call.saving, layers=layers)
         if isinstance(plan, str):
             raise RuntimeError(f"rnn_gpu: no plan for {cell.name}: {plan}")
         if like.device.index is not None or like.device.type != "cuda":
@@ -97,7 +100,7 @@ def recurrence(
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
-    plan = _plan(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
+    plan = plan_of(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     how = dict(parameters=parameters, rates=(rate_h, rate_c))
     results = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
     return tuple(x_part.new_empty(0) if one is None else one for one in results)
@@ -439,15 +442,21 @@ def gradients_by_set(
 
     backward: the operator, or the function that is its body. saved: y, gates, aux, carries.
     """
-    (y, gates, aux, carries), cell, (lengths, resets) = saved, CELLS[call.cell], (rows.lengths, rows.resets)
-    wanted = Inputs(*need)
-    if cell.saves and gates.numel() == 0 < y.numel():
+    y, gates, aux, carries = saved
+    if CELLS[call.cell].saves and gates.numel() == 0 < y.numel():
         gates, aux = gates_again(inputs, rows, call, y, aux, carries)
     how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip, *call.kernel_rates
-    h0, d_h_n = inputs.h0, d_outputs[1]
-    states = h0, inputs.c0, inputs.parameters
-    left = gates, aux, carries, y
-    d_gates, d_carry_0, d_parameters, d_kept_0 = backward(*d_outputs, inputs.weight_hh, *left, *states, *rows[2:], *how)
+    left, states = (gates, aux, carries, y), (inputs.h0, inputs.c0, inputs.parameters)
+    found = backward(*d_outputs, inputs.weight_hh, *left, *states, *rows[2:], *how)
+    return products_by_set(call, Inputs(*need), d_outputs[1], inputs, rows, y, *found)
+
+
+def products_by_set(
+    call: Call, wanted: Inputs, d_h_n: Tensor | None, inputs: Inputs, rows: Rows, y: Tensor, d_gates: Tensor,
+    d_carry_0: Tensor | None, d_parameters: Tensor | None, d_kept_0: Tensor | None,
+) -> tuple[Tensor | list[Tensor] | None, ...]:  # fmt: skip
+    """The same from what the recurrence backwards gave, as launch.backward does; y [R, N, H]."""
+    cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
     (count, sets, _), size = y.shape, cell.gates * y.shape[2]
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
@@ -577,7 +586,7 @@ def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = No
     from .kernels import launch
 
     input, weight_hh = inputs.input, inputs.weight_hh
-    plan = _plan(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
+    plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
     weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), launch.sent(inputs.h0, rows)
     begun = launch.begin(plan, rows, input.shape[0], sent, *weights)
     gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (call.sets, -1))
@@ -601,7 +610,7 @@ def recurrence_backward_directly(
         Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c),
         Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone)),
     )
-    plan = _plan(call, y.shape[2], y, batch, True, rows.ragged)
+    plan = plan_of(call, y.shape[2], y, batch, True, rows.ragged)
     gates = gates if CELLS[cell].saves else None
     how = h0, c0, rows, reversed_sets, d_cells, clip, parameters, (rate_h, rate_c), carries
     return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, *how)

@@ -27,6 +27,8 @@ LAYERS = {
     "LSTM, no biases": dict(bias=False),
     "LSTM, odd size": dict(hidden_size=37),
     "LSTM, alone": dict(hidden_size=16),
+    "LSTM, 4 layers": dict(hidden_size=256, num_layers=4),
+    "GRU, 3 layers": dict(hidden_size=256, num_layers=3),
 }
 
 
@@ -99,6 +101,8 @@ MOST = {
     "GRU, both directions, 2 layers": (6, 31),
     "LSTM, both directions, 2 layers": (9, 32),  # with three kernels for dropout, and one for its gradient
     "LSTM, projected": (6, 20),  # three products forward, and their gradients
+    "LSTM, 4 layers": (7, 32),  # side by side; one after another they take 12 and 42
+    "GRU, 3 layers": (6, 28),
 }
 
 

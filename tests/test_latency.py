@@ -154,7 +154,7 @@ def bounded() -> list:
         for p in plans:
             way = "backward" if p.backward else "forward"
             name = f"{p.cell}-{way}-H{p.hidden_size}-{p.dtype}-{p.precision}-{p.slices}-{p.units}"
-            if isinstance(p, Plan) and not p.alone and name not in seen:
+            if isinstance(p, Plan) and not (p.alone or p.layered) and name not in seen:
                 seen.add(name)
                 often = p.hidden_size in (256, 512) and p.cell == "lstm" and p.slices == 1
                 found.append(pytest.param(p, id=name, marks=[] if often else [pytest.mark.slow]))

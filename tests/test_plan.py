@@ -22,6 +22,7 @@ from rnn_gpu.kernels.plan import (
     cached_plan,
     cudnn_microseconds,
     exchanging_plans,
+    in_groups,
     plan,
     preferred,
     with_batch,
@@ -209,6 +210,86 @@ def test_an_empty_batch_has_a_plan():
     """Catches a division by no rows."""
     for allow_alone in (False, True):
         assert isinstance(plan("lstm", 64, 0, 1, "float16", DEVICES["h200"], allow_alone=allow_alone), Plan)
+
+
+LAYERS = st.integers(2, 12)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    cell=st.sampled_from(list(CELLS)),
+    hidden_size=st.integers(1, 1500),
+    batch=st.integers(1, 200),
+    layers=LAYERS,
+    kind=st.sampled_from(KINDS),
+    device=st.sampled_from(list(DEVICES)),
+    backward=st.booleans(),
+    cap=st.none() | st.integers(1, 200),
+    ragged=st.booleans(),
+)
+def test_layers_side_by_side_fit_or_there_is_a_reason(
+    cell, hidden_size, batch, layers, kind, device, backward, cap, ragged
+):
+    """Catches layers that do not all run at the same time, weights of one of the sources that are nowhere or are read
+    in every step, a GRU whose last gate has no sum for its input.
+    """
+    p = plan(
+        cell, hidden_size, batch, 1, kind[0], DEVICES[device], backward, kind[1], cap, ragged=ragged, layers=layers
+    )  # fmt: skip
+    if isinstance(p, str):
+        assert str(hidden_size) in p and f"{layers} layers" in p
+        return
+    size, limit = padded(hidden_size, kind[0]), DEVICES[device].multiprocessors
+    assert p.layers == layers and not p.alone and p.shared_bytes <= DEVICES[device].shared_memory
+    assert p.programs == p.unit_slices * p.batch_slices * layers <= min(cap or limit, limit)
+    assert p.units * p.unit_slices >= size > p.units * (p.unit_slices - 1)
+    covered = p.rows * p.slices * p.batch_slices
+    assert covered * p.launches >= batch > covered * (p.launches - 1)
+    assert p.registers + p.shared + p.streamed == 2 * -(-size // chunk_width(p.warps, kind[0]))
+    assert p.streamed == 0 or kind[1] == "ieee"
+    assert backward or CELLS[cell].gates != 3 or p.gates_per_tile == 1
+    assert (1 if backward else p.gates_per_tile) * p.units >= 16
+
+
+def grouped(cell, hidden_size, batch, layers, passes=(False, True), cap=None, device="h200"):
+    def plan_of(size, backward):
+        return plan(
+            cell, hidden_size, batch, 1, "float16", DEVICES[device], backward, max_programs=cap, layers=size
+        )  # fmt: skip
+
+    return in_groups(layers, passes, plan_of, DEVICES[device]), plan_of
+
+
+def test_a_stack_is_put_into_the_launches_that_take_the_least():
+    """Catches layers that are left out or done twice, groups that fit and are not taken."""
+    for hidden_size, layers, cap, expected in (
+        (256, 8, None, [8]), (512, 4, None, [4]), (512, 2, None, [2]), (1024, 2, None, [1, 1]), (512, 4, 64, [2, 2]),
+        (512, 3, 64, [2, 1]), (256, 3, 16, [1, 1, 1]),
+    ):  # fmt: skip
+        found, plan_of = grouped("lstm", hidden_size, 16, layers, cap=cap)
+        sizes = [plans[0].layers for plans in found]
+        assert sum(sizes) == layers and all(a.layers == b.layers for a, b in found)
+        assert sorted(sizes, reverse=True) == expected, (hidden_size, layers, cap, sizes)
+        for plans in found:
+            for p in plans:
+                assert p.microseconds <= plan_of(1, p.backward).microseconds * p.layers * 1.3
+
+
+def test_no_pass_of_a_group_is_slower_than_its_layers_one_by_one():
+    """Catches inference that pays for what training gains, since both take the same groups."""
+    for hidden_size in (16, 64, 128, 200, 512, 1024):
+        for layers in (2, 3, 8):
+            found, plan_of = grouped("gru", hidden_size, 64, layers)
+            for backward in (False, True):
+                one = plan_of(1, backward).microseconds
+                product = 2 * 3 * hidden_size**2 * 64 / 400e6  # no group makes more than its first layer's
+                assert sum(p[backward].microseconds for p in found) <= layers * (one + product)
+
+
+def test_no_plan_of_one_layer_is_none_of_a_stack():
+    """Catches an exception, or no launches, where not even one layer fits."""
+    found, _ = grouped("lstm", 1024, 16, 3, cap=2)
+    assert isinstance(found, str) and "1024" in found
 
 
 def test_plans_are_values():

@@ -215,6 +215,59 @@ def test_the_tightest_lone_kernel_has_room_for_ragged_rows_or_is_not_taken(dtype
         assert_sound(p, compile_plan(p, 80, "packed"))
 
 
+STACKS = [
+    (90, "lstm", "bfloat16", None, 512, 16, 4, "dense"),
+    (90, "gru", "float16", None, 256, 16, 8, "resets"),
+    (80, "rnn_tanh", "float32", "tf32", 256, 8, 2, "packed"),
+    (120, "lstm", "bfloat16", None, 256, 8, 2, "dense"),
+]
+MORE_STACKS = [
+    (arch, *problem, rows)
+    for arch in (80, 86, 90, 100, 120)
+    for problem in (
+        ("lstm", "bfloat16", None, 256, 64, 2),
+        ("lstm", "bfloat16", None, 512, 16, 4),
+        ("lstm", "float16", None, 768, 16, 2),
+        ("gru", "bfloat16", None, 512, 16, 4),
+        ("gru", "float32", "tf32", 256, 16, 4),
+        ("gru", "float32", "ieee", 64, 8, 2),
+        ("lstm", "float32", "tf32", 256, 16, 4),
+        ("lstm", "bfloat16", None, 100, 5, 3),
+        ("rnn_tanh", "bfloat16", None, 1024, 16, 4),
+        ("rnn_relu", "float32", "tf32", 768, 64, 2),
+    )
+    for rows in ("dense", "lengths", "packed", "resets")
+]
+
+
+@PASSES
+@pytest.mark.parametrize(
+    ("arch", "cell", "dtype", "precision", "hidden_size", "batch", "layers", "rows"),
+    [*STACKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_STACKS)],
+)
+def test_layers_side_by_side_compile_without_spilling(
+    arch, cell, dtype, precision, hidden_size, batch, layers, rows, backward
+):
+    """Catches a second source of the state that takes more registers than the plan left, makes the compiler convert a
+    layout, or lets a poll pass a publish.
+    """
+    device = DEVICES[resources.ARCHITECTURES[arch]]
+    kind = dict(ragged=rows != "dense", layers=layers)
+    p = plan(cell, hidden_size, batch, 1, dtype, device, backward, precision, **kind)
+    if isinstance(p, str):
+        assert (arch, cell, dtype, precision, hidden_size, batch, layers, rows) not in STACKS, p
+        return
+    r = compile_plan(p, arch, rows)
+    assert r.problem is None, f"{r.problem}, {r.registers} registers, {p}"
+    assert r.shared <= p.shared_bytes
+    assert published_before_the_next_poll(r.before, r.step), "a poll stands before what it may be waiting for"
+    assert sum(map(is_poll, r.step)) >= polled_vectors(p), "a wait is left out"
+    if all_in_registers(p):
+        assert r.count("SHFL", "LDSM") == 0
+        assert r.count("BAR") == 2 * p.slices or rows == "resets"  # then of both sources apart
+        assert sum(map(is_poll, r.step)) == polled_vectors(p), "a wait has copies"
+
+
 @PASSES
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])

@@ -1,0 +1,233 @@
+"""The launchers of a stack: its layers as a wavefront in one persistent launch, forward and backward.
+
+Layer n is a step behind the layer that feeds it, and all of them are done after T + L - 1 steps. Between two layers no
+input part, and no gradient of an input, is ever written. T steps, B rows of the batch, R rows of all
+steps, L layers, G gates, H hidden units, HS = padded H, E slots.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import prepare
+from .launch import _aligned, _apart, _dense, _launch, _prepare
+from .plan import Plan
+from .rows import Rows
+from .spec import CELLS, itemsize, padded
+
+# What both kernels take of a single layer alone: masks of recurrent dropout and zoneout, and their rates.
+MASKS, NUMBERS = ("dropped", "kept_h", "kept_c"), dict(rate_h=None, rate_c=None)
+
+
+class Begun(NamedTuple):
+    """What stands ready before the first layer's input product and the recurrence: y, all of its buffer [L, B+R+B, HS];
+    weight_hh, weight_ih [L, G*H, HS], of the input's weights all but the first layer's; bias [L, G*H] with all biases
+    but bias_hn [L, A*H] (GRU: n's), or None.
+    """
+
+    y: Tensor
+    weight_hh: Tensor
+    weight_ih: Tensor
+    bias: Tensor | None
+    bias_hn: Tensor | None
+
+
+def _fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
+    """Weights of layers fed by others, of all but the one numbered `first`, which has its neighbour's in its place."""
+    neighbour = weights[1] if first == 0 else weights[-2]
+    return [_aligned(neighbour if n == first else weight) for n, weight in enumerate(weights)]
+
+
+def begin(
+    plan: Plan,
+    rows: Rows,
+    count: int,
+    h0: Tensor | None,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor] | None,
+    bias_hh: Sequence[Tensor] | None,
+) -> Begun:
+    """Make the buffers of a forward and what must stand in them; count: R. h0 [L, B, H], None for zeros; weights and
+    biases of each layer.
+    """
+    cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
+    size, width, batch = padded(hidden_size, plan.dtype), cell.gates * hidden_size, rows.batch
+    like = weight_hh[0]
+    y = _new(like, (layers, batch + count + batch, size))
+    recurrent, other = (_new(like, (layers, width, size)) for _ in range(2))
+    bias = None if bias_ih is None else _new(like, (layers, width))
+    apart = cell.apart * hidden_size if bias is not None else 0
+    bias_hn = _new(like, (layers, apart)) if apart else None
+    jobs = count * size * itemsize(plan.dtype) // 4, batch * size, 0 if bias is None else width, width * size
+    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    of_layers, fed, h0 = [_aligned(weight) for weight in weight_hh], _fed([like, *weight_ih[1:]], 0), _dense(h0)
+    for n in range(layers):
+        biases = (None, None) if bias_ih is None or bias_hh is None else (bias_ih[n], bias_hh[n])
+        _prepare(
+            prepare.prepare_forward,
+            (cell.gates, hidden_size, size, 1, cell.apart, plan.dtype, prepare.BLOCK, size),
+            like.device,
+            sum(programs) + programs[3],
+            (
+                y[n], _part(h0, n), biases[0], None, biases[1], None, _part(bias, n), _part(bias_hn, n), of_layers[n],
+                None, recurrent[n], fed[n], None, other[n], count, batch, hidden_size, *programs,
+            ),
+        )  # fmt: skip
+    return Begun(y, recurrent, other, bias, bias_hn)
+
+
+def _new(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory beside a tensor, of its type unless another is given."""
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device)
+
+
+def _part(tensor: Tensor | None, n: int) -> Tensor | None:
+    """A tensor from layer n on."""
+    return None if tensor is None else tensor[n:]
+
+
+def _spread(tensor: Tensor, batch: int, size: int) -> Tensor:
+    """[L, R, H or HS] with HS units from row to row and R + 2B rows from layer to layer: as `forward` left it, a copy
+    where it has another layout.
+    """
+    layers, count, width = tensor.shape
+    if tensor.stride() == ((count + 2 * batch) * size, size, 1) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    spread = tensor.new_zeros((layers, count + 2 * batch, size))[:, :count]
+    spread[:, :, :width] = tensor
+    return spread
+
+
+def forward(
+    plan: Plan,
+    begun: Begun,
+    x_part: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    rows: Rows,
+    saving: str,
+    h_n: Tensor | None = None,
+    c_n: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """All steps of all layers forward, after `begin`.
+
+    x_part [R, G*H]: the first layer's, biases included; it stays as it is. h0, c0 [L, B, H], None for zeros. saving:
+    "nothing", "lean" or "full", as launch.forward has it. h_n, c_n: where to write those, or new tensors.
+    -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None; the
+    kernels have layers of y and aux R + 2B rows apart.
+    """
+    assert rows.time > 0 and x_part.is_contiguous()
+    cell, (layers, hidden_size), y = CELLS[plan.cell], (plan.layers, plan.hidden_size), begun.y
+    (count, width), batch = x_part.shape, rows.batch
+    h_n = _new(x_part, (layers, batch, hidden_size)) if h_n is None else h_n
+    if c_n is None and cell.states:
+        c_n = _new(x_part, (layers, batch, len(cell.states) * hidden_size))
+    gates = _new(x_part, (layers, count, width)) if saving == "full" and cell.saves else None
+    aux = None
+    if cell.keeps_aux(saving):
+        exact = torch.float32 if cell.states else x_part.dtype
+        aux = _new(x_part, (*y.shape[:2], cell.planes * y.shape[2]), dtype=exact)[:, :count]
+    tensors = dict(
+        x_part=x_part,
+        weight=begun.weight_hh,
+        weight_below=begun.weight_ih,
+        bias=begun.bias_hn,
+        biases=begun.bias,
+        parameters=None,
+        y=y.view(torch.int32),
+        carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
+        gates=gates,
+        aux=aux,
+        carry_n=c_n,
+        h_n=h_n,
+    )
+    _launch(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries", *MASKS)), **NUMBERS)
+    return _apart(y[:, batch : batch + count, :hidden_size]), h_n, c_n, gates, aux
+
+
+def last(y: Tensor) -> Tensor:
+    """The last layer's outputs [R, H] of all, as a result of its own (launch.py)."""
+    return _apart(y[-1])
+
+
+def backward(
+    plan: Plan,
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    gates: Tensor | None,
+    aux: Tensor | None,
+    y: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    rows: Rows,
+) -> tuple[Tensor, Tensor | None]:
+    """All steps of all layers backward.
+
+    d_y [R, H], of the last layer's outputs, d_h_n and d_c_n [L, B, H], each None for zero; weights of each layer;
+    gates, aux and y as `forward` left them; h0, c0 [L, B, H] or None for zeros.
+    -> d_gates [L, R, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [L, B, H],
+    as launch.backward has it.
+    """
+    cell, (layers, count, hidden_size) = CELLS[plan.cell], y.shape
+    batch, size = rows.batch, padded(hidden_size, plan.dtype)
+    if batch * cell.slots * size * y.element_size() >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
+        raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
+    d_gates = _new(y, (layers, batch + count + batch, cell.slots, size))
+    recurrent, other = (_new(y, (layers, size, cell.gates, size)) for _ in range(2))
+    state_0 = history_0 = None
+    aux = _spread(y, batch, size) if cell.reads_h else _spread(aux, batch, aux.shape[2]) if cell.planes else None
+    history = aux if cell.states else _spread(y, batch, size) if cell.carries_h else None
+    planes = cell.planes if cell.states else 1  # of a unit in `history`
+    if history is not None:
+        state_0 = _dense(c0 if cell.states else h0)
+        history_0 = _new(history, (layers, batch, planes * size))
+    words = cell.slots * size * itemsize(plan.dtype) // 4  # of a row
+    jobs = count * words, batch * words, 0 if history_0 is None else batch * planes * size
+    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    tiles = cell.gates * (-(-size // prepare.TILE)) ** 2  # of a weight that is transposed
+    of_layers, fed = [_aligned(weight) for weight in weight_hh], _fed([*weight_ih[1:], weight_hh[0]], layers - 1)
+    for n in range(layers):
+        buffers = d_gates[n], _part(state_0, n), _part(history_0, n)
+        for source, weight, transposed, rotation in (
+            (0, of_layers[n], recurrent[n], cell.slot_order[0]), (1, fed[n], other[n], 0)
+        ):  # fmt: skip
+            before = [0, 0, 0] if source else programs
+            _prepare(
+                prepare.prepare_backward,
+                (
+                    cell.gates, cell.slots, cell.carried, planes, hidden_size, size, 1, rotation, plan.dtype,
+                    prepare.BLOCK, prepare.TILE,
+                ),
+                y.device,
+                sum(before) + tiles,
+                (*buffers, weight, None, transposed, count, batch, *before),
+            )  # fmt: skip
+    d_carry_0 = None
+    if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
+        exact = y.dtype if cell.states else torch.float32
+        d_carry_0 = _new(y, (layers, batch, cell.carried * hidden_size), dtype=exact)
+    tensors = dict(
+        d_y=None if d_y is None else _aligned(d_y),
+        d_carry=None,
+        d_h_n=_dense(d_h_n),
+        d_carry_n=_dense(d_c_n) if cell.states else None,
+        weight=recurrent,
+        weight_above=other,
+        parameters=None,
+        gates=None if gates is None else _aligned(gates),
+        aux=aux,
+        history=history,
+        history_0=history_0,
+        d_gates=d_gates.view(torch.int32),
+        d_carry_0=d_carry_0,
+        d_parameters=None,
+        d_kept_0=None,
+    )
+    _launch(plan, y.device, rows, 0, tensors | dict.fromkeys(MASKS), clip=None, **NUMBERS)
+    return _apart(d_gates[:, batch : batch + count, :, :hidden_size]), d_carry_0

@@ -1,0 +1,391 @@
+"""Stacks whose layers run side by side in one launch: kernels and layers around them, in Triton's interpreter or on
+the machine for PTX, against torch.nn in float64.
+
+    TRITON_INTERPRET=1 pytest tests/test_wavefront.py
+    RNN_GPU_TEST_MACHINE=1 pytest tests/test_wavefront.py
+"""
+
+import copy
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from tests.interpreter import INTERPRETED, ON_MACHINE, concurrent_programs
+
+if not INTERPRETED and not ON_MACHINE:
+    pytest.skip("needs TRITON_INTERPRET=1 or RNN_GPU_TEST_MACHINE=1, set before Python starts", allow_module_level=True)
+
+import rnn_gpu
+import rnn_gpu.zoo
+from rnn_gpu import backends, wavefront
+from rnn_gpu.kernels import launch, stack
+from rnn_gpu.kernels.plan import DEVICES, plan
+from rnn_gpu.kernels.spec import CELLS, chunk_width, padded
+from tests.layers import by_rounded_loops, draw, outcome, pair, same
+from tests.problems import Poison, changed
+from tests.sequences import as_hx, as_tuple, one_at_a_time, states_of
+from tests.sequences import outcome as outcome_of_run
+from tests.tolerances import assert_close_to_oracle
+
+pytestmark = [pytest.mark.interpreted]
+
+NAMES = {
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", dict(nonlinearity="relu")),
+}
+KINDS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, None), (torch.bfloat16, None))
+
+
+@pytest.fixture(autouse=True)
+def full_float32_and_waits_end_soon(monkeypatch):
+    """Compare with full products, unless a test says otherwise; a wait that cannot end fails within seconds."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    monkeypatch.setattr(launch, "WAIT_LIMIT", 20_000)
+    launch.status_word(torch.device("cpu")).zero_()
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """All layers of a stack in one launch, whatever the plan would choose -> a function that cuts it otherwise."""
+    cut = {}
+
+    def groups(call, hidden_size, like, rows, layers, dropout):
+        return (layers,) if call.route == "direct" and dropout == 0 and call.sets == 1 else (1,) * layers
+
+    def planned(call, weight_hh, like, rows, backward):
+        return cut_plan(call, weight_hh[0].shape[1], like.dtype, rows, backward, len(weight_hh), **cut)
+
+    monkeypatch.setattr("rnn_gpu.functional.groups", groups)
+    monkeypatch.setattr(wavefront, "_plan", planned)
+    return cut.update
+
+
+def cut_plan(call, hidden_size, dtype, rows, backward, layers, waits=None, registers=None, shared=None, **changes):
+    """The planner's plan with changes; registers, shared: chunks of both sources, as far as there are so many."""
+    name, precision = str(dtype).removeprefix("torch."), backends.precision_of(str(dtype).removeprefix("torch."))
+    p = plan(
+        call.cell, hidden_size, rows.batch, 1, name, DEVICES["h200"], backward, precision, ragged=rows.ragged,
+        layers=layers,
+    )  # fmt: skip
+    assert not isinstance(p, str), p
+    if CELLS[call.cell].apart and "units" in changes:
+        changes |= dict(units=max(changes["units"], 16), gates_per_tile=1)
+    p = changed(p, **changes)
+    chunks = 2 * -(-padded(hidden_size, name) // chunk_width(p.warps, name))
+    registers = min(p.registers if registers is None else registers, chunks)
+    shared = min(p.shared if shared is None else shared, chunks - registers)
+    p = dataclasses.replace(p, registers=registers, shared=shared, streamed=chunks - registers - shared)
+    if waits is not None and backward and CELLS[p.cell].gates > 1:
+        p = dataclasses.replace(p, waits=waits)
+    return p
+
+
+def stacked(cell, hidden_size, layers, dtype=torch.float32, **options):
+    name, more = NAMES[cell]
+    return pair(name, 5, hidden_size, num_layers=layers, dtype=dtype, **more, **options)
+
+
+def assert_right(layers, time, batch, dtype=torch.float32, states=True, precision=None):
+    """The error rule for outputs, final states of all layers and every gradient."""
+    ours, oracle = layers
+    input, hx = draw(ours, time, batch)
+    input, hx = input.to(dtype), tuple(s.to(dtype) for s in hx) if states else None
+    expected = outcome(oracle, input, hx, "torch")
+    peer = same(ours, dtype)
+    peer = outcome(by_rounded_loops(peer) if precision == "tf32" else peer, input, hx, "torch")
+    actual = outcome(ours, input, hx, "triton")
+    for key, value in expected.items():
+        assert_close_to_oracle(actual[key], value, peer[key], key)
+    return actual
+
+
+# ---- Right results ---------------------------------------------------------------------------------------------------
+
+
+def covering_sample() -> list:
+    """Every cell x type; sizes, numbers of layers and steps (fewer than layers, too), ways to cut, dealt over them."""
+    draw = random.Random("a sample of stacks")
+    cuts = [
+        dict(units=16),
+        dict(units=32, slices=2),
+        dict(units=16, registers=0, shared=0),
+        dict(units=16, registers=1, shared=1),
+        dict(units=8, slices=1),
+        dict(units=16, warps=4, registers=2, shared=1, waits=2),
+    ]
+    cases = []
+    for cell in NAMES:
+        for dtype, precision in KINDS:
+            cut = cuts[len(cases) % len(cuts)]
+            size, batch = draw.choice((7, 20, 33, 40)), draw.choice((1, 5, 11))
+            layers, time = ((2, 3), (3, 2), (4, 1), (3, 5))[len(cases) % 4]
+            if cut.get("warps"):
+                size = 150
+            name = f"{cell}-H{size}-B{batch}-T{time}-L{layers}-{str(dtype)[6:]}-{precision}"
+            often = [] if len(cases) % 2 == len(cases) // 4 % 2 else [pytest.mark.slow]  # each cell, each type twice
+            problem = cell, size, batch, time, layers, dtype, precision, cut, len(cases)
+            cases.append(pytest.param(*problem, id=name, marks=often))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("cell", "size", "batch", "time", "layers", "dtype", "precision", "cut", "seed"), covering_sample()
+)
+def test_a_stack_in_one_launch_is_right(
+    cell, size, batch, time, layers, dtype, precision, cut, seed, together, monkeypatch
+):
+    """Catches: a wrong layer, step, weight or slot at either source, more layers than steps, an odd size, a chunk of
+    weights that is left out or taken for the other source's.
+    """
+    if precision:
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+    together(cut)
+    with concurrent_programs(seed, torn=seed % 3 == 0):
+        assert_right(stacked(cell, size, layers, dtype), time, batch, dtype, precision=precision)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_several_launches_without_biases_and_states_are_right(cell, together):
+    """Catches: rows of a later launch done as those of the first, biases states read where there are none."""
+    together(dict(units=16, slices=1, batch_slices=1))
+    with concurrent_programs(5):
+        assert_right(stacked(cell, 20, 3, bias=False), 3, 19, states=False)
+        assert_right(stacked(cell, 20, 2), 2, 9, states=False)
+
+
+@pytest.mark.parametrize("memory", ["full", "lean"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_inference_and_lean_memory_give_the_same(cell, memory, together):
+    """Catches: results that depend on what is kept, gates that are made again from another layer's input."""
+    layers = stacked(cell, 20, 3)
+    layers[0].memory = memory
+    with concurrent_programs(6):
+        actual = assert_right(layers, 4, 3)
+        input, hx = draw(layers[0], 4, 3)
+        with torch.no_grad(), rnn_gpu.backend("triton"):
+            output, final = layers[0](input, as_hx(hx))
+    assert torch.equal(output, actual["output"])
+    for index, state in enumerate(as_tuple(final)):
+        assert torch.equal(state, actual[f"final{index}"])
+
+
+LENGTHS = [4, 5, 0, 1, 5, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["lengths", "packed", "resets"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_rows_that_end_early_or_start_anew(cell, kind, together):
+    """Catches: a layer that waits for a row another one has no place for, padding that reaches the layer above, a reset
+    that cuts off what comes from the layer below too, or not its own state.
+    """
+    together(dict(units=16))
+    ours, oracle = stacked(cell, 20, 3)
+    time, batch = 5, len(LENGTHS)
+    input = torch.randn(time, batch, 5, generator=torch.Generator().manual_seed(5))
+    if kind == "resets":  # the oracle cuts one layer into pieces: so layer upon layer
+        resets = torch.rand(time, batch, generator=torch.Generator().manual_seed(6)) < 0.3
+
+        def run(layer, input, states):
+            output, hx = layer(input, as_hx(states), resets=resets)
+            return output, *as_tuple(hx)
+
+        def oracle_run(layer, input, states):
+            finals = []
+            for n in range(3):
+                one = type(layer)(input.shape[2], 20).to(input.dtype)
+                weights = {
+                    f"{name}_l0": getattr(layer, f"{name}_l{n}")
+                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                }
+                one_layer = lambda x, hx, one=one, weights=weights: torch.func.functional_call(one, weights, (x, hx))
+                one_layer.proj_size, one_layer.hidden_size, one_layer.bidirectional = 0, 20, False
+                input, *final = one_at_a_time(one_layer, input, [s[n : n + 1] for s in states], [time] * batch, resets)
+                finals.append(final)
+            return input, *(torch.cat(parts) for parts in zip(*finals, strict=True))
+    elif kind == "lengths":
+
+        def run(layer, input, states):
+            output, hx = layer(input, as_hx(states), lengths=torch.tensor(LENGTHS))
+            return output, *as_tuple(hx)
+
+        def oracle_run(layer, input, states):
+            return one_at_a_time(layer, input, states, LENGTHS)
+    else:
+        lengths = torch.tensor([max(length, 1) for length in LENGTHS])
+
+        def run(layer, input, states):
+            output, hx = layer(pack_padded_sequence(input, lengths, enforce_sorted=False), as_hx(states))
+            return output.data, *as_tuple(hx)
+
+        oracle_run = run
+    states = states_of(ours, batch, torch.float32)
+    expected = outcome_of_run(oracle_run, oracle, input.double(), states)
+    peer = outcome_of_run(oracle_run, same(ours, torch.float32), input, states)
+    with concurrent_programs(7, torn=True):
+        actual = outcome_of_run(run, ours, input, states, "triton")
+    for index, (a, e, p) in enumerate(zip(actual, expected, peer, strict=True)):
+        assert_close_to_oracle(a, e, p, f"result {index}")
+
+
+@pytest.mark.parametrize("name", ["MGU", "SLSTM"])
+def test_cells_of_another_shape_are_right(name, together):
+    """Catches: sums of gates apart, states or planes counted as the LSTM's or the GRU's."""
+    together(dict(units=16))
+    torch.manual_seed(0)
+    ours = getattr(rnn_gpu.zoo, name)(5, 20, num_layers=3)
+    oracle, (input, _) = copy.deepcopy(ours).double(), draw(ours, 3, 5)
+    expected, peer = outcome(oracle, input, None, "torch"), outcome(ours, input, None, "torch")
+    with concurrent_programs(8):
+        actual = outcome(ours, input, None, "triton")
+    for key, value in expected.items():
+        assert_close_to_oracle(actual[key], value, peer[key], key)
+
+
+# ---- Schedules, waits, memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.bfloat16), ("gru", torch.float16)])
+def test_every_schedule_gives_the_same_bits(cell, dtype, together):
+    """Catches: a layer that uses what the one below has not finished, in some order of events."""
+    together(dict(units=16))
+    ours, _ = stacked(cell, 33, 3, dtype)
+    input, hx = draw(ours, 3, 3)
+    expected = None
+    for seed in range(6):
+        with concurrent_programs(seed, torn=seed % 2 == 1):
+            found = outcome(ours, input.to(dtype), hx, "triton")
+        expected = expected or found
+        assert all(torch.equal(found[key], expected[key]) for key in found), f"under seed {seed}"
+
+
+def test_uninitialised_memory_never_reaches_a_result(together, monkeypatch):
+    """Catches: reading what nobody wrote, above all the input weight that the first layer does not have."""
+    together(dict(units=16, slices=2))
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        layers = stacked(cell, 7, 3, torch.bfloat16)
+        with monkeypatch.context() as patch, concurrent_programs(6):
+            poison = Poison(patch)
+            assert_right(layers, 2, 9, torch.bfloat16)
+        assert len(poison.given) > 5, "the launchers make their buffers in another way now: poison that instead"
+
+
+def test_a_missing_program_of_a_layer_below_is_an_error_that_names_the_launch(together, monkeypatch):
+    """Catches: a hang of the layers above where a layer cannot run, and of those that wait for nobody."""
+    together(dict(units=16))
+    monkeypatch.setattr(launch, "WAIT_LIMIT", 100)
+    ours, _ = stacked("lstm", 20, 3)
+    missing = dict(seed=14, leave_out=lambda name, index: name == "forward" and index == (0, 0, 0))
+    told = pytest.raises(RuntimeError, match="lstm forward, T 3, B 5")
+    with concurrent_programs(**missing), rnn_gpu.backend("triton"), torch.no_grad(), told as error:
+        ours(torch.randn(3, 5, 5))
+    assert "2 unit slices" in str(error.value)
+    launch.check("cpu")
+
+
+def test_nan_goes_to_the_layers_above_and_to_no_other_row(together):
+    """Catches: a NaN that looks unwritten, or is lost between two layers."""
+    together(dict(units=16))
+    ours, _ = stacked("gru", 7, 3)
+    input = torch.randn(4, 3, 5)
+    input[1, 2] = torch.nan
+    with concurrent_programs(9), rnn_gpu.backend("triton"), torch.no_grad():
+        output, _ = ours(input)
+    assert output.isnan().any(2).tolist() == [[False] * 3] + [[False, False, True]] * 3
+
+
+# ---- The layers around it --------------------------------------------------------------------------------------------
+
+
+def test_double_backward(together):
+    """Catches: a gradient penalty that leaves out a layer, or a derivative by another layer's tensors."""
+    layer, oracle = stacked("lstm", 9, 2)
+    input, hx = draw(layer, 3, 2)
+
+    def penalty(module, input, hx, backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in (input, *hx)]
+        with rnn_gpu.backend(backend):
+            output, final = module(leaves[0], as_hx(tuple(leaves[1:])))
+        loss = output.pow(2).sum() + sum(state.sum() for state in as_tuple(final))
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), [*leaves, *module.parameters()])
+
+    expected = penalty(oracle, input.double(), [s.double() for s in hx], "torch")
+    peer = penalty(same(layer, torch.float32), input, hx, "torch")
+    for a, e, p in zip(penalty(layer, input, hx, "triton"), expected, peer, strict=True):
+        assert_close_to_oracle(a, e, p)
+
+
+def test_what_autograd_is_asked_for_is_what_it_gives(together):
+    """Catches: an output changed in place before its backward, gradients of frozen weights, gradients of the final
+    states alone, many gradients at once.
+    """
+    layer, oracle = stacked("gru", 16, 3)
+    input, _ = draw(layer, 3, 2)
+    with rnn_gpu.backend("triton"):
+        output, _ = layer(input)
+        output.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        layer.zero_grad()
+        layer.weight_hh_l1.requires_grad_(False)
+        _, h_n = layer(input)
+        h_n[0].sum().backward()
+        leaf = input.clone().requires_grad_()
+        output, _ = layer(leaf)
+        chosen = torch.randn(2, *output.shape)
+        (batched,) = torch.autograd.grad(output, leaf, chosen, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(output, leaf, one, retain_graph=True)[0] for one in chosen]
+    assert torch.equal(batched, torch.stack(single))
+    assert layer.weight_hh_l1.grad is None and not layer.weight_ih_l2.grad.any()
+    oracle(input.double())[1][0].sum().backward()
+    peer = same(layer, torch.float32)
+    peer(input)[1][0].sum().backward()
+    assert_close_to_oracle(layer.weight_ih_l0.grad, oracle.weight_ih_l0.grad, peer.weight_ih_l0.grad)
+
+
+def test_saved_tensors_may_come_back_in_other_strides(together):
+    """Catches: a saved tensor handed to the kernel as it lies, after hooks that store it otherwise."""
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        layer, oracle = stacked(cell, 16, 2)
+        input, _ = draw(layer, 3, 2)
+        pack = lambda t: t.transpose(0, -1).contiguous()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.transpose(0, -1)), rnn_gpu.backend("triton"):
+            layer(input)[0].sum().backward()
+        oracle(input.double())[0].sum().backward()
+        peer = same(layer, torch.float32)
+        peer(input)[0].sum().backward()
+        for a, e, p in zip(layer.parameters(), oracle.parameters(), peer.parameters(), strict=True):
+            assert_close_to_oracle(a.grad, e.grad, p.grad)
+
+
+def test_the_plan_chooses_groups_and_a_setting_takes_them_back(monkeypatch):
+    """Catches: groups that are never, or always, taken, and results that depend on them beyond rounding."""
+    launched = []
+    run = launch._launch
+    for module in (launch, stack):
+        monkeypatch.setattr(
+            module,
+            "_launch",
+            lambda plan, *rest, **numbers: (launched.append(plan.layers), run(plan, *rest, **numbers)),
+        )
+    layer, oracle = stacked("lstm", 20, 3)
+    input, _ = draw(layer, 2, 3)
+    expected = oracle(input.double())[0]
+    with rnn_gpu.backend("triton"), backends.always_exchange(), torch.no_grad():
+        one, _ = layer(input)
+        with rnn_gpu.max_programs(2):  # too few for three layers
+            two, _ = layer(input)
+        with backends.layer_by_layer():
+            three, _ = layer(input)
+        with monkeypatch.context() as patch:
+            patch.setattr("rnn_gpu.functional.groups", lambda *_: (2, 1))
+            four, _ = layer(input)
+    assert launched == [3, 1, 1, 1, 1, 1, 1, 2, 1]
+    peer = same(layer, torch.float32)(input)[0].detach()
+    for output in (one, two, three, four):
+        assert_close_to_oracle(output, expected, peer)
