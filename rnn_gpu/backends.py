@@ -379,8 +379,8 @@ def plan_for(
     """The plan of one pass, or why there is none: the one that was measured to be the fastest, or the model's.
 
     ragged: rows end early or start anew. under: `limits`, or now's. precision: of float32 products; None: as PyTorch's
-    switches say. saving: what a forward keeps, for what was measured. layers: that run
-    side by side; measured are plans of one by itself alone.
+    switches say. saving: what a forward keeps, for what was measured. layers: that run side by side; measured are plans
+    of one by itself alone.
     """
     cap, alone = limits() if under is None else under
     problem = cell, hidden_size, batch_size, sets, dtype, device, backward

@@ -122,7 +122,7 @@ def test_the_fastest_plans_and_the_faster_backend_are_taken_and_say_so(clock):
     assert "estimates of a model but where they are said to be measured" in text
     call = rnn_gpu.call.Call("lstm", 1, 0, saving="full", limits=backends.limits())
     for backward in (False, True):  # what a launch asks
-        assert cut(operators._plan(call, 512, torch.zeros(1), 16, backward, False)) == clock.favourites[backward]
+        assert cut(operators.plan_of(call, 512, torch.zeros(1), 16, backward, False)) == clock.favourites[backward]
 
 
 def test_cudnn_is_taken_where_it_is_faster(clock, monkeypatch):
