@@ -131,15 +131,21 @@ def with_globals(kernel, **replaced):
     return triton.jit(copy, do_not_specialize=getattr(kernel, "do_not_specialize", None))  # interpreted: none
 
 
+def with_source(backward: bool, replaced: dict, **others):
+    """A kernel in which what a source of a step uses means something else, and others of the kernel's own names."""
+    module, name = (backward_kernel, "through_gates") if backward else (forward_kernel, "hidden_part")
+    source = with_globals(module.add_source, **replaced)
+    inner = with_globals(getattr(module, name), add_source=source)
+    return with_globals(module.backward if backward else module.forward, **{name: inner}, **others)
+
+
 @functools.cache
 def without_product(backward: bool):
     """The kernel that waits for a state, and multiplies nothing with it."""
     left_out = dict(multiply_held=nothing_held, multiply_streamed=nothing_streamed, await_held=await_unused)
     if backward:
-        inner = with_globals(backward_kernel.through_gates, **left_out)
-        return with_globals(backward_kernel.backward, through_gates=inner, through_gates_alone=no_gates_alone)
-    inner = with_globals(forward_kernel.hidden_part, **left_out)
-    return with_globals(forward_kernel.forward, hidden_part=inner, hidden_part_alone=no_hidden_part_alone)
+        return with_source(backward, left_out, through_gates_alone=no_gates_alone)
+    return with_source(backward, left_out, hidden_part_alone=no_hidden_part_alone)
 
 
 @functools.cache
@@ -149,11 +155,7 @@ def without_wait(backward: bool):
     changed = {
         name: with_globals(getattr(product, name), await_vectors=once) for name in ("await_held", "multiply_streamed")
     }
-    if backward:
-        return with_globals(
-            backward_kernel.backward, through_gates=with_globals(backward_kernel.through_gates, **changed)
-        )
-    return with_globals(forward_kernel.forward, hidden_part=with_globals(forward_kernel.hidden_part, **changed))
+    return with_source(backward, changed)
 
 
 @functools.cache
