@@ -24,6 +24,7 @@
                              where the cell carries h it is in d_carry_0
     dropped, kept_h, kept_c, rate_h, rate_c as in forward.py; where a part of the states is kept, aux has those that the
                              cell alone would have, and history, [R, N, K*HS], those that it had
+    passed, scale            as in forward.py
     clip                     what the gradient of h is brought within at every step, -clip..clip, or None
     lengths, offsets, resets as in forward.py
 
@@ -57,6 +58,7 @@ from .program import (
     load_gates,
     load_or_zero,
     load_parameters,
+    load_passed,
     load_planes,
     load_states,
     moment_after,
@@ -75,7 +77,7 @@ from .program import (
     within,
     zero_where,
 )
-from .tiles import lone_result, over_warps
+from .tiles import lone_result, over_warps, side_by_side
 
 
 class Left(NamedTuple):
@@ -87,13 +89,14 @@ class Left(NamedTuple):
     aux: Any
     history: Any
     history_0: Any
+    passed: Any
 
 
 @triton.jit
 def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, KEEPS_C: tl.constexpr, C: tl.constexpr):
     """What is there for the step `now`, before any neighbour is awaited -> gradient of the output, and, as tuples, that
-    of the states (empty where there is none), the values that stand where x did, the values of aux (states first), and
-    the carry before the step.
+    of the states (empty where there is none), the values that stand where x did, the values of aux (states first), the
+    carry before the step, and what the layer above sees (`load_passed`).
 
     dh_n: gradient of the final state, added at a row's last step; None where this cannot be it. present: the states
     after the step, if they are known, else None. The carry before comes from the step `earlier`, or from the initial
@@ -101,7 +104,7 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, KEEPS
     """
     WIDTH: tl.constexpr = (C.STATES if KEEPS_C else C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
     there = place.exists & within(now.t, place.length, lengths)
-    given = there if C.OTHER is None else there & (me.n == me.edge)
+    given = there if C.OTHER is None else there & (me.n == me.top)
     dy = load_or_zero(left.d_y, now.row, place, given, C.H, C)
     if dh_n is not None:
         dy = tl.where(True if lengths is None else is_end(now.t, place, me), dy + dh_n, dy)
@@ -123,7 +126,7 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, KEEPS
             left.history_0 + me.first * (C.N * WIDTH),
         )
         before = load_planes(p, 0, place, place.exists, 0, C.CARRIED, WIDTH, C)
-    return dy, dc, gates, aux, before
+    return dy, dc, gates, aux, before, load_passed(left.passed, now, me, place, there, C)
 
 
 @triton.jit
@@ -170,8 +173,10 @@ def prefetch_step(left, out, then, exists, me, place, lengths, KEEPS_C: tl.const
     if not C.ALONE:
         prefetch(entry(out, then.row, place, C.E * C.HS, C), C.E, C.HS, there, C)
     if left.d_y is not None:
-        given = there if C.OTHER is None else there & (me.n == me.edge)
+        given = there if C.OTHER is None else there & (me.n == me.top)
         prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, given, C)
+    if left.passed is not None:
+        prefetch(entry(left.passed, then.row, place, C.H, C), 1, 0, there & (me.n < me.top), C)
     if left.d_carry is not None:
         prefetch(entry(left.d_carry, then.row, place, C.STATES * C.H, C), C.STATES, C.H, there, C)
     if left.gates is not None:
@@ -205,9 +210,17 @@ def one_tile(sums, C: tl.constexpr):
 
 
 @triton.jit
-def through_gates(W, p, above, p_above, resets, reset, me, bound, C: tl.constexpr):
+def two_tiles(sums, others, C: tl.constexpr):
+    """The same of two sources, in one exchange between the warps."""
+    both = side_by_side((sums[0] + sums[1], others[0] + others[1]), 2, C.S, 1, C.UB, C.NB)
+    return over_warps(both, C.S, 2, C.UB, C.NB)
+
+
+@triton.jit
+def through_gates(W, p, above, p_above, resets, reset, passed, scale, me, bound, C: tl.constexpr):
     """The gradient [NB, UB] of h through the later step's gate sums, whose gradients are at p, none where that step's
-    row is `reset`; and in a stack through those of the layer above, which is a step ahead and awaited first.
+    row is `reset`; and in a stack through those of the layer above, which is a step ahead and awaited first, as far as
+    that layer sees h: `scale` times `passed`, a tuple as of `load_passed`.
 
     Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
     """
@@ -216,12 +229,12 @@ def through_gates(W, p, above, p_above, resets, reset, me, bound, C: tl.constexp
         return tl.where(reset, 0.0, one_tile(add_source(nothing, W, p, bound, me.one, C), C))
     else:
         fed = nothing
-        if me.n != me.edge:
+        if me.n != me.top:
             fed = add_source(fed, above, p_above, bound, me.one, C.OTHER)
-        if resets is None:
+        if resets is None and len(passed) == 0:
             return one_tile(add_source(fed, W, p, bound, me.one, C), C)
-        own = one_tile(add_source(nothing, W, p, bound, me.one, C), C)
-        return tl.where(reset, 0.0, own) + one_tile(fed, C)
+        own, fed = two_tiles(add_source(nothing, W, p, bound, me.one, C), fed, C)
+        return tl.where(reset, 0.0, own) + (fed if len(passed) == 0 else fed * (passed[0] * scale))
 
 
 @triton.jit
@@ -255,13 +268,13 @@ def clipped(dh, clip):
 )
 def backward(
     d_y, d_h_n, d_carry_n, d_carry, weight, weight_above, parameters, gates, aux, history, history_0, d_gates,
-    d_carry_0, d_parameters, d_kept_0, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit,
-    launch, clip, rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    STATES: tl.constexpr, CARRIED: tl.constexpr, SAVES: tl.constexpr, READS_H: tl.constexpr, PARAMETERS: tl.constexpr,
-    QUIET: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr,
-    NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
-    WAITS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr,
-    LAYERED: tl.constexpr,
+    d_carry_0, d_parameters, d_kept_0, passed, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin,
+    limit, launch, scale, clip, rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr, SAVES: tl.constexpr, READS_H: tl.constexpr,
+    PARAMETERS: tl.constexpr, QUIET: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
+    REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
+    REGISTERS: tl.constexpr, SHARED: tl.constexpr, WAITS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr,
+    PRECISION: tl.constexpr, ALONE: tl.constexpr, LAYERED: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
@@ -276,7 +289,7 @@ def backward(
     left = Left(
         d_y=d_y, d_carry=d_carry, gates=of_layer(gates, me, R, C.G * C.H, C),
         aux=of_layer(aux, me, span, C.PLANES * C.HS, C), history=of_layer(history, me, span, WIDTH, C),
-        history_0=of_layer(history_0, me, B, WIDTH, C),
+        history_0=of_layer(history_0, me, B, WIDTH, C), passed=of_layer(passed, me, R, C.H, C),
     )  # fmt: skip
     d_gates = of_layer(d_gates, me, span, C.E * C.WORDS, C)
     d_carry_0 = of_layer(d_carry_0, me, B, C.CARRIED * C.H, C)
@@ -319,7 +332,7 @@ def backward(
         dcarry_next, state_next, saved_next, of_rows_next, dkept_next = (), (), (), (), ()
         for j in tl.static_range(C.SLICES):
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
-            dy, dc, saved_gates, beside, carried = saved[j]
+            dy, dc, saved_gates, beside, carried, seen = saved[j]
             reset = starts_anew(resets, now.t, True, place, B)
             reset_before = starts_anew(resets, now.t - ahead, s > 0, place, B)
             values, after = as_float(saved_gates) + further(beside, C), states_of(beside, C)
@@ -335,7 +348,7 @@ def backward(
             else:
                 p = source(d_gates, before, zeros, place, s > 0, now.t - ahead, lengths, C)
                 p_above = None if C.OTHER is None else source(d_above, now.row, zeros, place, True, now.t, lengths, C)
-                dh = through_gates(W, p, above, p_above, resets, reset_before, me, bound, C)
+                dh = through_gates(W, p, above, p_above, resets, reset_before, seen, scale, me, bound, C)
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
             saved_next = saved_next + (saved_then,)
             active = within(now.t, place.length, lengths)

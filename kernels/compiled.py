@@ -71,7 +71,7 @@ def _counts(instructions: tuple[str, ...]) -> collections.Counter:
 
 def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> dict:
     """Types of the arguments, but whole numbers, as launch.py passes them in training; None where it passes None.
-    options: of the layer, "clip", "cells", "recurrent_dropout", "zoneout".
+    options: of the layer, "clip", "cells", "recurrent_dropout", "zoneout"; of a stack "dropout" between its layers.
     """
     cell, element, exact = (
         CELLS[p.cell],
@@ -89,6 +89,8 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
         "dropped": exact if drops else None,
         "kept_h": "*i8" if keeps else None,
         "kept_c": "*i8" if keeps and cell.states else None,
+        "passed": "*i8" if "dropout" in options else None,
+        "scale": "fp32" if "dropout" in options else None,
         "rate_h": None,
         "rate_c": None,
     }
@@ -101,6 +103,7 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
             "biases": element if p.layered else None,
             "parameters": parameters,
             "y": "*i32",
+            "fed": "*i32" if "dropout" in options else None,
             "carry_0": element if cell.carried else None,
             "gates": gates,
             "aux": aux,

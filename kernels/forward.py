@@ -14,6 +14,9 @@
     h_n     [N, B, H]        becomes the state at each row's end
     weight_below [L, G*H, HS] for the layers of a stack the input's weight of each, but of the first; else None
     biases  [L, G*H]         what their gate sums begin with in place of an input part; or None
+    fed     [L-1, B+R+B, HS] becomes, with dropout between those layers, what is sent to the layer above each, as 32-bit
+                             words; as y, with zeros in the first B rows; or None
+    passed  [L-1, R, H]      then: int8, not zero where the layer above sees a unit, `scale` times as large
     status  [1]              int32: becomes `launch` when a wait came to its limit
     shown   [R, N, HS]       becomes the outputs, where they are not what is sent to the neighbours (`dropped`); or None
     h_0     [N, B, H]        then: the initial state, or None for zeros; y has what the product sees of it
@@ -55,6 +58,7 @@ from .program import (
     load_gates,
     load_or_zero,
     load_parameters,
+    load_passed,
     load_states,
     mixed,
     moved,
@@ -76,15 +80,18 @@ from .tiles import copies, lone_result, over_warps, power_of_two, side_by_side
 
 
 @triton.jit
-def prefetch_step(x_part, out, then, exists, me, place, lengths, C: tl.constexpr):
+def prefetch_step(x_part, passed, out, above, then, exists, me, place, lengths, C: tl.constexpr):
     """Bring the lines that step `then`, if it `exists`, reads and publishes into the second-level cache: nobody is to
     wait for memory.
     """
     there = exists & place.exists & within(then.t, place.length, lengths)
-    given = there if C.OTHER is None else there & (me.n == me.edge)
+    given = there if C.OTHER is None else there & (me.n == 0)
     prefetch(entry(x_part, then.row, place, C.G * C.H, C), C.G, C.H, given, C)
     if not C.ALONE:
         prefetch(entry(out, then.row, place, C.HS, C), 1, 0, there, C)
+    if passed is not None:
+        prefetch(entry(passed, then.row, place, C.H, C), 1, 0, there & (me.n < me.top), C)
+        prefetch(entry(above, then.row, place, C.HS, C), 1, 0, there & (me.n < me.top), C)
 
 
 @triton.jit
@@ -92,8 +99,8 @@ def load_input(x_part, biases, now, me, place, mask, C: tl.constexpr):
     """The input's part of the gates; of a layer that is fed by another one its biases, or zeros, in the same way."""
     p = entry(x_part, now.row, place, C.G * C.H, C)
     if C.OTHER is not None and biases is not None:
-        p = tl.where(me.n == me.edge, p, of_layer(biases, me, 1, C.G * C.H, C) + place.units)
-    given = mask if C.OTHER is None or biases is not None else mask & (me.n == me.edge)
+        p = tl.where(me.n == 0, p, of_layer(biases, me, 1, C.G * C.H, C) + place.units)
+    given = mask if C.OTHER is None or biases is not None else mask & (me.n == 0)
     return load_gates(p, given, C.G, C)
 
 
@@ -134,7 +141,7 @@ def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr)
     else:
         SPLIT: tl.constexpr = len(nothing) - C.APART
         fed = nothing
-        if me.n != me.edge:
+        if me.n != 0:
             fed = add_source(fed, below, p_below, bound, me.one, C.OTHER)
         begin, apart = fed[:SPLIT] + nothing[SPLIT:], fed[SPLIT:]
         if resets is None:
@@ -188,9 +195,9 @@ def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
     do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n", "h_0"],
 )
 def forward(
-    x_part, weight, weight_below, bias, biases, parameters, y, carry_0, gates, aux, carry_n, h_n, shown, h_0, carries,
-    dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, rate_h, rate_c,
-    CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr,
+    x_part, weight, weight_below, bias, biases, parameters, y, fed, passed, carry_0, gates, aux, carry_n, h_n, shown,
+    h_0, carries, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, scale, rate_h,
+    rate_c, CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr,
     SAVES: tl.constexpr, PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
     N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
     REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -211,8 +218,10 @@ def forward(
     y, gates = of_layer(y, me, span, C.WORDS, C), of_layer(gates, me, R, C.G * C.H, C)
     aux = of_layer(aux, me, span, C.PLANES * C.HS, C)
     y += B.to(tl.int64) * (C.N * C.WORDS)  # to the first output; seen from there, h0 begins at row -B or R
-    y_below = y - span * C.WORDS
-    out = y.to(tl.pointer_type(C.DTYPE))
+    passed = of_layer(passed, me, R, C.H, C)
+    sent = y if fed is None else of_layer(fed, me, span, C.WORDS, C) + B.to(tl.int64) * C.WORDS  # to the layer above
+    fed_by = sent - span * C.WORDS  # by the layer below
+    out, above = y.to(tl.pointer_type(C.DTYPE)), sent.to(tl.pointer_type(C.DTYPE))
     h0 = me.first + tl.where(me.reverse, R, -B)
     before = h0  # where the step before begins
     KEEPS_H: tl.constexpr = kept_h is not None or rate_h is not None
@@ -226,7 +235,8 @@ def forward(
         if dropped is not None:
             own = own + (load_states(h_0, me, tile, B, 1, C)[0].to(C.DTYPE),)
         for i in tl.static_range(1, PREFETCHED):
-            prefetch_step(x_part, out, moved(now, i * ahead, steps > i, B, offsets), steps > i, me, tile, lengths, C)
+            far = moved(now, i * ahead, steps > i, B, offsets)
+            prefetch_step(x_part, passed, out, above, far, steps > i, me, tile, lengths, C)
     hidden_bias = load_bias(bias, me.n, Place(*places[0]), APART, C)
     of_unit = load_parameters(parameters, me, Place(*places[0]), C)
 
@@ -238,12 +248,13 @@ def forward(
             place = Place(*places[j])  # by name again: Triton 3.6 forgets the names inside a tuple of tuples
             active = within(now.t, place.length, lengths)
             x = load_input(x_part, biases, now, me, place, place.exists & active, C)
+            seen = load_passed(passed, now, me, place, place.exists & active, C)
             reset = starts_anew(resets, now.t, True, place, B)
             if C.ALONE:
                 sums = zero_where(reset, hidden_part_alone(W, state[j], C))
             else:
                 p = source(y, before, h0, place, s > 0, now.t - ahead, lengths, C)
-                p_below = None if C.OTHER is None else source(y_below, now.row, h0, place, True, now.t, lengths, C)
+                p_below = None if C.OTHER is None else source(fed_by, now.row, h0, place, True, now.t, lengths, C)
                 sums = hidden_part(W, p, below, p_below, resets, reset, me, bound, C)
             r = with_last(sums, hidden_bias, len(hidden_bias), C)
             x = with_last(as_float(x), sums[C.G :], C.APART, C)
@@ -267,6 +278,9 @@ def forward(
                 own_next = own_next + (tl.where(active, h.to(C.DTYPE), own[j]),)
                 h = h * load_states(dropped, me, place, B, 1, C)[0]
             publish(out, now.row, place, 0, h, room, C)
+            if passed is not None:
+                h = h.to(C.DTYPE).to(tl.float32)  # as the layer above would read it
+                publish(above, now.row, place, 0, h * (seen[0] * scale), room & (me.n < me.top), C)
             if gates is not None:
                 for g in tl.static_range(C.SAVED):
                     save(gates + g * C.H, now.row, place, saved[g], place.own & place.exists & active, C.G * C.H, C)
@@ -278,7 +292,7 @@ def forward(
                 beside = kept if C.STATES > 0 else (alone_h,)
                 for i in tl.static_range(len(beside)):
                     save(carries + i * C.HS, now.row, place, beside[i], room, len(beside) * C.HS, C)
-            prefetch_step(x_part, out, far, more, me, place, lengths, C)
+            prefetch_step(x_part, passed, out, above, far, more, me, place, lengths, C)
             carry_next = carry_next + (either(active, kept, carry[j]),)
             state_next = state_next + (tl.where(active, h.to(C.DTYPE), state[j]),)
         carry, state, own = carry_next, state_next, own_next

@@ -282,7 +282,7 @@ def _wrap_masked_store(store):
 
         if not programs.settings.torn:
             return land(mask)
-        bits = np.asarray(mask.data)
+        bits = np.asarray(mask.data, bool)  # which a scalar that was spread over a tile makes integers
         first = programs.settings.part(bits.shape)
         places = ptrs.data[bits] >> np.uint64(3)  # in units of 8 bytes, because stores differ in width
         programs.settle(places)  # of two stores to one place the later one stays

@@ -710,15 +710,24 @@ def cached_plan(*args, **kwargs) -> Plan | str:
 
 
 def in_groups(
-    layers: int, passes: tuple[bool, ...], plan_of: Callable[[int, bool], Plan | str], device: Device
+    layers: int,
+    passes: tuple[bool, ...],
+    plan_of: Callable[[int, bool], Plan | str],
+    device: Device,
+    measured: tuple[int, ...] = (),
 ) -> tuple[tuple[Plan, ...], ...] | str:
     """How the layers of a stack are best put into launches: of each group of neighbours, from the first layer on, the
     plans of its passes; or why not even one layer has any.
 
     passes: for each whether it is the backward. plan_of: the plan of so many layers and a pass. A group has no pass
     that is slower than its layers one after another. It takes T steps and one more for each further layer, which is not
-    counted, and makes an input part, and its gradient, for its first layer alone.
+    counted, and makes an input part, and its gradient, for its first layer alone. measured: the sizes of groups to take
+    in place of the model's choice, where each of them has plans.
     """
+    if sum(measured) == layers and min(measured) > 0:
+        chosen = [tuple(plan_of(size, backward) for backward in passes) for size in measured]
+        if all(isinstance(p, Plan) for group in chosen for p in group):
+            return tuple(chosen)
     plans: dict[int, tuple[Plan, ...]] = {}
     costs: dict[int, float] = {}
     alone: list[float] = []

@@ -116,7 +116,7 @@ class Program(NamedTuple):
     last: Any  # the last row of the batch that exists, counted from `first`
     unit: Any  # its first unit
     one: Any  # 1, but the compiler cannot know it: it unrolls no loop with such a stride
-    edge: Any  # the layer of a stack that no other one feeds: the first; backward the last
+    top: Any  # the last weight set; of a stack the layer that feeds no other one
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def this_program(begin, B, C: tl.constexpr):
         last=(B - 1 - first).to(tl.int32),
         unit=tl.program_id(0) * C.UB,
         one=tl.where(B > 0, 1, 2),
-        edge=tl.num_programs(2) - 1 if C.BACKWARD else 0,
+        top=tl.num_programs(2) - 1,
     )
 
 
@@ -268,6 +268,15 @@ def cleared(x, active, place, C: tl.constexpr):
     """
     END: tl.constexpr = (C.H if C.BACKWARD and C.QUIET else C.UB) if C.ALONE else C.HS
     return tl.where(active if C.H == END else place.exists & active, x, 0.0)
+
+
+@triton.jit
+def load_passed(passed, now, me, place, mask, C: tl.constexpr):
+    """Which units the layer above sees, as a tuple with a tile of ones and zeros; an empty one where it sees all."""
+    if passed is None:
+        return ()
+    else:
+        return (load_or_zero(passed, now.row, place, mask & (me.n < me.top), C.H, C),)
 
 
 @triton.jit

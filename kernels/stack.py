@@ -24,7 +24,7 @@ MASKS, NUMBERS = ("dropped", "kept_h", "kept_c"), dict(rate_h=None, rate_c=None)
 class Begun(NamedTuple):
     """What stands ready before the first layer's input product and the recurrence: y, all of its buffer [L, B+R+B, HS];
     weight_hh, weight_ih [L, G*H, HS], of the input's weights all but the first layer's; bias [L, G*H] with all biases
-    but bias_hn [L, A*H] (GRU: n's), or None.
+    but bias_hn [L, A*H] (GRU: n's), or None; fed, all of its buffer [L-1, B+R+B, HS], or None without dropout.
     """
 
     y: Tensor
@@ -32,9 +32,17 @@ class Begun(NamedTuple):
     weight_ih: Tensor
     bias: Tensor | None
     bias_hn: Tensor | None
+    fed: Tensor | None
 
 
-def _fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
+class Passed(NamedTuple):
+    """Dropout between the layers: which units each sees of the one below, int8 [L-1, R, H], so many times as large."""
+
+    mask: Tensor
+    scale: float
+
+
+def _weights_fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
     """Weights of layers fed by others, of all but the one numbered `first`, which has its neighbour's in its place."""
     neighbour = weights[1] if first == 0 else weights[-2]
     return [_aligned(neighbour if n == first else weight) for n, weight in enumerate(weights)]
@@ -49,9 +57,10 @@ def begin(
     weight_hh: Sequence[Tensor],
     bias_ih: Sequence[Tensor] | None,
     bias_hh: Sequence[Tensor] | None,
+    dropout: bool = False,
 ) -> Begun:
     """Make the buffers of a forward and what must stand in them; count: R. h0 [L, B, H], None for zeros; weights and
-    biases of each layer.
+    biases of each layer. dropout: whether there is any between the layers.
     """
     cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
     size, width, batch = padded(hidden_size, plan.dtype), cell.gates * hidden_size, rows.batch
@@ -63,7 +72,7 @@ def begin(
     bias_hn = _new(like, (layers, apart)) if apart else None
     jobs = count * size * itemsize(plan.dtype) // 4, batch * size, 0 if bias is None else width, width * size
     programs = [-(-job // prepare.BLOCK) for job in jobs]
-    of_layers, fed, h0 = [_aligned(weight) for weight in weight_hh], _fed([like, *weight_ih[1:]], 0), _dense(h0)
+    of_layers, weights, h0 = [_aligned(one) for one in weight_hh], _weights_fed([like, *weight_ih[1:]], 0), _dense(h0)
     for n in range(layers):
         biases = (None, None) if bias_ih is None or bias_hh is None else (bias_ih[n], bias_hh[n])
         _prepare(
@@ -73,10 +82,15 @@ def begin(
             sum(programs) + programs[3],
             (
                 y[n], _part(h0, n), biases[0], None, biases[1], None, _part(bias, n), _part(bias_hn, n), of_layers[n],
-                None, recurrent[n], fed[n], None, other[n], count, batch, hidden_size, *programs,
+                None, recurrent[n], weights[n], None, other[n], count, batch, hidden_size, *programs,
             ),
         )  # fmt: skip
-    return Begun(y, recurrent, other, bias, bias_hn)
+    fed = None
+    if dropout:
+        fed = _new(like, (layers - 1, *y.shape[1:]))
+        fed.view(torch.int32).fill_(-1)
+        fed[:, :batch].zero_()
+    return Begun(y, recurrent, other, bias, bias_hn, fed)
 
 
 def _new(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -111,13 +125,16 @@ def forward(
     saving: str,
     h_n: Tensor | None = None,
     c_n: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    passed: Passed | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """All steps of all layers forward, after `begin`.
 
     x_part [R, G*H]: the first layer's, biases included; it stays as it is. h0, c0 [L, B, H], None for zeros. saving:
-    "nothing", "lean" or "full", as launch.forward has it. h_n, c_n: where to write those, or new tensors.
-    -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None; the
-    kernels have layers of y and aux R + 2B rows apart.
+    "nothing", "lean" or "full", as launch.forward has it. h_n, c_n: where to write those, or new tensors. passed:
+    dropout, as `begin` was told.
+    -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None, fed [L-1,
+    R, H], the inputs of all but the first layer where they are not y, or None; the kernels have layers of y, aux and
+    fed R + 2B rows apart.
     """
     assert rows.time > 0 and x_part.is_contiguous()
     cell, (layers, hidden_size), y = CELLS[plan.cell], (plan.layers, plan.hidden_size), begun.y
@@ -138,14 +155,18 @@ def forward(
         biases=begun.bias,
         parameters=None,
         y=y.view(torch.int32),
+        fed=None if begun.fed is None else begun.fed.view(torch.int32),
+        passed=None if passed is None else _aligned(passed.mask),
         carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
         gates=gates,
         aux=aux,
         carry_n=c_n,
         h_n=h_n,
     )
-    _launch(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries", *MASKS)), **NUMBERS)
-    return _apart(y[:, batch : batch + count, :hidden_size]), h_n, c_n, gates, aux
+    others, numbers = dict.fromkeys(("shown", "h_0", "carries", *MASKS)), dict(scale=passed and passed.scale)
+    _launch(plan, x_part.device, rows, 0, tensors | others, **numbers, **NUMBERS)
+    fed = None if begun.fed is None else begun.fed[:, batch : batch + count, :hidden_size]
+    return _apart(y[:, batch : batch + count, :hidden_size]), h_n, c_n, gates, aux, fed
 
 
 def last(y: Tensor) -> Tensor:
@@ -166,11 +187,12 @@ def backward(
     h0: Tensor | None,
     c0: Tensor | None,
     rows: Rows,
+    passed: Passed | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All steps of all layers backward.
 
     d_y [R, H], of the last layer's outputs, d_h_n and d_c_n [L, B, H], each None for zero; weights of each layer;
-    gates, aux and y as `forward` left them; h0, c0 [L, B, H] or None for zeros.
+    gates, aux and y as `forward` left them; h0, c0 [L, B, H] or None for zeros; passed: as `forward` took it.
     -> d_gates [L, R, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [L, B, H],
     as launch.backward has it.
     """
@@ -191,11 +213,11 @@ def backward(
     jobs = count * words, batch * words, 0 if history_0 is None else batch * planes * size
     programs = [-(-job // prepare.BLOCK) for job in jobs]
     tiles = cell.gates * (-(-size // prepare.TILE)) ** 2  # of a weight that is transposed
-    of_layers, fed = [_aligned(weight) for weight in weight_hh], _fed([*weight_ih[1:], weight_hh[0]], layers - 1)
+    of_layers, weights = [_aligned(one) for one in weight_hh], _weights_fed([*weight_ih[1:], weight_hh[0]], layers - 1)
     for n in range(layers):
         buffers = d_gates[n], _part(state_0, n), _part(history_0, n)
         for source, weight, transposed, rotation in (
-            (0, of_layers[n], recurrent[n], cell.slot_order[0]), (1, fed[n], other[n], 0)
+            (0, of_layers[n], recurrent[n], cell.slot_order[0]), (1, weights[n], other[n], 0)
         ):  # fmt: skip
             before = [0, 0, 0] if source else programs
             _prepare(
@@ -228,6 +250,8 @@ def backward(
         d_carry_0=d_carry_0,
         d_parameters=None,
         d_kept_0=None,
+        passed=None if passed is None else _aligned(passed.mask),
     )
-    _launch(plan, y.device, rows, 0, tensors | dict.fromkeys(MASKS), clip=None, **NUMBERS)
+    numbers = dict(scale=passed and passed.scale, clip=None)
+    _launch(plan, y.device, rows, 0, tensors | dict.fromkeys(MASKS), **numbers, **NUMBERS)
     return _apart(d_gates[:, batch : batch + count, :, :hidden_size]), d_carry_0

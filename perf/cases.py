@@ -50,8 +50,8 @@ def product(cells, dtypes, hidden_sizes, batch_sizes, times=(1024,), layers=(1,)
 
 
 def core() -> list[Case]:
-    """The 94 cases that ratios and geometric means are quoted on: what people use, and a few that are hard."""
-    return [*long(), *short()]
+    """The 111 cases that ratios and geometric means are quoted on: what people use, and a few that are hard."""
+    return list(dict.fromkeys([*long(), *short(), *selected(stacks(), ["cell=lstm", "dtype=bfloat16"])]))
 
 
 def long() -> list[Case]:

@@ -37,10 +37,10 @@ def plan(p: Plan, stage: str | None, precision: str, device: str) -> None:
     """Launch a plan's kernel on a few steps: as it is, or a variant of it (variants.py)."""
     from . import variants
     from .providers import float32_precision
-    from .tune import Recurrence
+    from .tune import drawn
 
     with float32_precision(precision):
-        data = Recurrence.draw(p, STEPS, torch.device(device))
+        data = drawn(p, STEPS, torch.device(device))
         with variants.variant(stage, p):
             data.run(p, save=stage != "stores")
 

@@ -44,7 +44,7 @@ def steps(out: Path) -> list[Step]:
     """All of them, in the order in which they are worth the most."""
     script = lambda name, *more: (sys.executable, "-m", f"perf.{name}", *map(str, more))
     tests = (sys.executable, "-m", "pytest", "-q", "-n", str(JOBS), "-m", "gpu and not slow")
-    # 94 cases in two modes, at 0.7 s each and less: the 58 long ones took 125 s on an H200 with 0.5 s for the samples.
+    # 111 cases in two modes, at 0.7 s each and less: the 58 long ones took 125 s on an H200 with 0.5 s for the samples.
     core = ("--modes", "inference,forward+backward", "--seconds-per-case", 0.3, "--budget", "{seconds}", "--resume")
     rows = out / "benchmark.csv"
     profiles = [

@@ -34,10 +34,11 @@ NOT_MEASURED = (
 OURS, REFERENCE = "rnn_gpu", "torch.nn"
 SHOWN = {"forward+backward": "training", "inference": "inference"}  # of the modes, in the tables
 SHORT = frozenset(grids.short())
+STACKS = frozenset(grids.stacks()) - frozenset(grids.long())
 # The rows of README.md's table: each case of the core grid is in one of them.
 REGIONS = {
     "LSTM, bfloat16, up to 1024 units": (
-        lambda c: c.cell == "lstm" and c.dtype == "bfloat16" and c.hidden_size <= 1024 and c not in SHORT
+        lambda c: c.cell == "lstm" and c.dtype == "bfloat16" and c.hidden_size <= 1024 and c not in SHORT | STACKS
     ),
     "GRU and RNN, bfloat16": lambda c: c.cell != "lstm" and c.dtype == "bfloat16" and c not in SHORT,
     "LSTM and GRU, float32 (tf32), 256 units and more": lambda c: c.dtype == "float32" and c.hidden_size >= 256,
@@ -56,6 +57,7 @@ REGIONS = {
         lambda c: c.dtype == "float16" and c.layers == 1 and (c.batch_size < 64 or c.hidden_size < 256)
     ),
     "LSTM and GRU, bfloat16, T 32, 64 and 128": SHORT.__contains__,
+    "LSTM, bfloat16, 2 to 8 layers": STACKS.__contains__,
 }
 COLORS = {
     "rnn_gpu": "C0",

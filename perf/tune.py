@@ -1,6 +1,7 @@
 """`python -m perf.tune`: how good the plan's choice is, measured, and the constants of its model fitted to a device.
 
     python -m perf.tune --cell lstm --dtype bfloat16 --hidden-size 1024 --batch-size 16     the ranking of one shape
+    python -m perf.tune --layers 4 --hidden-size 512     the same of layers side by side, and against one by one
     python -m perf.tune --check                          a sample of shapes: what the plan's own choice loses
     python -m perf.tune --check --fit constants.json     the model's constants, fitted to all that was measured
     python -m perf.tune --check --recorded perf/results  the model against recordings (recorded.py); needs no GPU
@@ -55,20 +56,24 @@ SAMPLE = [  # cell, type, hidden units, batch: what --check looks at, forward an
     ("gru", "float32", 256, 16),
     ("rnn_tanh", "bfloat16", 1024, 32),
 ]
+STACKS = [("lstm", "bfloat16", 256, 16, 8), ("lstm", "bfloat16", 512, 16, 4), ("gru", "bfloat16", 512, 16, 4)]  # layers
 
 
 # ---- Plans and the model ------------------------------------------------------------------------------------------
 
 
 def candidates(
-    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool, precision=None
-) -> list[Plan]:
+    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool, precision=None,
+    layers: int = 1,
+) -> list[Plan]:  # fmt: skip
     """All plans of a problem: what the plan chooses from, and what it never compares: slots awaited in more
-    or fewer parts, and weights in shared memory that would fit in registers.
+    or fewer parts, and weights in shared memory that would fit in registers. layers: side by side.
     """
     precision = (precision or "tf32") if dtype == "float32" else None
-    problem = planning.Problem(cell, hidden_size, batch_size, sets, dtype, device, backward, precision)
-    alone = planning.alone_plan(problem)
+    problem = planning.Problem(
+        cell, hidden_size, batch_size, sets, dtype, device, backward, precision, layers=layers
+    )  # fmt: skip
+    alone = planning.alone_plan(problem) if layers == 1 else None
     found = [] if alone is None else [alone]
     for p in planning.exchanging_plans(problem, device.multiprocessors):
         parts = dict.fromkeys((p.waits, 1, 2, CELLS[cell].gates)) if backward and CELLS[cell].gates > 1 else (p.waits,)
@@ -224,6 +229,78 @@ class Recurrence:
         return torch.stack(found, 1)
 
 
+@dataclass
+class Stack:
+    """The same of layers side by side; timed from the first layer's input part on, and back to its gradient."""
+
+    time: int
+    x_part: Tensor
+    weights: tuple[list[Tensor] | None, ...]  # weight_ih, weight_hh, bias_ih and bias_hh of each layer
+    h0: Tensor
+    c0: Tensor | None
+    d_y: Tensor
+    saved: tuple | None = None  # y, gates, aux of a forward, for a backward
+
+    @classmethod
+    def draw(cls, p: Plan, time: int, device: torch.device) -> "Stack":
+        """Random data of a plan's problem; for a backward plan also a forward, by the plan's own choice."""
+        spec, batch, size = CELLS[p.cell], p.batch_size, p.hidden_size
+        torch.manual_seed(0)
+
+        def draw(*shape, scale=1.0):
+            return (torch.randn(*shape) * scale).to(device, getattr(torch, p.dtype))
+
+        matrices, biases = (
+            [[draw(spec.gates * size, *more, scale=size**-0.5) for _ in range(p.layers)] for _ in range(2)]
+            for more in ((size,), ())
+        )
+        c0 = draw(p.layers, batch, len(spec.states) * size) if spec.states else None
+        states = draw(p.layers, batch, size), c0
+        data = cls(time, draw(time * batch, spec.gates * size), (*matrices, *biases), *states, draw(time * batch, size))
+        if p.backward:
+            kind = p.dtype, _device(device), False, p.precision
+            own = planning.plan(p.cell, size, batch, 1, *kind, layers=p.layers)
+            y, _, _, gates, aux, _ = data._forward(own, "full")
+            data.saved = gates, aux, y
+        return data
+
+    def _forward(self, p: Plan, saving: str) -> tuple:
+        from rnn_gpu.kernels import launch, stack
+
+        rows = launch.Rows(self.time, p.batch_size)
+        begun = stack.begin(p, rows, self.x_part.shape[0], self.h0, *self.weights)
+        return stack.forward(p, begun, self.x_part, self.h0, self.c0, rows, saving)
+
+    def run(self, p: Plan, save: bool = True, fresh: bool = False) -> Tensor:
+        """Run a plan: y of the last layer, or d_gates of the first. fresh: the input part is never written over."""
+        from rnn_gpu.kernels import launch, stack
+
+        if not p.backward:
+            return self._forward(p, "full" if save else "nothing")[0][-1].unsqueeze(1)
+        rows, states = launch.Rows(self.time, p.batch_size), (self.h0, self.c0)
+        given = self.d_y, None, None, *self.weights[:2], *self.saved
+        return stack.backward(p, *given, *states, rows)[0][0].unsqueeze(1)
+
+    def expected(self, p: Plan, dtype: torch.dtype) -> Tensor:
+        """What `run` has to give, by the readable loop in a dtype: y, or the gradient of the first input part."""
+        first = part = x = self.x_part.to(dtype).requires_grad_(p.backward)
+        for n, (weight_ih, weight_hh, *biases) in enumerate(zip(*self.weights, strict=True)):
+            bias, bias_hn = reference.fold_biases(p.cell, *(one.to(dtype) for one in biases))
+            if n > 0:
+                part = torch.nn.functional.linear(x, weight_ih.to(dtype), bias)
+            states = self.h0[n].to(dtype), None if self.c0 is None else self.c0[n].to(dtype)
+            steps = part.view(self.time, p.batch_size, -1)
+            x = reference.recurrence(p.cell, steps, weight_hh.to(dtype), bias_hn, *states, False)[0].flatten(0, 1)
+        if p.backward:
+            (x,) = torch.autograd.grad(x, first, self.d_y.to(dtype))
+        return x.unsqueeze(1)
+
+
+def drawn(p: Plan, time: int, device: torch.device) -> Recurrence | Stack:
+    """Data of a plan's problem."""
+    return (Stack if p.layered else Recurrence).draw(p, time, device)
+
+
 def _device(device: torch.device) -> Device:
     return backends.device_of(device)
 
@@ -232,7 +309,7 @@ class Judge:
     """Tells whether a plan's result is right: the rule of the tests, on a few steps, the readable loop as the peer."""
 
     def __init__(self, p: Plan, device: torch.device):
-        self.data = Recurrence.draw(p, CHECKED_STEPS, device)
+        self.data = drawn(p, CHECKED_STEPS, device)
         self.oracle = self.data.expected(p, torch.float64)
         own = getattr(torch, p.dtype)
         error = torch.linalg.vector_norm(self.data.expected(p, own).double() - self.oracle)
@@ -268,7 +345,7 @@ def time_all(plans: list[Plan], device: torch.device, clock: Clock, say) -> list
             good.append(p)
     if not good:
         return []
-    data = Recurrence.draw(good[0], STEPS, device)
+    data = drawn(good[0], STEPS, device)
     times = [[] for _ in good]
     for number in range(ROUNDS + 1):  # the first warms up
         clock.check()
@@ -307,7 +384,20 @@ def ranking(measured: list[tuple[Plan, float]], own: Plan) -> str:
     return "\n".join(lines)
 
 
-def without_gpu(shape: tuple, device: Device, precision: str | None) -> int:
+def against_one_by_one(together: list[tuple[Plan, float]], alone: list[tuple[Plan, float]], device: Device) -> str:
+    """Layers side by side against one after another, which make an input part, and its gradient, for each of them."""
+    if not together or not alone:
+        return "  side by side and one by one were not both timed"
+    p, layers, us = alone[0][0], together[0][0].layers, min(us for _, us in alone)
+    products = (layers - 1) * planning.product_microseconds(p, device)
+    first, other = min(us for _, us in together), layers * us + products
+    return (
+        f"  {layers} layers side by side {first:.3f} us a step; one by one {layers} x {us:.3f} and about "
+        f"{products:.3f} for products between them: {other / first:.2f} times as long"
+    )
+
+
+def without_gpu(shape: tuple, layers: int, device: Device, precision: str | None) -> int:
     """What is needed, and the ranking of the model."""
     print(
         "No CUDA device. perf.tune times every plan of a shape, and needs a GPU of compute capability 8.0 or later that"
@@ -315,8 +405,9 @@ def without_gpu(shape: tuple, device: Device, precision: str | None) -> int:
     print("nothing else uses. What it would choose from, ranked by the plan's model; times are estimates, nothing is")
     print(f"measured. Plans for {device.name}:")
     for backward in (False, True):
-        found = sorted(candidates(*shape, device, backward, precision), key=lambda p: p.microseconds)
-        print(f"\n{'backward' if backward else 'forward'}: {len(found)} plans")
+        found = sorted(candidates(*shape, device, backward, precision, layers), key=lambda p: p.microseconds)
+        of = f" of {layers} layers side by side" if layers > 1 else ""
+        print(f"\n{'backward' if backward else 'forward'}: {len(found)} plans{of}")
         for p in found[:5]:
             print(f"  about {p.microseconds:7.3f} us a step: {p}, {p.waits} wait(s)")
     return 0
@@ -352,6 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")
     add("--directions", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")
+    add("--layers", type=int, default=1, metavar="L", help="side by side, against one by one (default: %(default)s)")
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add("--check", action="store_true", help="a sample of shapes instead of one")
     add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
@@ -379,6 +471,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.recorded and not options.check:
         parser.error("--recorded goes with --check")
+    if options.layers < 1 or (options.layers > 1 and options.directions > 1):
+        parser.error("--layers: 1 or more, of one direction")
     if options.recorded:
         lines, good = against_recordings(options.recorded, options.most)
         print("\n".join(lines))
@@ -386,26 +480,31 @@ def main(arguments: list[str] | None = None) -> int:
     shape = options.cell, options.hidden_size, options.batch_size, options.directions, options.dtype
     precision = options.float32_precision
     if not torch.cuda.is_available():
-        return without_gpu(shape, DEVICES[options.device], precision)
+        return without_gpu(shape, options.layers, DEVICES[options.device], precision)
     device, clock = torch.device("cuda"), Clock(options.budget)
     mine = backends.device_of(device)
     if options.ship:
         steps, say = progress(core(), len(core()), "case")
         print(f"{ship(options.ship, steps, device, autotuning.device_seconds, clock, say)} choices in {options.ship}")
         return 0
-    shapes = [(cell, h, b, 1, dtype) for cell, dtype, h, b in SAMPLE] if options.check else [shape]
-    work = [(one, backward) for one in shapes for backward in (False, True)]
+    shapes = [(shape, options.layers)]
+    if options.check:
+        shapes = [
+            ((cell, h, b, 1, dtype), layers) for cell, dtype, h, b, layers in [*[(*s, 1) for s in SAMPLE], *STACKS]
+        ]
+    work = [(*one, backward) for one in shapes for backward in (False, True)]
     everything, losses, done = [], [], 0
     steps, say = progress(work, len(work), "shape")
     with float32_precision(precision):
         try:
-            for one, backward in steps:
-                own = planning.plan(*one, mine, backward, precision)
+            for one, layers, backward in steps:
+                own = planning.plan(*one, mine, backward, precision, layers=layers)
                 if isinstance(own, str):
                     say(f"{one}: {own}")
                     continue
-                say(f"{one} {'backward' if backward else 'forward'} on {mine.name}")
-                found = candidates(*one, mine, backward, precision)
+                of = f" of {layers} layers" if layers > 1 else ""
+                say(f"{one}{of} {'backward' if backward else 'forward'} on {mine.name}")
+                found = candidates(*one, mine, backward, precision, layers)
                 tasks = [(compiling.plan, p, None, options.float32_precision, str(device)) for p in found]
                 compiling.in_parallel(tasks, options.jobs, min(compiling.SECONDS, clock.left / 2))
                 timed = time_all(found, device, clock, say)
@@ -415,6 +514,9 @@ def main(arguments: list[str] | None = None) -> int:
                     say(ranking(timed, own))
                     found = loss(timed, own)
                     losses.append(math.inf if found is None else found)
+                if layers > 1:
+                    single = planning.plan(*one, mine, backward, precision)
+                    say(against_one_by_one(timed, time_all([single], device, clock, say), mine))
         except OutOfTime:
             say(f"The budget of {options.budget:.0f} s has ended: {done} of {len(work)} done.")
     if losses:

@@ -57,7 +57,8 @@ def autotune(
     most 256 steps are timed. With gradients enabled forward and backward are timed, under torch.no_grad() the forward,
     and so where neither input nor parameters require gradients: the backend found then holds under torch.no_grad().
     autocast, precision, memory and the other settings are those of now. It takes a second or two, and what it takes to
-    compile up to eight kernels, once: they stay in Triton's cache.
+    compile up to eight kernels, once: they stay in Triton's cache. Of a stack of layers up to three times as many: side
+    by side, one after another, and as the model has it; the way that is found holds in training and in inference.
 
     What was measured is kept in memory and in files in Triton's cache (triton.knobs.cache.dir), by device, versions and
     shape, whatever T is: a later call for the same, in another process too, returns it and measures nothing, unless
@@ -302,11 +303,29 @@ def tune(
         if not choice.plans:
             return choice
         saving = backends.saving_of(layer, training)
-        for p in choice.plans:
-            shape = *problem, device, p.backward, precision, trial.ragged, backends.limits(), saving
-            key = measured.key_of_plan(*shape)
-            if again or measured.known(key, True) is None:
-                measured.keep(key, _fastest_plan(p, device, key, trial, timer), again)
+        together, drops = backends.together_of(layer), backends.drops_between(layer)
+        of_groups = backends.key_of_groups(problem, device, trial.ragged or drops, together)
+
+        def groups() -> tuple[tuple[planning.Plan, ...], ...]:
+            found = backends.groups_for(
+                problem, device, training, trial.ragged, together, saving=saving, drops=drops
+            )  # fmt: skip
+            assert not isinstance(found, str), found
+            return found
+
+        ways, done = _ways(of_groups, groups, together, again), set()
+        for way in ways:
+            with measured.trying({of_groups: _launches(way)}):
+                for p in (p for plans in groups() for p in plans):
+                    ragged = trial.ragged or (drops and p.layered)
+                    key = measured.key_of_plan(
+                        *problem, device, p.backward, precision, ragged, backends.limits(), saving, p.layers
+                    )  # fmt: skip
+                    if key not in done and (again or measured.known(key, True) is None):
+                        measured.keep(key, _fastest_plan(p, device, ragged, key, trial, timer), again)
+                    done.add(key)
+        if len(ways) > 1:
+            measured.keep(of_groups, _fastest_way(ways, of_groups, trial, timer), again)
         if layer._torch_class is None:  # nothing to compare with
             return chosen()
         key = backends.key_of(layer, problem, device, training, trial.ragged, precision)
@@ -317,37 +336,66 @@ def tune(
 
 
 def _fastest_plan(
-    own: planning.Plan, device: planning.Device, key: measured.Key, trial: _Trial, timer: Timer
+    own: planning.Plan, device: planning.Device, ragged: bool, key: measured.Key, trial: _Trial, timer: Timer
 ) -> dict[str, Any]:
     """What is to be kept of the fastest of the few best plans of a pass. own: the one that holds now."""
     cap, alone = backends.limits()
     found = planning.every_plan(
         own.cell, own.hidden_size, own.batch_size, own.sets, own.dtype, device, own.backward, own.precision,
-        cap or None, alone, trial.ragged,
+        cap or None, alone, ragged, own.layers,
     )  # fmt: skip
     assert not isinstance(found, str), found
     ranked = sorted(found, key=lambda p: (planning.cut(p) != planning.cut(own), p.microseconds))
     least = min(p.microseconds for p in found)
     ranked = [p for p in ranked[:FEW] if p is ranked[0] or p.microseconds <= NEAR * least]
+    entries = [{"cut": dict(zip(planning.CUT, planning.cut(p), strict=True)), "when": ""} for p in ranked]
+    return _fastest(entries, "plan", [str(p) for p in ranked], key, trial, timer)
 
-    def with_plan(p: planning.Plan) -> Callable[[], None]:
+
+def _fastest(
+    entries: list[dict[str, Any]], what: str, names: Sequence[Any], key: measured.Key, trial: _Trial, timer: Timer
+) -> dict[str, Any]:
+    """That of the entries for a key with which the trial is the fastest, with the times of all."""
+
+    def under(entry: dict[str, Any]) -> Callable[[], None]:
         def call() -> None:
-            with measured.trying({key: _entry(p)}):
+            with measured.trying({key: entry}):
                 operators.plan_anew()
                 trial.run("kernels")
 
         return call
 
-    times = _in_turns([with_plan(p) for p in ranked], timer, _data_of(trial.input).device)
+    times = _in_turns([under(entry) for entry in entries], timer, _data_of(trial.input).device)
     operators.plan_anew()
-    best = min(range(len(ranked)), key=lambda i: times[i])
     us = [round(seconds * 1e6 / trial.steps, 3) for seconds in times]
-    timed = [{"plan": str(p), "microseconds": took} for p, took in zip(ranked, us, strict=True)]
-    return _entry(ranked[best]) | {"when": _now(), "timed": timed}
+    timed = [{what: name, "microseconds": took} for name, took in zip(names, us, strict=True)]
+    return entries[min(range(len(times)), key=lambda i: times[i])] | {"when": _now(), "timed": timed}
 
 
-def _entry(p: planning.Plan) -> dict[str, Any]:
-    return {"cut": dict(zip(planning.CUT, planning.cut(p), strict=True)), "when": ""}
+# How the layers of a stack are put into launches: how many each takes, from the first layer on.
+
+
+def _launches(way: Sequence[int]) -> dict[str, Any]:
+    """What is kept of a way; () for the model's."""
+    return {"groups": list(way), "when": ""}
+
+
+def _ways(
+    key: measured.Key, groups: Callable[[], tuple[tuple[planning.Plan, ...], ...]], together: int, again: bool
+) -> list[tuple[int, ...]]:
+    """The ways that are worth timing: as the model has it, all layers in one launch, one after another; but the one
+    that is known, unless it is to be measured again. groups: `backends.groups_for` this call.
+    """
+    known, found = None if again else measured.known(key, True), []
+    for way in [measured.groups(key)] if known else [(), (together,), (1,) * together]:
+        with measured.trying({key: _launches(way)}):
+            found.append(tuple(plans[0].layers for plans in groups()))
+    return list(dict.fromkeys(found))
+
+
+def _fastest_way(ways: list[tuple[int, ...]], key: measured.Key, trial: _Trial, timer: Timer) -> dict[str, Any]:
+    """What is to be kept of the fastest way."""
+    return _fastest([_launches(way) for way in ways], "groups", ways, key, trial, timer)
 
 
 def _faster_backend(trial: _Trial, timer: Timer) -> dict[str, Any]:

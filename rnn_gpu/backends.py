@@ -379,14 +379,13 @@ def plan_for(
     """The plan of one pass, or why there is none: the one that was measured to be the fastest, or the model's.
 
     ragged: rows end early or start anew. under: `limits`, or now's. precision: of float32 products; None: as PyTorch's
-    switches say. saving: what a forward keeps, for what was measured. layers: that run side by side; measured are plans
-    of one by itself alone.
+    switches say. saving: what a forward keeps, for what was measured. layers: of a stack, that run side by side.
     """
     cap, alone = limits() if under is None else under
     problem = cell, hidden_size, batch_size, sets, dtype, device, backward
     precision, found = precision or precision_of(dtype), None
-    if layers == 1 and measured.anything():
-        found = measured.plan(measured.key_of_plan(*problem, precision, ragged, (cap, alone), saving))
+    if measured.anything():
+        found = measured.plan(measured.key_of_plan(*problem, precision, ragged, (cap, alone), saving, layers))
     return planning.cached_plan(*problem, precision, cap or None, alone, ragged, found, layers)
 
 
@@ -399,20 +398,39 @@ def groups_for(
     under: tuple[int, bool] | None = None,
     precision: str | None = None,
     saving: str = "full",
+    drops: bool = False,
 ) -> tuple[tuple[planning.Plan, ...], ...] | str:
     """The launches of a stack: of each group of its layers the plans of the passes (`kernels.plan.in_groups`); or why
-    there is none. The same groups in training and in inference, where there is a backward: so are the results.
+    there is none: the groups that were measured to be the fastest, or the model's. The same groups in training and in
+    inference, where there is a backward: so are the results. drops: dropout between the layers, which takes as many
+    registers as ragged rows do.
     """
-    plan_of = lambda size, backward: plan_for(
-        *problem, device, backward, ragged, under=under, precision=precision, saving=saving, layers=size
-    )
+
+    def plan_of(size: int, backward: bool) -> planning.Plan | str:
+        apart = ragged or (drops and size > 1)
+        return plan_for(
+            *problem, device, backward, apart, under=under, precision=precision, saving=saving, layers=size
+        )  # fmt: skip
+
     passes, together = (False, True) if training else (False,), layers if _wavefront else 1
-    found = planning.in_groups(together, (False, True) if together > 1 else passes, plan_of, device)
+    sizes: tuple[int, ...] = ()
+    if together > 1 and measured.anything():
+        sizes = measured.groups(key_of_groups(problem, device, ragged or drops, layers, under, precision))
+    found = planning.in_groups(together, (False, True) if together > 1 else passes, plan_of, device, sizes)
     if isinstance(found, str) and not training:
-        found = planning.in_groups(together, passes, plan_of, device)
+        found = planning.in_groups(together, passes, plan_of, device, sizes)
     if isinstance(found, str):
         return found
     return tuple(plans[: len(passes)] for plans in found) * (layers // together)
+
+
+def key_of_groups(
+    problem: Sizes, device: planning.Device, ragged: bool, layers: int, under: tuple[int, bool] | None = None,
+    precision: str | None = None,
+) -> measured.Key:  # fmt: skip
+    """Under which key the groups of a stack's layers are kept. Arguments as of `groups_for`."""
+    precision = precision or precision_of(problem[-1])
+    return measured.key_of_groups(*problem, device, layers, precision, ragged, under or limits())
 
 
 def limits() -> tuple[int, bool]:
@@ -471,8 +489,8 @@ def kernels_for(
     ask whether Triton is installed.
     """
     problem, saving = _problem(module, batch_size, dtype), saving_of(module, training)
-    layers = module.num_layers, heads_of(module)
-    choice = _weighed(problem, device, training, ragged, precision, layers, saving, _together(module))
+    stack = (module.num_layers, heads_of(module)), saving, together_of(module), drops_between(module)
+    choice = _weighed(problem, device, training, ragged, precision, *stack)
     if choice.plans and choice.name == "torch" and beyond_aten(module):
         return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
     if not choice.plans or not measured.anything() or beyond_aten(module):
@@ -485,11 +503,16 @@ def kernels_for(
     return choice._replace(name=found.name, reason=reason, measured=found.when)
 
 
-def _together(module: torch.nn.RNNBase) -> int:
+def together_of(module: torch.nn.RNNBase) -> int:
     """How many layers of a module may run side by side: all, where what is between them is known within a launch."""
-    dropped = module.training and module.dropout > 0
+    dropped = module.training and module.dropout >= 1
     one_by_one = module.bidirectional or module.proj_size or heads_of(module) > 1 or dropped or beyond_aten(module)
     return 1 if one_by_one else module.num_layers
+
+
+def drops_between(module: torch.nn.RNNBase) -> bool:
+    """Whether there is dropout between layers that may run side by side."""
+    return module.training and module.dropout > 0 and together_of(module) > 1
 
 
 def beyond_aten(module: Any) -> bool:
@@ -529,13 +552,16 @@ def _weighed(
     layers: tuple[int, int] = (1, 1),
     saving: str = "full",
     together: int = 1,
+    drops: bool = False,
 ) -> Choice:
     """The same by the estimates alone, for a `_problem` of a module with so many layers and heads; together: of which
-    layers so many may run side by side.
+    layers so many may run side by side, with dropout between them (`drops`).
     """
     if reason := CELLS[problem[0]].without_kernels:
         return Choice("torch", f"{reason}: it runs as a loop over time in PyTorch, by its step")
-    groups = groups_for(problem, device, training, ragged, together, precision=precision, saving=saving)
+    groups = groups_for(
+        problem, device, training, ragged, together, precision=precision, saving=saving, drops=drops
+    )  # fmt: skip
     if isinstance(groups, str):
         return Choice("torch", groups)
     ours = sum(p.microseconds for plans in groups for p in plans) / together
@@ -614,7 +640,7 @@ def choose(
     precision = precision_of("float32") if dtype == torch.float32 else None
     sizes = module.mode, module.hidden_size, heads_of(module), module.num_layers, module.bidirectional
     kind = *sizes, batch_size, dtype, input.device
-    choices = precision, beyond_aten(module), _wavefront, _together(module)
+    choices = precision, beyond_aten(module), _wavefront, together_of(module), drops_between(module)
     key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, *choices
     if measured.anything():  # which is of all that its key says
         key = *key, saving_of(module, training), module.proj_size, other_weights(module)

@@ -29,8 +29,8 @@ def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...]) 
         return "layers: one after another: a layer waits for all steps of both directions below"
     if layer.proj_size > 0:
         return "layers: one after another: a projected state is made outside of the kernels"
-    if layer.training and layer.dropout > 0:
-        return "layers: one after another: dropout between them is drawn outside of the kernels (in training)"
+    if layer.training and layer.dropout >= 1:
+        return "layers: one after another: with dropout 1 none sees the one below"
     if backends.heads_of(layer) > 1:
         return "layers: one after another: the input of a layer with heads is that of all heads"
     if backends.beyond_aten(layer):

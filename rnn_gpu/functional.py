@@ -61,7 +61,7 @@ def recurrent_stack(
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states, parameters)
         places = (None, None) if whole is None else (whole[0][sets], None if whole[1] is None else whole[1][sets])
         if layers > 1:
-            y, h, c = side_by_side(inputs, rows, call, *places)
+            y, h, c = side_by_side(inputs, rows, call, dropout, *places)
         elif whole is None:
             of_layer = call if sets.stop == count else call._replace(cells=False)
             y, h, c, cells = ROUTES[call.route](inputs, drawn(call, rows, input, mine[1]), of_layer)

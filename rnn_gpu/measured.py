@@ -90,12 +90,24 @@ def _key(what: str, device: Device, **shape: Any) -> Key:
 
 def key_of_plan(
     cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool,
-    precision: str | None, ragged: bool, limits: tuple[int, bool], saving: str,
+    precision: str | None, ragged: bool, limits: tuple[int, bool], saving: str, layers: int = 1,
 ) -> Key:  # fmt: skip
-    """The key of a pass. saving: what the forward keeps, which is nothing to a backward."""
+    """The key of a pass. saving: what the forward keeps, which is nothing to a backward. layers: side by side."""
     return _key(
         "plan", device, cell=cell, hidden_size=hidden_size, batch_size=batch_size, sets=sets, dtype=dtype,
         backward=backward, precision=precision, ragged=ragged, limits=limits, saving=None if backward else saving,
+        layers=layers,
+    )  # fmt: skip
+
+
+def key_of_groups(
+    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, layers: int,
+    precision: str | None, ragged: bool, limits: tuple[int, bool],
+) -> Key:  # fmt: skip
+    """The key of how the layers of a stack are put into launches: the same way in training and in inference."""
+    return _key(
+        "groups", device, cell=cell, hidden_size=hidden_size, batch_size=batch_size, sets=sets, dtype=dtype,
+        layers=layers, precision=precision, ragged=ragged, limits=limits,
     )  # fmt: skip
 
 
@@ -125,6 +137,12 @@ def plan(key: Key) -> Measured | None:
     if not isinstance(chosen, dict) or not all(isinstance(chosen.get(name), int) for name in CUT):
         return None
     return Measured(tuple(int(chosen[name]) for name in CUT), found["when"])
+
+
+def groups(key: Key) -> tuple[int, ...]:
+    """How many layers of a stack each launch takes, as was measured for a key; () where nothing was."""
+    sizes = (_tried.get(key) or look_up(key) or {}).get("groups")
+    return tuple(sizes) if isinstance(sizes, list) and all(isinstance(size, int) for size in sizes) else ()
 
 
 def rival(key: Key) -> Rival | None:

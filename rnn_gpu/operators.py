@@ -10,6 +10,7 @@ Where rows lie is said by four arguments everywhere: time (T), lengths, offsets,
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from .second_order import save_for_second, second_backward
 SAVING = ("nothing", "lean", "full")
 
 
-# Plans by all that they depend on, in the terms of a call: `backends.plan_for` takes longer to look for the same.
-_plans: dict[tuple, Plan] = {}
+# Plans, and the groups of a stack's layers (wavefront.py), by all that they depend on, in the terms of a call:
+# backends.py takes longer to look for the same.
+remembered: dict[tuple, Any] = {}
 
 
 def plan_of(
@@ -41,7 +43,7 @@ def plan_of(
     key: tuple = call.cell, backward, call.limits, precision, *place
     if not backward:
         key = *key, call.saving
-    plan = _plans.get(key)
+    plan = remembered.get(key)
     if plan is None:
         cell = known(call.cell)
         name, device = backends.name_of(like.dtype), backends.device_of(like.device)
@@ -50,13 +52,13 @@ def plan_of(
         if isinstance(plan, str):
             raise RuntimeError(f"rnn_gpu: no plan for {cell.name}: {plan}")
         if like.device.index is not None or like.device.type != "cuda":
-            _plans[key] = plan
+            remembered[key] = plan
     return plan
 
 
 def plan_anew() -> None:
-    """Forget the plans: something else has been measured."""
-    _plans.clear()
+    """Forget plans and groups: something else has been measured."""
+    remembered.clear()
 
 
 @torch.library.custom_op("rnn_gpu::recurrence", mutates_args=("x_part",))

@@ -11,78 +11,95 @@ from torch import Tensor
 from . import backends
 from .call import Call, Inputs
 from .kernels.plan import Plan
-from .kernels.spec import CELLS
+from .kernels.spec import CELLS, padded
 from .many_gradients import for_each_gradient
-from .operators import EagerLayer, gates_again, plan_of, products_by_set
+from .operators import EagerLayer, gates_again, plan_of, products_by_set, remembered
 from .rows import Rows
-
-# Numbers of layers by all that they depend on, as operators.py has plans.
-_groups: dict[tuple, tuple[int, ...]] = {}
 
 
 def groups(call: Call, hidden_size: int, like: Tensor, rows: Rows, layers: int, dropout: float) -> tuple[int, ...]:
     """How many layers of a stack each launch takes, from the first layer on: 1 where a layer runs by itself."""
     together = call.route == "direct" and call.sets == 1 and call.heads == 1
-    if layers == 1 or not together or call.projected or call.beyond_aten or dropout > 0:
-        return (1,) * layers
+    if layers == 1 or not together or call.projected or call.beyond_aten or dropout >= 1:
+        return (1,) * layers  # dropout of 1 draws no random numbers
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
-    how = call.cell, call.limits, call.saving != "nothing", backends.side_by_side(), precision
-    key = *how, hidden_size, like.dtype, like.device, rows.batch, rows.ragged, layers
-    found = _groups.get(key)
+    how = "groups", call.cell, call.limits, call.saving, backends.side_by_side(), precision
+    key = *how, hidden_size, like.dtype, like.device, rows.batch, rows.ragged, dropout > 0, layers
+    found = remembered.get(key)
     if found is None:
         problem = call.cell, hidden_size, rows.batch, 1, backends.name_of(like.dtype)
         device, training = backends.device_of(like.device), call.saving != "nothing"
-        plans = backends.groups_for(problem, device, training, rows.ragged, layers, call.limits, saving=call.saving)
+        kept = dict(saving=call.saving, drops=dropout > 0)
+        plans = backends.groups_for(problem, device, training, rows.ragged, layers, call.limits, **kept)
         if isinstance(plans, str):
             raise RuntimeError(f"rnn_gpu: no plan for {call.cell}: {plans}")
         found = tuple(passes[0].layers for passes in plans)
         if like.device.index is not None or like.device.type != "cuda":
-            _groups[key] = found
+            remembered[key] = found
     return found
 
 
-def side_by_side(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None):
+def side_by_side(
+    inputs: Inputs, rows: Rows, call: Call, dropout: float = 0.0, h_n: Tensor | None = None, c_n: Tensor | None = None
+):
     """Several layers in one launch -> y [R, H] of the last one, h_n and c_n [L, B, H]. inputs: weights and biases as
-    one tensor of each layer, h0 and c0 [L, B, H]. h_n, c_n: where to write those, or new tensors.
+    one tensor of each layer, h0 and c0 [L, B, H]. dropout: between them. h_n, c_n: where to write those, or new
+    tensors.
     """
+    passed = drawn_between(inputs, dropout) if dropout > 0 else None
     if call.saving == "nothing":
-        y, h_n, c_n, *_ = _run(inputs, rows, call, h_n, c_n)
+        y, h_n, c_n, *_ = _run(inputs, rows, call, passed, h_n, c_n)
         return y[-1].clone(), h_n, c_n  # a copy, so that the other layers' memory is free again
     weights = [weight for kind in inputs[1:5] if kind is not None for weight in kind]
-    return EagerStack.apply(call, rows, inputs.input, inputs.h0, inputs.c0, *weights)
+    return EagerStack.apply(call, rows, passed, inputs.input, inputs.h0, inputs.c0, *weights)
 
 
-def _run(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None):
-    """The same, all that kernels/stack.py gives: y [L, R, H], h_n, c_n, gates [L, R, G*H] and aux [L, R, HS]."""
+def drawn_between(inputs: Inputs, dropout: float):
+    """What each layer sees of the one below (`stack.Passed`), by the random numbers that functional.dropout takes."""
+    from .kernels.stack import Passed
+
+    (count, _), size, layers = inputs.input.shape, inputs.weight_hh[0].shape[1], len(inputs.weight_hh)
+    mask = inputs.input.new_empty((layers - 1, count, size), dtype=torch.bool)
+    # As the output of a layer lies (kernels/launch.py): the stream on a GPU depends on it.
+    ones = inputs.input.new_ones((count, padded(size, backends.name_of(inputs.input.dtype))))[:, :size]
+    for of_layer in mask:
+        of_layer.copy_(torch.native_dropout(ones, dropout, True)[1])
+    return Passed(mask.view(torch.int8), 1 / (1 - dropout))
+
+
+def _run(inputs: Inputs, rows: Rows, call: Call, passed, h_n: Tensor | None = None, c_n: Tensor | None = None):
+    """The same, all that kernels/stack.py gives: y [L, R, H], h_n, c_n, gates [L, R, G*H], aux [L, R, HS] and fed."""
     from .kernels import stack
 
     weights = inputs.weight_ih, inputs.weight_hh, inputs.bias_ih, inputs.bias_hh
-    plan = _plan(call, inputs.weight_hh, inputs.input, rows, False)
-    begun = stack.begin(plan, rows, inputs.input.shape[0], inputs.h0, *weights)
+    plan = _plan(call, inputs.weight_hh, inputs.input, rows, passed is not None, False)
+    begun = stack.begin(plan, rows, inputs.input.shape[0], inputs.h0, *weights, passed is not None)
     bias = None if begun.bias is None else begun.bias[0]
     x_part = torch.nn.functional.linear(inputs.input, inputs.weight_ih[0], bias)
-    return stack.forward(plan, begun, x_part, inputs.h0, inputs.c0, rows, call.saving, h_n, c_n)
+    return stack.forward(plan, begun, x_part, inputs.h0, inputs.c0, rows, call.saving, h_n, c_n, passed)
 
 
-def _plan(call: Call, weight_hh: Sequence[Tensor], like: Tensor, rows: Rows, backward: bool) -> Plan:
-    """The plan of one pass of so many layers."""
-    return plan_of(call, weight_hh[0].shape[1], like, rows.batch, backward, rows.ragged, len(weight_hh))
+def _plan(call: Call, weight_hh: Sequence[Tensor], like: Tensor, rows: Rows, drops: bool, backward: bool) -> Plan:
+    """The plan of one pass of so many layers; drops: with dropout between them."""
+    return plan_of(call, weight_hh[0].shape[1], like, rows.batch, backward, rows.ragged or drops, len(weight_hh))
 
 
 class EagerStack(torch.autograd.Function):
-    """`EagerLayer` for several layers: (call, rows, input, h0, c0, *weights) -> (y [R, H], h_n, c_n). weights:
+    """`EagerLayer` for several layers: (call, rows, passed, input, h0, c0, *weights) -> (y [R, H], h_n, c_n). weights:
     weight_ih of each layer, then weight_hh and, if there are biases, bias_ih and bias_hh.
     """
 
     @staticmethod
-    def forward(ctx, call: Call, rows: Rows, input, h0, c0, *weights):
+    def forward(ctx, call: Call, rows: Rows, passed, input, h0, c0, *weights):
         """The first layer's input product, then the recurrence of all."""
         from .kernels import stack
 
-        y, h_n, c_n, gates, aux = _run(Inputs(input, *_by_kind(weights, call), None, None, h0, c0), rows, call)
+        inputs = Inputs(input, *_by_kind(weights, call), None, None, h0, c0)
+        y, h_n, c_n, gates, aux, fed = _run(inputs, rows, call, passed)
         output = stack.last(y)
+        mask, ctx.scale = (None, None) if passed is None else passed
         # The output beside y, where it is too: it knows whether a user has changed it in place.
-        ctx.save_for_backward(*rows[2:5], output, y, gates, aux, input, h0, c0, *weights)
+        ctx.save_for_backward(*rows[2:5], output, y, gates, aux, fed, mask, input, h0, c0, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
@@ -92,14 +109,14 @@ class EagerStack(torch.autograd.Function):
         """The gradients that are needed; layer by layer where a graph of the backward is made, since a layer alone has
         derivatives of its backward.
         """
-        *masks, _, y, gates, aux, input, h0, c0 = (kept := ctx.saved_tensors)[:10]
-        given = input, h0, c0, *kept[10:]
-        call, rows, need = ctx.call, Rows(*ctx.sizes, *masks), ctx.needs_input_grad[2:]
+        *masks, _, y, gates, aux, fed, mask, input, h0, c0 = (kept := ctx.saved_tensors)[:12]
+        given = input, h0, c0, *kept[12:]
+        how = ctx.call, Rows(*ctx.sizes, *masks), mask, ctx.scale, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            run = lambda *d: _gradients_by_autograd(call, rows, need, d, *given)
+            run = lambda *d: _gradients_by_autograd(*how, d, *given)
         else:
-            run = lambda *d: _gradients(call, rows, need, d, y, gates, aux, *given)
-        return None, None, *for_each_gradient(run, d_outputs)
+            run = lambda *d: _gradients(*how, d, y, gates, aux, fed, *given)
+        return None, None, None, *for_each_gradient(run, d_outputs)
 
 
 def _by_kind(weights: Sequence, call: Call) -> list[Sequence | None]:
@@ -109,7 +126,10 @@ def _by_kind(weights: Sequence, call: Call) -> list[Sequence | None]:
     return kinds + [None] * (4 - len(kinds))
 
 
-def _gradients(call: Call, rows: Rows, need: Sequence[bool], d_outputs: tuple, y, gates, aux, input, h0, c0, *weights):
+def _gradients(
+    call: Call, rows: Rows, mask: Tensor | None, scale: float | None, need: Sequence[bool], d_outputs: tuple,
+    y, gates, aux, fed, input, h0, c0, *weights,
+):  # fmt: skip
     """The gradients of input, h0, c0 and weights, None where not needed: the recurrence of all layers backwards, then
     the products of each.
     """
@@ -117,8 +137,9 @@ def _gradients(call: Call, rows: Rows, need: Sequence[bool], d_outputs: tuple, y
 
     by_kind, cell, (d_y, d_h_n, d_c_n) = _by_kind(weights, call), CELLS[call.cell], d_outputs
     by_input, by_h0, by_c0, *by_weight = need
+    between = y if fed is None else fed
     layers = [  # each as what EagerLayer has: one set
-        Inputs(input if n == 0 else y[n - 1], *(_one(kind, n) for kind in (*by_kind, None, None, h0, c0)))
+        Inputs(input if n == 0 else between[n - 1], *(_one(kind, n) for kind in (*by_kind, None, None, h0, c0)))
         for n in range(len(y))
     ]
     if cell.saves and gates is None:
@@ -129,9 +150,10 @@ def _gradients(call: Call, rows: Rows, need: Sequence[bool], d_outputs: tuple, y
         if aux is None and cell.planes:
             aux = torch.stack([one.squeeze(1) for _, one in pairs])
     weight_ih, weight_hh = by_kind[:2]
-    plan = _plan(call, weight_hh, y, rows, True)
+    plan = _plan(call, weight_hh, y, rows, mask is not None, True)
+    passed = None if mask is None else stack.Passed(mask, scale)
     d_gates, d_carry_0 = stack.backward(
-        plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows
+        plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows, passed
     )  # fmt: skip
     found = []
     for n, one in enumerate(layers):
@@ -155,12 +177,16 @@ def _one(of_layers, n: int):
     return None if of_layers is None else of_layers[n : n + 1]
 
 
-def _gradients_by_autograd(call: Call, rows: Rows, need: Sequence[bool], d_outputs: tuple, input, h0, c0, *weights):
+def _gradients_by_autograd(
+    call: Call, rows: Rows, mask: Tensor | None, scale: float | None, need: Sequence[bool], d_outputs: tuple,
+    input, h0, c0, *weights,
+):  # fmt: skip
     """The same as a graph: through the layers one after another, each made again."""
     by_kind, y, finals = _by_kind(weights, call), input, []
     for n in range(len(by_kind[1])):
         of_layer = [kind[n] for kind in by_kind if kind is not None]
-        y, *final, _ = EagerLayer.apply(call, rows, y.flatten(1), None, _one(h0, n), _one(c0, n), None, *of_layer)
+        y = y.flatten(1) if n == 0 or mask is None else y.flatten(1) * mask[n - 1] * scale
+        y, *final, _ = EagerLayer.apply(call, rows, y, None, _one(h0, n), _one(c0, n), None, *of_layer)
         finals.append(final)
     finals = [None if kind[0] is None else torch.cat(kind) for kind in zip(*finals, strict=True)]
     pairs = zip((y.flatten(1), *finals), d_outputs, strict=True)

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
 from perf import benchmark, tune
-from rnn_gpu import autotuning, backends, measured, operators
+from rnn_gpu import autotuning, backends, measured, operators, wavefront
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import DEVICES, Plan, cut
+from rnn_gpu.rows import Rows
 
 pytest.importorskip("triton")
 
@@ -53,22 +54,24 @@ class Clock:
 
     def __init__(self):
         self.theirs, self.favourites, self.timed, self.broken, self.last = 1e-3, {}, 0, set(), 0.0
+        self.side_by_side = 1.0  # what layers in one launch take, times as long as one
 
     def run(self, trial, route):
         self.last = self.theirs
         if route == "kernels":
-            passes = (False, True) if trial.wanted else (False,)
-            self.last = sum(self.takes(p) for p in self.plans(trial, passes))
+            self.last = sum(self.takes(p) for plans in self.groups(trial) for p in plans)
 
-    def plans(self, trial, passes):
+    def groups(self, trial):
         layer, saving = trial.layer, "full" if trial.wanted else "nothing"
         problem = backends._problem(layer, trial.batch, trial.dtype)
-        return [backends.plan_for(*problem, DEVICE, backward, trial.ragged, saving=saving) for backward in passes]
+        how = bool(trial.wanted), trial.ragged, backends.together_of(layer)
+        return backends.groups_for(problem, DEVICE, *how, saving=saving)
 
     def takes(self, p: Plan) -> float:
         if cut(p) in self.broken:
             raise RuntimeError("out of resources")
-        return 1e-4 if self.favourites.get(p.backward) == cut(p) else 2e-4
+        took = 1e-4 if self.favourites.get(p.backward) == cut(p) else 2e-4
+        return took * self.side_by_side if p.layered else took
 
     def __call__(self, call) -> float:
         call()
@@ -193,6 +196,27 @@ def test_dropout_of_weights_is_timed_on_the_route_that_it_takes(clock, monkeypat
         route, trial = routes[-1]
         assert route == theirs and trial.weight_dropout == 0.5 and trial.training == training
         assert backends.kernels_for(layer, 16, torch.float32, DEVICE, True).measured
+
+
+def test_the_fastest_way_of_a_stack_is_taken(clock):
+    """Catches: layers side by side where one after another was faster, and the contrary; a launch that asks for another
+    way, or a plan of its own; training and inference in two ways, which would round in two ways.
+    """
+    layer, input = rnn_gpu.LSTM(8, 256, 4).bfloat16(), torch.randn(3, 16, 8).bfloat16()
+    call = rnn_gpu.call.Call("lstm", 1, 0, route="direct", saving="full", limits=backends.limits())
+    for took, sizes in ((10.0, (1, 1, 1, 1)), (0.1, (4,))):
+        clock.side_by_side = took
+        choice = autotuning.tune(layer, input, None, None, clock, again=True)
+        assert choice.measured and tuple(plans[0].layers for plans in choice.groups) == sizes
+        assert all(p.measured for plans in choice.groups for p in plans)
+        assert wavefront.groups(call, 256, input, Rows(3, 16), 4, 0.0) == sizes
+        clock.side_by_side = 1 / took
+        with torch.no_grad():
+            inference = autotuning.tune(layer, input, None, None, clock, again=False)
+        assert tuple(plans[0].layers for plans in inference.groups) == sizes
+        for backward in (False, True):
+            p = operators.plan_of(call, 256, input, 16, backward, False, sizes[0])
+            assert p.measured and p in choice.plans
 
 
 def test_packed_input_is_not_cut(clock):

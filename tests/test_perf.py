@@ -51,20 +51,23 @@ def written(path) -> list[ledger.Row]:
 def test_grids_hold_what_they_promise():
     """Catches a core grid too large to quote, a full grid with a hole, a case twice."""
     core, full = cases.core(), cases.full()
-    assert len(core) == len(set(core)) <= 100 and set(core) <= set(full) and len(full) == len(set(full))
+    assert len(core) == len(set(core)) == 111 and set(core) <= set(full) and len(full) == len(set(full))
     for name, wanted in dict(
         cell={"lstm", "gru", "rnn_tanh"},
         dtype={"float32", "float16", "bfloat16"},
         hidden_size={64, 128, 256, 512, 650, 768, 1024, 1536, 2048},
         batch_size={1, 8, 16, 32, 64, 128, 256},
         time={128, 1024},
-        layers={1, 2, 4},
+        layers={1, 2, 4, 8},
         directions={1, 2},
     ).items():
         assert {getattr(case, name) for case in full} >= wanted
     assert {(c.cell, c.hidden_size, c.batch_size, c.time) for c in core} >= set(
         itertools.product(["lstm", "gru"], [128, 256, 512], [16, 64], [32, 64, 128])
     ), "what most people run"
+    assert {(c.hidden_size, c.batch_size, c.layers) for c in core if c.cell == "lstm"} >= set(
+        itertools.product([256, 512, 1024], [16, 64], [2, 4, 8])
+    ), "layers that may run side by side"
     assert full[: len(core)] == core, "a budget should end in what nobody quotes"
 
 
@@ -612,6 +615,17 @@ def test_tune_says_that_it_needs_a_gpu(capsys):
     assert tune.main(["--hidden-size", "256"]) == 0
     printed = capsys.readouterr().out
     assert "No CUDA device" in printed and "needs a GPU" in printed and "estimates, nothing is" in printed
+    assert tune.main(["--hidden-size", "256", "--layers", "4"]) == 0
+    assert "plans of 4 layers side by side" in (printed := capsys.readouterr().out) and "x 4 layers =" in printed
+
+
+def test_layers_side_by_side_are_told_against_one_by_one():
+    """Catches: one layer's time for that of all, or the products between them left out."""
+    problem = "lstm", 512, 16, 1, "bfloat16", DEVICES["h200"], False
+    together, one = plan(*problem, layers=4), plan(*problem)
+    told = tune.against_one_by_one([(together, 2.5), (together, 2.0)], [(one, 1.0)], DEVICES["h200"])
+    assert "4 layers side by side 2.000 us a step; one by one 4 x 1.000" in told
+    assert float(told.split(": ")[-1].split()[0]) == pytest.approx(2.01, abs=0.2) and "products" in told
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -9,6 +9,23 @@ pytestmark = pytest.mark.interpreted
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", [pytest.param("lstm", marks=pytest.mark.slow), "gru"])
+def test_the_judge_of_layers_side_by_side_knows_right_from_wrong(cell, backward, monkeypatch):
+    """Catches: layers that are never timed, because what they have to give is computed otherwise; a judge without an
+    eye for the layers' order.
+    """
+    from perf import tune
+
+    monkeypatch.setattr(tune, "CHECKED_STEPS", 4)
+    p = plan(cell, 24, 3, 1, "float32", DEVICES["h200"], backward, "ieee", layers=2)
+    judge = tune.Judge(p, torch.device("cpu"))
+    assert judge.ratio(p) <= 1
+    weight_ih, weight_hh, *biases = judge.data.weights
+    judge.data.weights = weight_ih, weight_hh[::-1], *biases
+    assert judge.ratio(p) > 1
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_launch_after_a_variant_without_the_wait_is_as_ever(backward):
     """Catches: a variant that waits, and one whose words that nobody waited for the next launch takes for an error."""
     from perf import variants

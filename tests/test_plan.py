@@ -247,7 +247,7 @@ def test_layers_side_by_side_fit_or_there_is_a_reason(
     assert covered * p.launches >= batch > covered * (p.launches - 1)
     assert p.registers + p.shared + p.streamed == 2 * -(-size // chunk_width(p.warps, kind[0]))
     assert p.streamed == 0 or kind[1] == "ieee"
-    assert backward or CELLS[cell].gates != 3 or p.gates_per_tile == 1
+    assert backward or not CELLS[cell].apart or p.gates_per_tile == 1
     assert (1 if backward else p.gates_per_tile) * p.units >= 16
 
 
