@@ -64,6 +64,7 @@ from .program import (
     moment_after,
     moved,
     of_layer,
+    other_source,
     part_kept,
     place_of,
     rows_before,
@@ -104,7 +105,7 @@ def load_step(left, dh_n, present, now, earlier, more, me, place, lengths, KEEPS
     """
     WIDTH: tl.constexpr = (C.STATES if KEEPS_C else C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
     there = place.exists & within(now.t, place.length, lengths)
-    given = there if C.OTHER is None else there & (me.n == me.top)
+    given = there & (me.n == me.top) if C.LAYERED else there
     dy = load_or_zero(left.d_y, now.row, place, given, C.H, C)
     if dh_n is not None:
         dy = tl.where(True if lengths is None else is_end(now.t, place, me), dy + dh_n, dy)
@@ -173,7 +174,7 @@ def prefetch_step(left, out, then, exists, me, place, lengths, KEEPS_C: tl.const
     if not C.ALONE:
         prefetch(entry(out, then.row, place, C.E * C.HS, C), C.E, C.HS, there, C)
     if left.d_y is not None:
-        given = there if C.OTHER is None else there & (me.n == me.top)
+        given = there & (me.n == me.top) if C.LAYERED else there
         prefetch(entry(left.d_y, then.row, place, C.H, C), 1, 0, given, C)
     if left.passed is not None:
         prefetch(entry(left.passed, then.row, place, C.H, C), 1, 0, there & (me.n < me.top), C)
@@ -217,7 +218,7 @@ def two_tiles(sums, others, C: tl.constexpr):
 
 
 @triton.jit
-def through_gates(W, p, above, p_above, resets, reset, passed, scale, me, bound, C: tl.constexpr):
+def through_gates(W, p, above, p_above, resets, reset, passed, scale, me, bound, C: tl.constexpr, D: tl.constexpr):
     """The gradient [NB, UB] of h through the later step's gate sums, whose gradients are at p, none where that step's
     row is `reset`; and in a stack through those of the layer above, which is a step ahead and awaited first, as far as
     that layer sees h: `scale` times `passed`, a tuple as of `load_passed`.
@@ -225,12 +226,12 @@ def through_gates(W, p, above, p_above, resets, reset, passed, scale, me, bound,
     Two sums: one chain of products alone would be bound by the latency of a matrix instruction.
     """
     nothing = tl.zeros((C.S, C.UB, C.NB), tl.float32), tl.zeros((C.S, C.UB, C.NB), tl.float32)
-    if C.OTHER is None:
+    if not C.LAYERED:
         return tl.where(reset, 0.0, one_tile(add_source(nothing, W, p, bound, me.one, C), C))
     else:
         fed = nothing
         if me.n != me.top:
-            fed = add_source(fed, above, p_above, bound, me.one, C.OTHER)
+            fed = add_source(fed, above, p_above, bound, me.one, D)
         if resets is None and len(passed) == 0:
             return one_tile(add_source(fed, W, p, bound, me.one, C), C)
         own, fed = two_tiles(add_source(nothing, W, p, bound, me.one, C), fed, C)
@@ -281,18 +282,23 @@ def backward(
         G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
         PRECISION, ALONE, E=E, READS_H=READS_H, QUIET=QUIET, BACKWARD=True, WAITS=WAITS, LAYERED=LAYERED,
     )  # fmt: skip
+    D: tl.constexpr = other_source(C)
     me = this_program(begin, B, C)
-    W, above = hold_weights(weight, me, C), None if C.OTHER is None else hold_weights(weight_above, me, C.OTHER)
+    W, above = hold_weights(weight, me, C), hold_weights(weight_above, me, D) if C.LAYERED else None
     R = rows_before(T, B, offsets)
     span = R + 2 * B.to(tl.int64)  # rows from layer to layer
     WIDTH: tl.constexpr = (C.PLANES if C.STATES > 0 else 1) * C.HS  # of `history`
     left = Left(
-        d_y=d_y, d_carry=d_carry, gates=of_layer(gates, me, R, C.G * C.H, C),
-        aux=of_layer(aux, me, span, C.PLANES * C.HS, C), history=of_layer(history, me, span, WIDTH, C),
-        history_0=of_layer(history_0, me, B, WIDTH, C), passed=of_layer(passed, me, R, C.H, C),
-    )  # fmt: skip
+        d_y=d_y,
+        d_carry=d_carry,
+        gates=None if gates is None else of_layer(gates, me, R, C.G * C.H, C),
+        aux=None if aux is None else of_layer(aux, me, span, C.PLANES * C.HS, C),
+        history=None if history is None else of_layer(history, me, span, WIDTH, C),
+        history_0=None if history_0 is None else of_layer(history_0, me, B, WIDTH, C),
+        passed=None if passed is None else of_layer(passed, me, R, C.H, C),
+    )
     d_gates = of_layer(d_gates, me, span, C.E * C.WORDS, C)
-    d_carry_0 = of_layer(d_carry_0, me, B, C.CARRIED * C.H, C)
+    d_carry_0 = None if d_carry_0 is None else of_layer(d_carry_0, me, B, C.CARRIED * C.H, C)
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     then = moment_after(now, ahead, steps > 1, B, offsets)
     bound = Bound(limit=limit, status=status, launch=launch)
@@ -347,8 +353,8 @@ def backward(
                 dh = tl.where(reset_before, 0.0, through_gates_alone(W, state[j], place, C))
             else:
                 p = source(d_gates, before, zeros, place, s > 0, now.t - ahead, lengths, C)
-                p_above = None if C.OTHER is None else source(d_above, now.row, zeros, place, True, now.t, lengths, C)
-                dh = through_gates(W, p, above, p_above, resets, reset_before, seen, scale, me, bound, C)
+                p_above = source(d_above, now.row, zeros, place, True, now.t, lengths, C) if C.LAYERED else None
+                dh = through_gates(W, p, above, p_above, resets, reset_before, seen, scale, me, bound, C, D)
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
             saved_next = saved_next + (saved_then,)
             active = within(now.t, place.length, lengths)

@@ -63,6 +63,7 @@ from .program import (
     mixed,
     moved,
     of_layer,
+    other_source,
     part_kept,
     place_of,
     rows_before,
@@ -85,7 +86,7 @@ def prefetch_step(x_part, passed, out, above, then, exists, me, place, lengths, 
     wait for memory.
     """
     there = exists & place.exists & within(then.t, place.length, lengths)
-    given = there if C.OTHER is None else there & (me.n == 0)
+    given = there & (me.n == 0) if C.LAYERED else there
     prefetch(entry(x_part, then.row, place, C.G * C.H, C), C.G, C.H, given, C)
     if not C.ALONE:
         prefetch(entry(out, then.row, place, C.HS, C), 1, 0, there, C)
@@ -98,9 +99,9 @@ def prefetch_step(x_part, passed, out, above, then, exists, me, place, lengths, 
 def load_input(x_part, biases, now, me, place, mask, C: tl.constexpr):
     """The input's part of the gates; of a layer that is fed by another one its biases, or zeros, in the same way."""
     p = entry(x_part, now.row, place, C.G * C.H, C)
-    if C.OTHER is not None and biases is not None:
+    if C.LAYERED and biases is not None:
         p = tl.where(me.n == 0, p, of_layer(biases, me, 1, C.G * C.H, C) + place.units)
-    given = mask if C.OTHER is None or biases is not None else mask & (me.n == 0)
+    given = mask & (me.n == 0) if C.LAYERED and biases is None else mask
     return load_gates(p, given, C.G, C)
 
 
@@ -126,7 +127,7 @@ def gate_tiles(sums, C: tl.constexpr):
 
 
 @triton.jit
-def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr):
+def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr, D: tl.constexpr):
     """What states add to the gate sums: its own, at p, none where `reset`, and in a stack that of the layer below -> G
     tiles [NB, UB], then what the layer below adds to the C.APART last gates.
 
@@ -136,13 +137,13 @@ def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr)
     zeros, nothing = tl.zeros((C.S, C.PER * C.UB, C.NB), tl.float32), ()
     for _ in tl.static_range(tile_count(C.G, C.PER)):
         nothing = nothing + (zeros,)
-    if C.OTHER is None:
+    if not C.LAYERED:
         return zero_where(reset, gate_tiles(add_source(nothing, W, p, bound, me.one, C), C))
     else:
         SPLIT: tl.constexpr = len(nothing) - C.APART
         fed = nothing
         if me.n != 0:
-            fed = add_source(fed, below, p_below, bound, me.one, C.OTHER)
+            fed = add_source(fed, below, p_below, bound, me.one, D)
         begin, apart = fed[:SPLIT] + nothing[SPLIT:], fed[SPLIT:]
         if resets is None:
             return gate_tiles(add_source(begin, W, p, bound, me.one, C) + apart, C)
@@ -208,17 +209,19 @@ def forward(
         G, STATES, CARRIED, SAVES, PARAMETERS, H, HS, N, REVERSED, UB, NB, SLICES, S, REGISTERS, SHARED, DTYPE, BITS,
         PRECISION, ALONE, PER=PER, LAYERED=LAYERED, APART=APART,
     )  # fmt: skip
+    D: tl.constexpr = other_source(C)
     CARRIES_H: tl.constexpr = C.CARRIED > C.STATES
     me = this_program(begin, B, C)
-    W, below = hold_weights(weight, me, C), None if C.OTHER is None else hold_weights(weight_below, me, C.OTHER)
+    W, below = hold_weights(weight, me, C), hold_weights(weight_below, me, D) if C.LAYERED else None
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     bound = Bound(limit=limit, status=status, launch=launch)
     R = rows_before(T, B, offsets)
     span = R + 2 * B.to(tl.int64)  # rows from layer to layer
-    y, gates = of_layer(y, me, span, C.WORDS, C), of_layer(gates, me, R, C.G * C.H, C)
-    aux = of_layer(aux, me, span, C.PLANES * C.HS, C)
+    y = of_layer(y, me, span, C.WORDS, C)
+    gates = None if gates is None else of_layer(gates, me, R, C.G * C.H, C)
+    aux = None if aux is None else of_layer(aux, me, span, C.PLANES * C.HS, C)
     y += B.to(tl.int64) * (C.N * C.WORDS)  # to the first output; seen from there, h0 begins at row -B or R
-    passed = of_layer(passed, me, R, C.H, C)
+    passed = None if passed is None else of_layer(passed, me, R, C.H, C)
     sent = y if fed is None else of_layer(fed, me, span, C.WORDS, C) + B.to(tl.int64) * C.WORDS  # to the layer above
     fed_by = sent - span * C.WORDS  # by the layer below
     out, above = y.to(tl.pointer_type(C.DTYPE)), sent.to(tl.pointer_type(C.DTYPE))
@@ -254,8 +257,8 @@ def forward(
                 sums = zero_where(reset, hidden_part_alone(W, state[j], C))
             else:
                 p = source(y, before, h0, place, s > 0, now.t - ahead, lengths, C)
-                p_below = None if C.OTHER is None else source(fed_by, now.row, h0, place, True, now.t, lengths, C)
-                sums = hidden_part(W, p, below, p_below, resets, reset, me, bound, C)
+                p_below = source(fed_by, now.row, h0, place, True, now.t, lengths, C) if C.LAYERED else None
+                sums = hidden_part(W, p, below, p_below, resets, reset, me, bound, C, D)
             r = with_last(sums, hidden_bias, len(hidden_bias), C)
             x = with_last(as_float(x), sums[C.G :], C.APART, C)
             if C.PARAMETERS == 0:

@@ -369,18 +369,15 @@ def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
     return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
 
 
-# What the kernels take of the layers of a stack that run side by side alone (stack.py).
-OF_STACK = dict.fromkeys(("weight_below", "weight_above", "biases", "fed", "passed"))
-
-
 def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dict, dict, bool]:
     """What both kernels take for recurrent dropout and zoneout, tensors and numbers, with nothing of a stack; and
     whether a part of the states is kept.
     """
     names = "dropped", "kept_h", "kept_c"
-    tensors = {name: None if (mask := getattr(rows, name)) is None else _aligned(mask) for name in names}
+    tensors: dict[str, Tensor | None] = {"passed": None}
+    tensors |= {name: None if (mask := getattr(rows, name)) is None else _aligned(mask) for name in names}
     numbers = dict(rate_h=rates[0], rate_c=rates[1], scale=None)
-    return tensors | OF_STACK, numbers, rows.kept_c is not None or rates[1] is not None
+    return tensors, numbers, rows.kept_c is not None or rates[1] is not None
 
 
 def go_on(
@@ -421,9 +418,12 @@ def go_on(
     tensors = dict(
         x_part=x_part,
         weight=begun.weight_hh,
+        weight_below=None,
         bias=begun.bias_hn,
+        biases=None,
         parameters=None if parameters is None else _aligned(parameters),
         y=y.view(torch.int32),
+        fed=None,
         carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
         gates=x_part if saving == "full" and cell.saves else None,
         aux=aux,
@@ -526,6 +526,7 @@ def backward(
         d_h_n=_dense(d_h_n),
         d_carry_n=_dense(d_c_n) if cell.states else None,
         weight=weight,
+        weight_above=None,
         parameters=None if parameters is None else _aligned(parameters),
         gates=None if gates is None else _aligned(gates),
         aux=aux,

@@ -579,8 +579,8 @@ def _room_words(problem: Problem, tiling: Tiling) -> int:
     masked = MASKED_UNITS_WORDS * tiling.pairs if problem.backward and problem.hidden_size % tiling.units != 0 else 0
     beyond = BEYOND_WORDS[problem.backward] * CELLS[problem.cell].beyond * tiling.pairs
     layered = LAYERED_WORDS[problem.backward] * (3 if problem.precision == "tf32" else 1) if problem.layers > 1 else 0
-    if problem.layers > 1 and problem.ragged:  # sums of both sources apart, for resets
-        layered += _sums(problem) * tiling.units * tiling.rows // 32
+    if problem.layers > 1 and problem.ragged:  # sums of the second source apart, for resets and dropout
+        layered += (1 if problem.backward else _sums(problem)) * tiling.units * tiling.rows // 32
     return room - addresses - masked - beyond - layered - (RAGGED_WORDS if problem.ragged else 0)
 
 
@@ -603,8 +603,10 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
 
 def _sums(problem: Problem) -> int:
     """Tiles of sums that go over the warps at the same time, as tiles.side_by_side makes them."""
+    if problem.backward:  # of both sources of a stack, where a part is masked
+        return 2 if problem.layers > 1 and problem.ragged else 1
     apart = CELLS[problem.cell].apart if problem.layers > 1 else 0
-    return 1 if problem.backward else 1 << (problem.gates + apart - 1).bit_length()
+    return 1 << (problem.gates + apart - 1).bit_length()
 
 
 def _scratch_bytes(problem: Problem, tiling: Tiling) -> int:

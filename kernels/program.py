@@ -62,19 +62,11 @@ class Sizes(NamedTuple):
     SHAPE: Any  # of a sub-slice's tiles: rows x units, or, alone, a lone tile (tiles.py)
     STACK: Any  # states that a lone program multiplies at once
     APART: Any  # of so many of the last gates, what the layer below adds stays apart from what the own state adds
-    OTHER: Any  # for layers of a stack the `Sizes` of the second source of a step, with its weights' REGISTERS and
-    # HELD; else None
+    LAYERED: Any  # the sets of the launch are layers of a stack: a step has a second source
+    OTHER: Any  # REGISTERS and HELD of that source's weights
 
 
 stack = triton.constexpr_function(stacked)
-
-
-@triton.constexpr_function
-def compile_time(known):
-    """`Sizes` as a compiled kernel takes them."""
-    if triton.knobs.runtime.interpret:
-        return known
-    return Sizes(*(tl.constexpr(compile_time(value) if isinstance(value, Sizes) else value) for value in known))
 
 
 @triton.constexpr_function
@@ -95,16 +87,22 @@ def sizes(
         G=G, E=E, STATES=STATES, CARRIED=CARRIED, SAVED=min(SAVES, G), FURTHER=max(SAVES - G, 0),
         PLANES=STATES + max(SAVES - G, 0) + int(READS_H), PARAMETERS=PARAMETERS, QUIET=QUIET, H=H, HS=HS, N=N,
         REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K, WIDE=wide(DTYPE, NB), CHUNKS=CHUNKS,
-        STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32, REGISTERS=REGISTERS,
-        HELD=HELD, PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION,
+        STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32, REGISTERS=min(REGISTERS, CHUNKS),
+        HELD=min(HELD, CHUNKS), PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION,
         ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB), STACK=stack(G, BACKWARD, PRECISION),
-        APART=APART if LAYERED else 0, OTHER=None,
+        APART=APART if LAYERED else 0, LAYERED=LAYERED,
+        OTHER=(max(REGISTERS - CHUNKS, 0), max(HELD - CHUNKS, 0)),
     )  # fmt: skip
-    if LAYERED:
-        own = known._replace(REGISTERS=min(REGISTERS, CHUNKS), HELD=min(HELD, CHUNKS))
-        other = known._replace(REGISTERS=REGISTERS - own.REGISTERS, HELD=HELD - own.HELD)
-        known = own._replace(OTHER=other)
-    return compile_time(known)
+    return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
+
+
+@triton.constexpr_function
+def other_source(C):
+    """The same for the second source of a step in a stack."""
+    known = Sizes(*C)
+    registers, held = getattr(known.OTHER, "value", known.OTHER)
+    known = known._replace(REGISTERS=registers, HELD=held)
+    return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
 
 
 class Program(NamedTuple):
@@ -138,7 +136,7 @@ def this_program(begin, B, C: tl.constexpr):
 @triton.jit
 def of_layer(p, me, rows, WIDTH: tl.constexpr, C: tl.constexpr):
     """A buffer [L, rows, 1, WIDTH] of a stack, from the program's layer on; any other one as it is."""
-    return p if p is None or C.OTHER is None else p + me.n.to(tl.int64) * rows * WIDTH
+    return p + me.n.to(tl.int64) * rows * WIDTH if C.LAYERED else p
 
 
 class Place(NamedTuple):
@@ -166,7 +164,7 @@ def place_of(me, j: tl.constexpr, T, lengths, C: tl.constexpr):
         b, units = j * C.NB + tl.arange(0, C.NB)[:, None], me.unit + tl.arange(0, C.UB)[None, :]
     inside = tl.minimum(b, me.last)
     polled = tl.minimum(j * C.NB + vector_rows(C.NB), me.last)
-    column = me.n if C.OTHER is None else 0  # of its set in a row
+    column = 0 if C.LAYERED else me.n  # of its set in a row
     return Place(
         row=me.first + inside,
         at=inside * C.N + column,

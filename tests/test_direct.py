@@ -95,7 +95,7 @@ def test_what_prepares_the_buffers_compiles(sets, backwards, dtype, arch):
     """Catches: a kernel that the interpreter runs and no compiler takes; fills of less than 16 bytes at a time."""
     kernel = prepare.prepare_backward if backwards else prepare.prepare_forward
     fixed = dict(G=3, H=40, HS=40, N=sets, DTYPE={"bf16": tl.bfloat16, "fp32": tl.float32}[dtype], BLOCK=prepare.BLOCK)
-    fixed |= dict(E=4, COUNT=1, PLANES=1, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=1)
+    fixed |= dict(E=4, COUNT=1, PLANES=1, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=1, PADDED=None)
     fixed |= {name: None for name in kernel.arg_names if name.endswith("_1") and sets == 1}
     numbers = ("R", "B", "I", "fills", "states", "sums", "weights", "zeros")
     types = {
