@@ -19,6 +19,7 @@ from torch import Tensor
 from . import inductor, onnx, versions
 from .call import COUNT, OPTIONS, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS, known
+from .library import fake, operator
 from .many_gradients import for_each_gradient
 from .rows import Rows
 from .second_order import reference_layer, save_for_second, second_backward
@@ -169,11 +170,7 @@ def _computed(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor | None, ..
     return reference_layer(inputs, rows, call) if beyond else (*layer(inputs, rows, call), None)
 
 
-@torch.library.custom_op(
-    "rnn_gpu::aten_layer",
-    mutates_args=(),
-    schema=f"({TENSORS}, {OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operator("aten_layer", f"({TENSORS}, {OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def aten_layer(*arguments):
     """`layer`, opaque, or where it cannot serve a call the readable loop; c_n is empty for cells without c, and c of
     every step [R, N, H] where it is not wanted.
@@ -213,7 +210,7 @@ def _own(state: Tensor, given: Tensor) -> Tensor:
     return state.clone() if state is given else state.contiguous()
 
 
-@aten_layer.register_fake
+@fake("aten_layer")
 def _(*arguments):
     *arguments, keep = arguments
     inputs, rows, call = _taken(arguments)
@@ -230,10 +227,9 @@ def _(*arguments):
     )
 
 
-@torch.library.custom_op(
-    "rnn_gpu::aten_layer_backward",
-    mutates_args=(),
-    schema=f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells, {TENSORS}, {OPTIONS}, bool[] need, "
+@operator(
+    "aten_layer_backward",
+    f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells, {TENSORS}, {OPTIONS}, bool[] need, "
     f"Tensor token) -> ({', '.join(['Tensor'] * COUNT)})",
 )
 def aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *arguments):
@@ -261,7 +257,7 @@ def _dense(gradient: Tensor | None, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor).contiguous() if gradient is None else gradient.contiguous()
 
 
-@aten_layer_backward.register_fake
+@fake("aten_layer_backward")
 def _(d_y, d_h_n, d_c_n, d_cells, *arguments):
     *arguments, need, _kept = arguments
     given, *_ = _taken(arguments)

@@ -61,6 +61,7 @@ def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tenso
     return y.flatten(0, 1), h_n, c_n[0] if c_n else None
 
 
+NO_PROGRAM = "torch.onnx.export takes rnn_gpu's layers from a model, not from a program that torch.export has made"
 NO_PROJECTION = "ONNX's LSTM has no projection: with proj_size, export without initial states (docs/limits.md)"
 
 
@@ -77,9 +78,7 @@ def refuse_operator(inputs: Inputs, rows: Rows, call: Call) -> None:
     second attempt, in which no layer can see that it is one, or in a program that torch.export has made.
     """
     refuse_masks(rows, call)
-    if inputs.weight_hr is not None:
-        refuse(NO_PROJECTION)
-    refuse("torch.onnx.export takes rnn_gpu's layers from a model, not from a program that torch.export has made")
+    refuse(NO_PROJECTION if inputs.weight_hr is not None else NO_PROGRAM)
 
 
 def refuse(reason: str) -> None:

@@ -14,23 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import aten, inductor
+from . import aten, inductor, onnx
 from .call import Call
 from .kernels.spec import CELLS
+from .library import fake, operator
 from .rows import Rows
 from .second_order import second_gradients
 
 # cell, biases, L, D, T: what both operators are told of a stack
 HOW = "str cell, bool biases, int layers, int directions, SymInt time"
 GIVEN = f"Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {HOW}"
-_library = torch.library.Library("rnn_gpu", "FRAGMENT")
-_library.define(
-    f"aten_stack({GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_library.define(
-    f"aten_stack_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {GIVEN}, Tensor kept, bool[] need) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def serves(call: Call, rows: Rows, input: Tensor, between: float) -> bool:
@@ -50,7 +43,7 @@ def stack(h0, c0, cell, biases, layers, directions, time, trained, input, *weigh
     if torch._C._are_functorch_transforms_active():  # a transform inside the graph
         return _by_layers((input, h0, c0, *weights), how, "opaque", trained)
     if not trained:
-        return torch.ops.rnn_gpu.aten_stack(input, h0, c0, weights, *how, False)[:3]
+        return aten_stack(input, h0, c0, weights, *how, False)[:3]
     return Stack.apply(*how, input, h0, c0, *weights)[:3]
 
 
@@ -173,18 +166,23 @@ def _forward(given: tuple, how: tuple, trained: bool) -> tuple[tuple[Tensor, ...
     return tuple(r.detach().clone() for r in results), (leaves, results)
 
 
-def _operator(input, h0, c0, weights, cell, biases, layers, directions, time, keep):
+@operator("aten_stack", f"({GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
+def aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, keep):
     """See `stack`; the last result stands for what is kept for a backward (aten.py), if one may follow."""
     if torch._C._is_any_autocast_enabled():  # everything has its type already
         with torch.autocast(input.device.type, enabled=False):
-            return _operator(input, h0, c0, weights, cell, biases, layers, directions, time, keep)
+            return aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, keep)
     how, kept = (cell, biases, layers, directions, time), keep and not torch.is_inference_mode_enabled()
     (y, h_n, *c_n), saved = _forward((input, h0, c0, *weights), how, kept)
     token = aten.kept(saved) if kept else torch.zeros(int(keep), dtype=torch.int64, device="cpu")
     return y.flatten(0, 1), h_n, c_n[0] if c_n else y.new_empty(0), token
 
 
-def _operator_backward(
+@operator(
+    "aten_stack_backward",
+    f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {GIVEN}, Tensor kept, bool[] need) -> Tensor[]",
+)
+def aten_stack_backward(
     d_y, d_h_n, d_c_n, input, h0, c0, weights, cell, biases, layers, directions, time, kept, need
 ):  # fmt: skip
     """The gradients of input, h0, c0 and weights that `need` says, from what the forward has kept, or else from the
@@ -213,20 +211,18 @@ def _operator_backward(
     return [torch.zeros_like(given[i]) if d is None else d.contiguous() for i, d in zip(wanted, found, strict=True)]
 
 
-_library.impl("aten_stack", _operator, "CompositeExplicitAutograd")
-_library.impl("aten_stack_backward", _operator_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("rnn_gpu::aten_stack", lib=_library)
+@fake("aten_stack")
 def _(input, h0, c0, weights, cell, biases, layers, directions, time, keep):
     inductor.fall_back()
+    if torch.onnx.is_in_onnx_export():  # see `onnx.refuse_operator`
+        onnx.refuse(onnx.NO_PROJECTION if len(weights) > (2 + 2 * biases) * layers * directions else onnx.NO_PROGRAM)
     how = cell, biases, layers, directions, time
     h_n, c_n = _zeros(input, weights, how)
     y = input.new_empty(input.shape[0], directions * h_n.shape[2])
     return y, h_n, y.new_empty(0) if c_n is None else c_n, torch.empty(int(keep), dtype=torch.int64, device="cpu")
 
 
-@torch.library.register_fake("rnn_gpu::aten_stack_backward", lib=_library)
+@fake("aten_stack_backward")
 def _(d_y, d_h_n, d_c_n, input, h0, c0, weights, cell, biases, layers, directions, time, kept, need):
     return [t.new_empty(t.shape) for t, n in zip((input, h0, c0, *weights), need, strict=True) if n]
 
@@ -242,7 +238,7 @@ class Stack(torch.autograd.Function):
     @staticmethod
     def forward(cell, biases, layers, directions, time, input, h0, c0, *weights):
         """See `stack`."""
-        return torch.ops.rnn_gpu.aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, True)
+        return aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -264,7 +260,7 @@ class Stack(torch.autograd.Function):
 def _gradients(how, need, kept, d_y, d_h_n, d_c_n, input, h0, c0, *weights) -> tuple[Tensor | None, ...]:
     """Of input, h0, c0 and weights, None where not needed."""
     how = *how, kept, list(need)
-    found = iter(torch.ops.rnn_gpu.aten_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *how))
+    found = iter(aten_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *how))
     return tuple(next(found) if n else None for n in need)
 
 

@@ -1,0 +1,27 @@
+"""Operators that PyTorch calls with no Python of its own in between: `torch.library.custom_op` wraps a body in checks
+and in autograd that ours do not need, and which take longer than a step of a small layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("rnn_gpu", "FRAGMENT")
+
+
+def operator(name: str, schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Make an operator of its body, for every device. The body runs below autograd, and neither changes its arguments
+    nor returns one of them, nor memory of theirs.
+    """
+
+    def made(body: Callable) -> torch._ops.OpOverload:
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, body, "CompositeExplicitAutograd")
+        return getattr(torch.ops.rnn_gpu, name).default
+
+    return made
+
+
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """Say what an operator's results look like."""
+    return torch.library.register_fake(f"rnn_gpu::{name}", lib=_library)
