@@ -162,6 +162,8 @@ PAIR_WORDS = {False: 23, True: 16}
 # with: further states, further values saved, parameters. With three of them (sLSTM, peepholes) the backward with 1024
 # units took 255 and 251 registers on sm_90 before these were left free.
 BEYOND_WORDS = {False: 3, True: 8}
+# And for each gate beyond four: with 8 words backward five of them spilled 45 (1024 units, sm_90).
+GATE_WORDS = {False: 3, True: 16}
 # Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
 # to have room for.
 PASSING_WORDS = {False: 32, True: 48}
@@ -416,7 +418,7 @@ def alone_plan(problem: Problem) -> Plan | None:
     weights = max(gates, stack) * units * units * bytes_
     shared = stack * warps * units * rows * bytes_ + (weights if ieee else 0) + SPARE_BYTES  # the state, for each warp
     unaligned = problem.ragged and problem.backward and gates >= 4 and problem.hidden_size % 2 == 1
-    beyond = 2 * BEYOND_WORDS[True] * CELLS[problem.cell].beyond if problem.backward else 0  # 64 units compile, with 3
+    beyond = 2 * _beyond_words(problem) if problem.backward else 0  # 64 units compile, with 3 values
     words = ALONE_WORDS - beyond - (UNALIGNED_WORDS if unaligned else 0)
     if weights // 4 // (warps * 32) > words or shared > device.shared_memory:
         return None
@@ -577,11 +579,17 @@ def _room_words(problem: Problem, tiling: Tiling) -> int:
     room = THREAD_WORDS[problem.backward] - PAIR_WORDS[problem.backward] * (tiling.pairs - 1)
     addresses = 0 if 90 <= problem.device.arch < 120 else ADDRESS_WORDS
     masked = MASKED_UNITS_WORDS * tiling.pairs if problem.backward and problem.hidden_size % tiling.units != 0 else 0
-    beyond = BEYOND_WORDS[problem.backward] * CELLS[problem.cell].beyond * tiling.pairs
+    beyond = _beyond_words(problem) * tiling.pairs
     layered = LAYERED_WORDS[problem.backward] * (3 if problem.precision == "tf32" else 1) if problem.layers > 1 else 0
     if problem.layers > 1 and problem.ragged:  # sums of the second source apart, for resets and dropout
         layered += (1 if problem.backward else _sums(problem)) * tiling.units * tiling.rows // 32
     return room - addresses - masked - beyond - layered - (RAGGED_WORDS if problem.ragged else 0)
+
+
+def _beyond_words(problem: Problem) -> int:
+    """Words that a (row, unit) pair takes for what its cell has beyond the built-in ones."""
+    values, gates = CELLS[problem.cell].beyond, max(problem.gates - 4, 0)
+    return BEYOND_WORDS[problem.backward] * values + GATE_WORDS[problem.backward] * gates
 
 
 def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int, shared: int) -> int:

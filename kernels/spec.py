@@ -144,10 +144,8 @@ class Cell:
 
     @property
     def beyond(self) -> int:
-        """Values of a unit in the backward beyond four gates, with two each, and one state or one saved further: the
-        plan leaves registers free.
-        """
-        return max(self.planes - 1, 0) + len(self.parameters) + 2 * max(self.gates - 4, 0)
+        """Values of a unit in the backward beyond one state, or one saved further; the plan leaves registers free."""
+        return max(self.planes - 1, 0) + len(self.parameters)
 
     @property
     def fingerprint(self) -> str:
