@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import aten, onnx, stack
+from . import aten, aten_stack, onnx
 from .call import Call, Inputs
 from .heads import by_heads
 from .kernels.spec import CELLS
@@ -30,10 +30,10 @@ def recurrent_stack(
     own = len(CELLS[call.cell].parameters)
     each = 2 + 2 * call.biases + call.projected + own  # weights of a layer and direction
     count = len(weights) // each
-    if call.route == "opaque" and stack.serves(call, rows, input, dropout if count > call.sets else 0.0):
+    if call.route == "opaque" and aten_stack.serves(call, rows, input, dropout if count > call.sets else 0.0):
         c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0  # Dynamo takes no tensor twice
         how = call.cell, call.biases, count // call.sets, call.sets, rows.time, call.saving != "nothing"
-        y, h_n, c_n = stack.stack(h0, c0, *how, input, *weights)
+        y, h_n, c_n = aten_stack.stack(h0, c0, *how, input, *weights)
         return y, h_n, c_n if CELLS[call.cell].states else None, None
     if h0 is None and call.route != "direct":
         h0, c0 = zero_states(call, rows, input, weights, count)

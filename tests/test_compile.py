@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rnn_gpu
-from rnn_gpu import aten, backends, stack
+from rnn_gpu import aten, aten_stack, backends
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
 
 pytestmark = ON_BOTH_BACKENDS
@@ -209,7 +209,7 @@ def forwards(monkeypatch):
     def counted(run):
         return lambda *arguments: seen.append(1) or run(*arguments)
 
-    for module, name in ((aten, "layer"), (stack, "_forward")):
+    for module, name in ((aten, "layer"), (aten_stack, "_forward")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return seen
 
@@ -343,7 +343,7 @@ def test_a_stack_is_differentiable_twice(name, kwargs):
 
     def run(input, h0, *weights):
         how = name.lower(), True, layer.num_layers, 1 + layer.bidirectional, 3
-        y, h_n, c_n, _ = stack.Stack.apply(*how, input, h0, states[1], *weights)
+        y, h_n, c_n, _ = aten_stack.Stack.apply(*how, input, h0, states[1], *weights)
         return y, h_n, c_n if name == "LSTM" else h_n
 
     leaves = [torch.randn(6, 2, dtype=torch.float64), states[0], *(w.detach() for w in layer._flat_weights)]
