@@ -6,6 +6,7 @@
 The launchers first, for they hide nothing; then the layers as users call them.
 """
 
+import copy
 import dataclasses
 import itertools
 
@@ -15,12 +16,13 @@ import torch
 pytest.importorskip("triton")
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import backends, zoo
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
-from tests.layers import by_rounded_loops, cudnn_multiplies_in_full
+from tests import wide_cells
+from tests.layers import by_rounded_loops, cudnn_multiplies_in_full, outcome
 from tests.problems import (
     Data,
     Poison,
@@ -478,6 +480,23 @@ def test_layers_are_as_good_as_torch_nn(cell, dtype, precision, hidden_size, opt
     for key, tensor in found.items():
         if cell == "rnn_relu" and norm(peer[key].double().cpu() - expected[key]) > 0.02 * norm(expected[key]):
             continue  # so near the kink that rounding decides which units are on: norms compare nothing
+        assert_close_to_oracle(tensor.cpu(), expected[key], peer[key].cpu(), f"{cell} {key}")
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [KINDS[0], KINDS[3]], ids=["fp32-ieee", "bf16"])
+@pytest.mark.parametrize(("heads", "hidden_size"), [(1, 256), (4, 512), (4, 64)])
+@pytest.mark.parametrize("cell", [*(layer.__name__ for layer in zoo.ZOO), "LSTM", "GRU", "wide"])
+def test_other_cells_and_heads_are_right(cell, heads, hidden_size, dtype, precision, tf32):
+    """Catches several states, parameters, eight gates or heads that a GPU has in another order than the interpreter."""
+    tf32(precision)
+    made = rnn_gpu.layer(wide_cells.wide(8)) if cell == "wide" else getattr(zoo, cell, None) or getattr(rnn_gpu, cell)
+    ours = made(40, hidden_size, heads=heads, bidirectional=True).to("cuda", dtype)
+    exact = copy.deepcopy(ours).cpu().double()
+    x = torch.randn(20, 9, 40).to(dtype)
+    expected, peer = outcome(exact, x, None, "torch"), outcome(ours, x.cuda(), None, "torch")
+    found = outcome(ours, x.cuda(), None, "triton")
+    rnn_gpu.check()
+    for key, tensor in found.items():
         assert_close_to_oracle(tensor.cpu(), expected[key], peer[key].cpu(), f"{cell} {key}")
 
 
