@@ -54,6 +54,11 @@ __all__ = [
 torch.serialization.add_safe_globals([LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, *zoo.ZOO])
 
 
+def __dir__() -> list[str]:
+    """What is there for users, and what a shell completes: not the files of the package."""
+    return [*__all__, "__version__"]
+
+
 def check(device: torch.device | str | None = None) -> None:
     """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not
     end.

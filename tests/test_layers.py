@@ -205,6 +205,11 @@ def test_wrong_settings_are_refused():
     assert backends._max_programs is None and backends.current_memory() == "full"
 
 
+def test_a_shell_completes_what_is_for_users():
+    """Catches: files of the package among the names that `rnn_gpu.<TAB>` offers, or one that is not there."""
+    assert dir(rnn_gpu) == sorted([*rnn_gpu.__all__, "__version__"]) and all(hasattr(rnn_gpu, n) for n in dir(rnn_gpu))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_help_is_of_the_layer_itself(name):
     """Catches: help(rnn_gpu.LSTM) that hides the arguments, or prints torch.nn's whole text or nn.Module's."""
