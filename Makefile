@@ -65,10 +65,10 @@ test-newest:  ## `make test` with the newest ones (about 5 GB to set up)
 test-slow: $(READY)  ## the long sweeps
 	$(TEST) -m "slow and not interpreted"
 	TRITON_INTERPRET=1 $(TEST) -m "slow and interpreted"
-	$(ON_MACHINE) $(TEST) -m "slow and interpreted" $(MACHINE_TESTS)
+	$(ON_MACHINE) $(TEST) -m "slow and interpreted" $(MACHINE_TESTS) tests/test_wavefront.py
 
 test-machine: $(READY)  ## the compiled kernels on the machine for PTX, all of it
-	$(ON_MACHINE) $(TEST) -m interpreted $(MACHINE_TESTS)
+	$(ON_MACHINE) $(TEST) -m interpreted $(MACHINE_TESTS) tests/test_wavefront.py
 
 test-gpu: $(READY)  ## only what needs a GPU
 	$(TEST) -m gpu
