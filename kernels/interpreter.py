@@ -351,6 +351,43 @@ def _wrap_patch_tensor(patch):
     return patch_tensor
 
 
+# Types: the interpreter makes them anew, and a shape of constants for every tensor, which took a third of its time ------
+
+
+def _wrap_tensor_init(init):
+    """What a tensor takes from its type is made once for each type."""
+
+    def tensor_init(self, handle, type):
+        made = vars(type).get("_of_tensors")
+        if made is None:
+            init(self, None, type)
+            made = type._of_tensors = dict(vars(self))
+        vars(self).update(made)
+        self.handle = handle
+
+    return tensor_init
+
+
+def _wrap_np_dtype(np_dtype):
+    """The answer, not a table at each call."""
+    known = functools.cache(np_dtype)
+    return lambda type: (np_dtype if type.scalar.is_ptr() else known)(type.scalar)
+
+
+def _wrap_with_element_ty(with_element_ty):
+    """The same block of another type is made once."""
+
+    def remembered(self, element):
+        if element.is_ptr():
+            return with_element_ty(self, element)
+        made = vars(self).setdefault("_with", {})
+        if element not in made:
+            made[element] = with_element_ty(self, element)
+        return made[element]
+
+    return remembered
+
+
 def _grid_idx():
     """The builder's attribute of that name, one for each thread."""
 
@@ -651,6 +688,10 @@ def _wrap_interpreter():
             wrap(builder, arity, _wrap_elementwise)
         wrap(interpreter.ReduceOps, "generic_reduce", _wrap_generic_reduce)
         wrap(interpreter.ReduceOps, "sum", _wrap_sum)
+        wrap(tl.tensor, "__init__", _wrap_tensor_init)
+        wrap(tl.block_type, "with_element_ty", _wrap_with_element_ty)
+        put(tl.block_type, "to_ir", lambda self, builder: self)  # an equal one
+        wrap(interpreter, "_get_np_dtype", _wrap_np_dtype)
         if not hasattr(builder, "get_bf16"):  # a constant of that type
             put(builder, "get_bf16", lambda self, value: _round_to_bfloat16(np.array([value])))
         if not instance.options.debug:
