@@ -76,12 +76,31 @@ def beyond_the_sample(items) -> list:
     return rest
 
 
+def beyond_the_cover(items) -> list:
+    """Of the tests that are marked with the parameters that a sample has to cover: the cases that only `-m slow` runs.
+    A case stays where a value of one of the parameters, or a pair of two, is in no other that stays.
+    """
+    seen, rest = collections.defaultdict(set), []
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        marker = item.get_closest_marker("covering")
+        if marker is not None and not item.get_closest_marker("slow") and why_not(item) is None:
+            names = [(name,) if isinstance(name, str) else name for name in marker.args] or [()]
+            values = {repr([(name, item.callspec.params[name]) for name in group]) for group in names}
+            known = seen[item.nodeid.partition("[")[0]]
+            rest += [item] if values <= known else []
+            known |= values
+    return rest
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         reason = why_not(item)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if INTERPRETING:
+        for item in beyond_the_cover(items):
+            item.add_marker(pytest.mark.slow)
     if ON_MACHINE:
         for item in beyond_the_sample([item for item in items if why_not(item) is None]):
             item.add_marker(pytest.mark.slow)

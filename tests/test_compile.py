@@ -42,6 +42,7 @@ def assert_same(run, compiled, layer, *arguments):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.covering("mask")
 @pytest.mark.parametrize(
     "name, kwargs, mask",
     [

@@ -31,6 +31,7 @@ def full_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
 
 
+@pytest.mark.covering("how", "name")
 @pytest.mark.parametrize("how", ["ddp", "ddp, unused parameters", "fsdp"])
 @every_layer
 def test_training_equals_one_process(name, how, processes):
@@ -74,6 +75,7 @@ def test_checkpoints(processes, tmp_path):
             assert not torch.equal(found["continued"][key], value)
 
 
+@pytest.mark.covering("case", "name")
 @pytest.mark.parametrize(
     "case",
     [Case("1", "1", batch=3), Case("r", "r"), Case("0", "r", masked=True, batch_first=True)],

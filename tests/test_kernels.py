@@ -149,6 +149,7 @@ def ways_to_cut() -> list:
     return cases
 
 
+@pytest.mark.covering("cut")
 @pytest.mark.parametrize(("problem", "cut"), ways_to_cut())
 def test_every_way_to_cut_a_problem_is_right(problem, cut):
     """Catches a row, a unit or a chunk of weights that is left out, done twice, or taken from the wrong program."""
@@ -236,6 +237,7 @@ def halves(problem: Problem, given, k: int):
     return parts
 
 
+@pytest.mark.covering(("cell", "dtype", "precision"))
 @every_cell
 @every_kind
 @pytest.mark.parametrize("reversed_sets", [0, 1])
@@ -332,6 +334,7 @@ EXCEPTIONS = {
 }  # row 2, everywhere
 
 
+@pytest.mark.covering(("cell", "dtype", "name"), "alone")
 @pytest.mark.parametrize("alone", [False, True], ids=["exchanged", "alone"])
 @pytest.mark.parametrize("name", EXCEPTIONS)
 @pytest.mark.parametrize(("cell", "dtype", "precision"), [
@@ -355,6 +358,7 @@ def test_nan_goes_where_the_oracle_has_it_and_no_further(cell, dtype, precision,
                 assert torch.equal(tensor.index_select(1, others), clean[key].index_select(1, others)), key
 
 
+@pytest.mark.covering(("cell", "name"), "alone")
 @pytest.mark.parametrize("alone", [False, True], ids=["exchanged", "alone"])
 @pytest.mark.parametrize("name", EXCEPTIONS)
 @every_cell
@@ -501,6 +505,7 @@ def is_found(problem: Problem, plan, torn: bool, seeds) -> bool:
     return False
 
 
+@pytest.mark.covering()
 @pytest.mark.interpreter_only
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
 def test_control_a_reader_that_tests_its_first_vector_only_is_found(cell, monkeypatch):
@@ -576,6 +581,7 @@ def await_kernel(words, out, status, limit, HALVES: tl.constexpr):
         tl.store(out + 4 * n + i + tl.arange(0, 1), seen[i])
 
 
+@pytest.mark.covering("limit", "width")
 @pytest.mark.parametrize("limit", [0, 1, 200])
 @pytest.mark.parametrize("width", [16, 32])
 def test_a_wait_is_exact(width, limit):

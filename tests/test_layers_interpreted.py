@@ -79,7 +79,7 @@ def test_unbatched_and_without_states(name):
     assert_like_torch_nn(*pair(name, 5, 9), time=3, batch=2, states=False)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(NAMES),
     input_size=st.integers(1, 9),

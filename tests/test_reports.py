@@ -235,6 +235,7 @@ def outputs_and_gradients(layer, input, masks):
     return data, *torch.autograd.grad(data.square().sum(), list(layer.parameters()))
 
 
+@pytest.mark.covering("name", "memory")
 @pytest.mark.parametrize("memory", ["full", "lean"])
 @every_layer
 def test_default_device_and_dtype(name, kwargs, memory):

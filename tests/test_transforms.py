@@ -71,6 +71,7 @@ def test_gradients_for_each_sample(name, kwargs):
             torch.testing.assert_close(actual[v], expected)
 
 
+@pytest.mark.covering("name", "cap")
 @every_layer
 @pytest.mark.parametrize("cap", [None, 2], ids=["one launch", "several launches"])
 def test_ensembles(name, kwargs, cap):
