@@ -351,7 +351,19 @@ def _wrap_patch_tensor(patch):
     return patch_tensor
 
 
-# Types: the interpreter makes them anew, and a shape of constants for every tensor, which took a third of its time ------
+def _grid_idx():
+    """The builder's attribute of that name, one for each thread."""
+
+    def get(builder):
+        return _here.index if _programs_here() is not None else builder.__dict__.get("grid_idx")
+
+    def put(builder, index):
+        builder.__dict__["grid_idx"] = index
+
+    return property(get, put)
+
+
+# Types: Triton makes them, and a tensor's shape of constants, anew at each operation: a quarter of its time
 
 
 def _wrap_tensor_init(init):
@@ -386,18 +398,6 @@ def _wrap_with_element_ty(with_element_ty):
         return made[element]
 
     return remembered
-
-
-def _grid_idx():
-    """The builder's attribute of that name, one for each thread."""
-
-    def get(builder):
-        return _here.index if _programs_here() is not None else builder.__dict__.get("grid_idx")
-
-    def put(builder, index):
-        builder.__dict__["grid_idx"] = index
-
-    return property(get, put)
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------
