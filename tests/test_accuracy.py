@@ -208,10 +208,7 @@ RARE = [("GRU", "fp32-ieee"), ("GRU", "fp16"), ("RNN", "fp16"), ("RNN", "bf16")]
 @everywhere
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        pytest.param(*pair, marks=[pytest.mark.slow] if pair in RARE else [])
-        for pair in itertools.product(NAMES, KINDS)
-    ],
+    [pytest.param(*pair, marks=[pytest.mark.slow] if pair in RARE else []) for pair in itertools.product(NAMES, KINDS)],
 )
 def test_errors_of_the_layers_are_no_larger_than_those_of_torch_nn(name, kind, device, stride, problems, tf32):
     """Catches: a layer that is right, and in the mean worse than what users have today."""
