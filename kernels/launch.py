@@ -297,9 +297,9 @@ def begin(
         device,
         sum(programs),
         (
-            y, _dense(h0), *_two(bias_ih), *_two(bias_hh), bias, bias_hn, *_two(of_sets), recurrent if copied else None,
-            *_two([_aligned(weight) for weight in weight_ih] if both else None), input_weight, count, batch,
-            weight_ih[0].shape[1] if both else 0, *programs[:4],
+            y, _dense(h0), *_two(_all_dense(bias_ih)), *_two(_all_dense(bias_hh)), bias, bias_hn, *_two(of_sets),
+            recurrent if copied else None, *_two([_aligned(weight) for weight in weight_ih] if both else None),
+            input_weight, count, batch, weight_ih[0].shape[1] if both else 0, *programs[:4],
         ),
     )  # fmt: skip
     if not both and weight_ih is not None:
@@ -317,6 +317,11 @@ def _two(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None
 def _dense(tensor: Tensor | None) -> Tensor | None:
     """Contiguous."""
     return None if tensor is None else tensor.contiguous()
+
+
+def _all_dense(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+    """Each contiguous: a bias may be a column, or one number for all units."""
+    return None if tensors is None else [tensor.contiguous() for tensor in tensors]
 
 
 def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prepare
-from .launch import _aligned, _apart, _dense, _launch, _prepare
+from .launch import _aligned, _all_dense, _apart, _dense, _launch, _prepare
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, itemsize, padded
@@ -73,6 +73,7 @@ def begin(
     jobs = count * size * itemsize(plan.dtype) // 4, batch * size, 0 if bias is None else width, width * size
     programs = [-(-job // prepare.BLOCK) for job in jobs]
     of_layers, weights, h0 = [_aligned(one) for one in weight_hh], _weights_fed([like, *weight_ih[1:]], 0), _dense(h0)
+    bias_ih, bias_hh = _all_dense(bias_ih), _all_dense(bias_hh)
     for n in range(layers):
         biases = (None, None) if bias_ih is None or bias_hh is None else (bias_ih[n], bias_hh[n])
         _prepare(
@@ -167,11 +168,6 @@ def forward(
     _launch(plan, x_part.device, rows, 0, tensors | others, **numbers, **NUMBERS)
     fed = None if begun.fed is None else begun.fed[:, batch : batch + count, :hidden_size]
     return _apart(y[:, batch : batch + count, :hidden_size]), h_n, c_n, gates, aux, fed
-
-
-def last(y: Tensor) -> Tensor:
-    """The last layer's outputs [R, H] of all, as a result of its own (launch.py)."""
-    return _apart(y[-1])
 
 
 def backward(

@@ -9,7 +9,8 @@ T steps, B rows, L layers, D directions, I input features, H hidden units, P the
 there is no projection).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -166,12 +167,23 @@ def _forward(given: tuple, how: tuple, trained: bool) -> tuple[tuple[Tensor, ...
     return tuple(r.detach().clone() for r in results), (leaves, results)
 
 
+def without_autocast(body: Callable) -> Callable:
+    """The same with autocast off on a CPU: everything has its type already."""
+
+    @functools.wraps(body)
+    def run(*arguments):
+        if not torch.is_autocast_enabled("cpu"):
+            return body(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return body(*arguments)
+
+    return run
+
+
 @operator("aten_stack", f"({GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
+@without_autocast
 def aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, keep):
     """See `stack`; the last result stands for what is kept for a backward (aten.py), if one may follow."""
-    if torch._C._is_any_autocast_enabled():  # everything has its type already
-        with torch.autocast(input.device.type, enabled=False):
-            return aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, keep)
     how, kept = (cell, biases, layers, directions, time), keep and not torch.is_inference_mode_enabled()
     (y, h_n, *c_n), saved = _forward((input, h0, c0, *weights), how, kept)
     token = aten.kept(saved) if kept else torch.zeros(int(keep), dtype=torch.int64, device="cpu")
@@ -182,6 +194,7 @@ def aten_stack(input, h0, c0, weights, cell, biases, layers, directions, time, k
     "aten_stack_backward",
     f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {GIVEN}, Tensor kept, bool[] need) -> Tensor[]",
 )
+@without_autocast
 def aten_stack_backward(
     d_y, d_h_n, d_c_n, input, h0, c0, weights, cell, biases, layers, directions, time, kept, need
 ):  # fmt: skip

@@ -92,13 +92,11 @@ class EagerStack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, rows: Rows, passed, input, h0, c0, *weights):
         """The first layer's input product, then the recurrence of all."""
-        from .kernels import stack
-
         inputs = Inputs(input, *_by_kind(weights, call), None, None, h0, c0)
         y, h_n, c_n, gates, aux, fed = _run(inputs, rows, call, passed)
-        output = stack.last(y)
+        output = y[-1].clone()  # whoever keeps it does not keep the other layers' outputs
         mask, ctx.scale = (None, None) if passed is None else passed
-        # The output beside y, where it is too: it knows whether a user has changed it in place.
+        # The output knows whether a user has changed it in place, which is an error as it is for a layer alone.
         ctx.save_for_backward(*rows[2:5], output, y, gates, aux, fed, mask, input, h0, c0, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
@@ -182,6 +180,8 @@ def _gradients_by_autograd(
     input, h0, c0, *weights,
 ):  # fmt: skip
     """The same as a graph: through the layers one after another, each made again."""
+    # By views: a state or a weight may be made from another one, and what lies between is the graph outside.
+    input, h0, c0, *weights = (t if t is None else t.view_as(t) for t in (input, h0, c0, *weights))
     by_kind, y, finals = _by_kind(weights, call), input, []
     for n in range(len(by_kind[1])):
         of_layer = [kind[n] for kind in by_kind if kind is not None]
@@ -190,7 +190,10 @@ def _gradients_by_autograd(
         finals.append(final)
     finals = [None if kind[0] is None else torch.cat(kind) for kind in zip(*finals, strict=True)]
     pairs = zip((y.flatten(1), *finals), d_outputs, strict=True)
-    outputs, given = zip(*((output, d) for output, d in pairs if d is not None), strict=True)
+    pairs = [(output, d) for output, d in pairs if d is not None]
+    if not pairs:
+        return (None,) * len(need)
+    outputs, given = zip(*pairs, strict=True)
     wanted = [tensor for tensor, needed in zip((input, h0, c0, *weights), need, strict=True) if needed]
     found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
     return tuple(next(found) if needed else None for needed in need)

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rnn_gpu
-from rnn_gpu import aten, aten_stack
-from tests.layers import INTERPRETED, ON_BOTH_BACKENDS, exchanging_in_full
+from rnn_gpu import aten, aten_stack, backends
+from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
 
 pytestmark = ON_BOTH_BACKENDS
 
@@ -21,11 +21,11 @@ STACK = {"bidirectional": True, "num_layers": 2}
 
 @pytest.fixture(autouse=True)
 def one_backend():
-    """The backend of this run, several programs, and nothing compiled before. Full products: in eager mode layers run
-    side by side, where all products are the kernel's, in tf32; compiled one after another.
-    """
-    with exchanging_in_full():
+    """The backend of this run, several programs, and nothing compiled before."""
+    torch._dynamo.reset()
+    with rnn_gpu.backend(BACKEND), backends.always_exchange():
         yield
+    torch._dynamo.reset()
 
 
 def results(run, layer, *arguments):
@@ -243,7 +243,9 @@ def test_a_forward_runs_once_and_leaves_nothing(name, kwargs, lengths, count, ba
 @on_torch
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_backward_from_what_was_kept(backend):
-    """Catches: gradients of a forward that wrote over what it had kept, of another forward, or of a second backward."""
+    """Catches: gradients of a forward that wrote over what it had kept, of another forward, or of a second backward,
+    which runs the forward again, inside autocast.
+    """
     layer, inputs = rnn_gpu.LSTM(4, 12), torch.randn(2, 5, 3, 4)
 
     def run(input):  # a compiler takes the memory of a result that nobody else uses
@@ -253,10 +255,12 @@ def test_a_backward_from_what_was_kept(backend):
     def gradients(run, input):
         results = run(input)
         loss = sum(result.square().sum() for result in results)
-        return [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for _ in range(2)]
+        first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+        with torch.autocast("cpu", enabled=run is compiled):
+            return first, torch.autograd.grad(loss, list(layer.parameters()))
 
-    expected = [gradients(run, input)[0] for input in inputs]
     compiled = torch.compile(run, fullgraph=True, backend=backend)
+    expected = [gradients(run, input)[0] for input in inputs]
     for _ in range(2):
         for input, right in zip(inputs, expected, strict=True):
             for found in gradients(compiled, input):

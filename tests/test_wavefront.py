@@ -401,6 +401,52 @@ def test_what_autograd_is_asked_for_is_what_it_gives(together):
     assert_close_to_oracle(layer.weight_ih_l0.grad, oracle.weight_ih_l0.grad, peer.weight_ih_l0.grad)
 
 
+class GivesNothing(torch.autograd.Function):
+    """A loss that has no gradient to give."""
+
+    @staticmethod
+    def forward(ctx, output):
+        return output.sum()
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        return None
+
+
+def test_a_graph_of_the_backward_counts_every_path_once(together):
+    """Catches: a first derivative that is another one where its graph is asked for, because a state is made from
+    another one; an output that keeps the memory of all layers; a backward that is given nothing.
+    """
+    layer, _ = stacked("lstm", 16, 2)
+    input, (start, _) = draw(layer, 3, 2)
+    found = []
+    for create_graph in (False, True):
+        leaf = start.clone().requires_grad_()
+        with rnn_gpu.backend("triton"):
+            output, _ = layer(input, (leaf, leaf))
+        found += torch.autograd.grad(output.sum(), leaf, create_graph=create_graph)
+    torch.testing.assert_close(*found)
+    assert output.untyped_storage().nbytes() == output.nbytes
+    (nothing,) = torch.autograd.grad(GivesNothing.apply(output), leaf, create_graph=True, allow_unused=True)
+    assert nothing is None or not nothing.any()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_biases_may_lie_anyhow(layers, together):
+    """Catches: a bias that is a column of something, or one number for all units, read as if it lay in a row."""
+    layer, _ = stacked("gru", 16, layers)
+    for name in [name for name, _ in layer.named_parameters() if name.startswith("bias")]:
+        bias = getattr(layer, name).detach()
+        bias = torch.stack([bias, bias], 1)[:, 0] if "ih" in name else bias[:1].expand(len(bias))
+        setattr(layer, name, torch.nn.Parameter(bias))
+    input, hx = draw(layer, 3, 2)
+    results = []
+    for name in ("triton", "torch"):
+        with rnn_gpu.backend(name), torch.no_grad():
+            results.append(layer(input, as_hx(hx))[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_saved_tensors_may_come_back_in_other_strides(together):
     """Catches: a saved tensor handed to the kernel as it lies, after hooks that store it otherwise."""
