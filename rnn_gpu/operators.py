@@ -325,7 +325,8 @@ def cells_of(aux: Tensor, y: Tensor, rows: Rows, call: Call) -> Tensor:
     """
     count, size = len(CELLS[call.cell].states), padded(y.shape[2], backends.name_of(y.dtype))
     states = aux[..., : count * size].unflatten(-1, (count, size))[..., : y.shape[2]]
-    cells = states.to(y.dtype, copy=True, memory_format=torch.contiguous_format).flatten(2)
+    cells = y.new_empty(*y.shape[:2], count * y.shape[2])
+    cells.unflatten(-1, (count, -1)).copy_(states)
     if rows.lengths is not None and rows.offsets is None:
         cells = cells.masked_fill_(past_the_end(rows).flatten()[:, None, None], 0)
     return cells

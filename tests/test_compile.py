@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rnn_gpu
-from rnn_gpu import aten, aten_stack, backends
-from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
+from rnn_gpu import aten, aten_stack
+from tests.layers import INTERPRETED, ON_BOTH_BACKENDS, exchanging_in_full
 
 pytestmark = ON_BOTH_BACKENDS
 
@@ -21,11 +21,11 @@ STACK = {"bidirectional": True, "num_layers": 2}
 
 @pytest.fixture(autouse=True)
 def one_backend():
-    """The backend of this run, several programs, and nothing compiled before."""
-    torch._dynamo.reset()
-    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+    """The backend of this run, several programs, and nothing compiled before. Full products: in eager mode layers run
+    side by side, where all products are the kernel's, in tf32; compiled one after another.
+    """
+    with exchanging_in_full():
         yield
-    torch._dynamo.reset()
 
 
 def results(run, layer, *arguments):
