@@ -314,6 +314,7 @@ def rounded_carry(x, r, carry):
 needs_the_interpreter = pytest.mark.interpreted
 
 
+@pytest.mark.covering()
 @needs_the_interpreter
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_control_the_short_form_of_tanh_is_found(cell, monkeypatch):

@@ -72,6 +72,7 @@ def test_double_backward_in_float64(name, masked):
     assert torch.autograd.gradcheck(run, (input,)) and torch.autograd.gradgradcheck(run, (input,))
 
 
+@pytest.mark.covering()
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gradient_penalty_trains(name):
     """Catches: a penalty on the gradient, as in a Wasserstein critic, that does not reach the parameters."""
@@ -158,6 +159,7 @@ def test_what_is_frozen_costs_no_product(monkeypatch):
     assert present == {"weight_hh", "bias_ih", "bias_hh"}
 
 
+@pytest.mark.covering()
 @pytest.mark.parametrize("name", NAMES)
 def test_deterministic_algorithms_raise_nothing_and_change_nothing(name):
     """Catches: an operation that is not the same to the last bit from run to run, or that PyTorch knows as such."""

@@ -193,6 +193,7 @@ def test_gradients_that_are_absent_are_zero(cell, absent):
             assert_right(problem, run(problem, plans(problem, alone=alone), given), given)
 
 
+@pytest.mark.covering("cell", ("dtype", "precision"))
 @every_cell
 @every_kind
 def test_inference_equals_training(cell, dtype, precision):
@@ -210,6 +211,7 @@ def test_inference_equals_training(cell, dtype, precision):
         assert (CELLS[cell].saves > 0) != torch.equal(gates, data(problem).x_part)
 
 
+@pytest.mark.covering("cell", ("dtype", "precision"))
 @every_cell
 @every_kind
 def test_uninitialised_memory_never_reaches_a_result(cell, dtype, precision, monkeypatch):
@@ -393,6 +395,7 @@ def test_an_infinite_gradient_stays_infinite(alone):
         assert_same_exceptions(run(problem, plans(problem, alone=alone), given), expected, "with positive weights")
 
 
+@pytest.mark.covering(("dtype", "precision"), "alone")
 @pytest.mark.parametrize("alone", [False, True], ids=["exchanged", "alone"])
 @every_kind
 def test_nan_in_a_weight_is_not_lost(dtype, precision, alone):
@@ -433,6 +436,7 @@ def forward_that_fails(problem: Problem, monkeypatch, plan, schedule: dict):
     return str(error.value), y.unflatten(0, steps)[1:-1, ..., : problem.hidden_size]
 
 
+@pytest.mark.covering("cell", ("dtype", "precision"))
 @every_cell
 @every_kind
 def test_control_a_wait_that_ends_too_early_is_an_error_and_its_results_nan(cell, dtype, precision, monkeypatch):

@@ -41,6 +41,7 @@ def assert_like_torch_nn(ours, oracle, time, batch, states=True, exchange=True, 
         assert_close_to_oracle(actual[key], value, peer[key], key)
 
 
+@pytest.mark.covering(("name", "kwargs"), "exchange")
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "alone"])
 @pytest.mark.parametrize(
     "kwargs",
@@ -58,6 +59,7 @@ def test_float32(name, kwargs, exchange):
     assert_like_torch_nn(*pair(name, 5, 20, **kwargs), time=4, batch=3, exchange=exchange)
 
 
+@pytest.mark.covering("name", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_sixteen_bits(name, dtype):

@@ -68,6 +68,7 @@ def lengths_run(lengths, **kwargs):
     return run
 
 
+@pytest.mark.covering(("name", "kwargs"), "exchange")
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "alone"])
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -102,6 +103,7 @@ def test_packed_without_states(name):
     assert torch.equal(output.sorted_indices, packed.sorted_indices)
 
 
+@pytest.mark.covering(("name", "kwargs"), "exchange")
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "alone"])
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -271,6 +273,7 @@ def test_projection_of_packed_and_masked():
         assert_close_to_oracle(a, e, p)
 
 
+@pytest.mark.covering("name", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_sixteen_bits(name, dtype):

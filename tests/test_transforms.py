@@ -91,6 +91,7 @@ def test_ensembles(name, kwargs, cap):
             torch.testing.assert_close(b[v], e)
 
 
+@pytest.mark.covering("name")
 @every_layer
 def test_ensembles_with_masks_of_their_own(name, kwargs):
     """Catches: a member that gets the lengths or the resets of another."""
