@@ -27,7 +27,7 @@ def _put(p, first: tl.constexpr, tiles, BLOCK: tl.constexpr):
 def element(
     x, r, carry, p, dh, dcarry, ahead, back, FORWARD: tl.constexpr, FACTORS: tl.constexpr, CELL: tl.constexpr,
     G: tl.constexpr, E: tl.constexpr, CARRIED: tl.constexpr, STATES: tl.constexpr, PARAMETERS: tl.constexpr,
-    READS_H: tl.constexpr, QUIET: tl.constexpr, BLOCK: tl.constexpr,
+    SAVES: tl.constexpr, READS_H: tl.constexpr, QUIET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ahead: becomes h and the carry; back: slots, the carry's gradient of before, the parameters'. QUIET: all that the
     forward saves is taken as zero.
@@ -38,6 +38,7 @@ def element(
         h, kept, saved = FORWARD(_rows(x, G, BLOCK), _rows(r, G, BLOCK), before, of_unit)
     else:
         h, kept, saved = FORWARD(_rows(x, G, BLOCK), _rows(r, G, BLOCK), before)
+    tl.static_assert(len(saved) == SAVES, "forward gives another number of values for the backward than `saves` says")
     _put(ahead, 0, (h,), BLOCK)
     _put(ahead, 1, kept, BLOCK)
     after = ()
@@ -71,7 +72,7 @@ def elements(cell: Cell, x, r, carry, p, d_h: Tensor, d_carry: Tensor, saved: fl
         element[(1,)](
             stack(x), stack(r), stack(carry), stack(p), d_h.float().contiguous(), stack(d_carry), ahead, back,
             cell.function("forward"), cell.function("factors"), cell.function("backward"), cell.gates, cell.slots,
-            cell.carried, len(cell.states), len(cell.parameters), cell.reads_h, saved is not None, count,
+            cell.carried, len(cell.states), len(cell.parameters), cell.saves, cell.reads_h, saved is not None, count,
         )  # fmt: skip
     first = cell.slots + cell.carried
     return ahead, back[: cell.slots], back[cell.slots : first], back[first:]

@@ -8,6 +8,7 @@ works from a notebook.
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -45,29 +46,39 @@ class CellError(ValueError):
 
 @dataclass
 class Report:
-    """What `check_cell` found, line by line, and how many of the lines are errors."""
+    """What `check_cell` found, line by line, and how many of the lines are errors. show: sees each line at once."""
 
     cell: str
     lines: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    show: Callable[[str], None] | None = None
 
     def right(self, line: str) -> None:
         """Note what is right."""
-        self.lines.append(f"  ok     {line}")
+        self._add(f"  ok     {line}")
 
     def note(self, line: str) -> None:
         """Note what is neither right nor wrong."""
-        self.lines.append(f"         {line}")
+        self._add(f"         {line}")
 
     def wrong(self, line: str) -> None:
         """Note an error."""
-        self.lines.append(f"  WRONG  {line}")
+        self._add(f"  WRONG  {line}")
         self.errors.append(line)
 
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        if self.show is not None:
+            self.show(line)
+
+    @property
+    def verdict(self) -> str:
+        """The last line: the first error is the one to look at."""
+        return f"{self.cell} is " + ("all right" if not self.errors else f"wrong; the first error: {self.errors[0]}")
+
     def __str__(self) -> str:
-        """All lines, and the first error, which is the one to look at."""
-        end = "all right" if not self.errors else f"wrong; the first error: {self.errors[0]}"
-        return "\n".join([f"cell {self.cell}:", *self.lines, f"{self.cell} is {end}"])
+        """All lines."""
+        return "\n".join([f"cell {self.cell}:", *self.lines, self.verdict])
 
     __repr__ = __str__
 
@@ -81,11 +92,18 @@ def check_cell(cell: Cell) -> Report:
     -> a report in words, for print. CellError, with that report, where something is wrong: its first error names the
     first equation that is. TypeError for what is no Cell (or no class that `layer` made).
 
-    The cell's functions stand at the top of a file, or of a notebook; they may use what they import, functions and
-    numbers beside them.
+    The cell's functions stand at the top of a file, or of a notebook; they may use what they import, and functions and
+    numbers beside them (Triton functions: `triton.jit` ones, and `GAIN = tl.constexpr(1.5)`).
     """
-    cell = _cell_of(cell)
-    report = Report(cell.name)
+    report = _report(_cell_of(cell))
+    if report.errors:
+        raise CellError(str(report))
+    return report
+
+
+def _report(cell: Cell, show: Callable[[str], None] | None = None) -> Report:
+    """The same, right or wrong, told line by line."""
+    report = Report(cell.name, show=show)
     _check_step(cell, report)
     if cell.forward is None:
         report.note("no Triton functions: it runs as a loop over time in PyTorch, by its step")
@@ -97,8 +115,6 @@ def check_cell(cell: Cell) -> Report:
             for part in ("interpreted", "compiled"):
                 if not report.errors:
                     _in_a_process(part, path, name, report)
-    if report.errors:
-        raise CellError(str(report))
     return report
 
 
@@ -277,14 +293,17 @@ def _in_a_process(part: str, path: str, name: str, report: Report) -> None:
         environment["TRITON_INTERPRET"] = "1"
     run = "import sys; from rnn_gpu.cell_check import run_part; sys.exit(run_part(*sys.argv[1:]))"
     command = [sys.executable, "-c", run, part, path, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            kind, text = json.loads(line)
-            getattr(report, kind)(text)
-    if done.returncode != 0 and not report.errors:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        report.wrong(f"the {part} part ended with: {last}")
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                with contextlib.suppress(json.JSONDecodeError):
+                    kind, text = json.loads(line)
+                    getattr(report, kind)(text)
+        if running.returncode != 0 and not report.errors:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["no output"])[-1]
+            report.wrong(f"the {part} part ended with: {last}")
 
 
 # ---- In the interpreter ----------------------------------------------------------------------------------------------
@@ -323,10 +342,10 @@ def _elementwise(cell: Cell, report: Report) -> None:
     except Exception as error:
         report.wrong(f"the Triton functions: {_reason(error)}")
         return
-    rows = [("forward: h", forward[0], step.h)]
-    rows += [
+    rows = [  # h last, which is made of the others
         (f"forward: carry {name}", a, e) for name, a, e in zip(_carry_names(cell), forward[1:], step.carry, strict=True)
     ]
+    rows += [("forward: h", forward[0], step.h)]
     order = [("r", gate) for gate in range(split, cell.gates)] + [("x and r", gate) for gate in range(split)]
     order += [("x", gate) for gate in range(split, cell.gates)]
     for slot, ((side, gate), actual) in enumerate(zip(order, slots, strict=True)):
@@ -488,14 +507,6 @@ def run_part(part: str, path: str, name: str) -> int:
     return 1 if report.errors else 0
 
 
-def _reports(path: str, name: str | None) -> Iterator[Report | CellError]:
-    for cell in _loaded(path, name):
-        try:
-            yield check_cell(cell)
-        except CellError as error:
-            yield error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all cells of a file are right."""
     parser = argparse.ArgumentParser(prog="python -m rnn_gpu.check", description="Whether cells of your own are right.")
@@ -504,9 +515,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, name = (path, name) if path and not os.path.exists(f"{path}:{name}") else (name, "")
     good = True
     try:
-        for report in _reports(path, name or None):
-            print(report, flush=True)
-            good &= isinstance(report, Report)
+        for cell in _loaded(path, name or None):
+            print(f"cell {cell.name}:", flush=True)
+            report = _report(cell, functools.partial(print, flush=True))
+            print(report.verdict, flush=True)
+            good &= not report.errors
     except (ValueError, ImportError, FileNotFoundError) as error:
         parser.error(str(error))
     return 0 if good else 1

@@ -492,7 +492,7 @@ def test_planted_mistakes_are_named():
 
     assert not found_in(zoo.PeepholeLSTM.cell) and not found_in(zoo.SLSTM.cell)
     errors = found_in(planted(zoo.CoupledLSTM, forward=wrong.open_gate))
-    assert errors[0].startswith("forward: h: error")
+    assert errors[0].startswith("forward: carry c: error")
     (error,) = found_in(planted(zoo.MGU, backward=wrong.forgets_the_gate))
     assert error.startswith("slot 1 of backward: at gate f, by x and r: error")
     (error,) = found_in(planted(zoo.LightGRU, backward=wrong.keeps_too_much))
@@ -503,6 +503,8 @@ def test_planted_mistakes_are_named():
     assert "gate n does more with r than to add it to x" in error
     (error,) = found_in(planted(zoo.SLSTM, quiet=True))
     assert error.startswith("quiet:")
+    (error,) = found_in(planted(zoo.SLSTM, saves=zoo.SLSTM.cell.saves - 1))
+    assert "another number of values for the backward than `saves` says" in error
     (error,) = found_in(planted(zoo.LightGRU, forward=wrong.no_function))
     assert error.startswith("the Triton functions: NameError")
 
