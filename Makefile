@@ -37,7 +37,7 @@ demo: $(READY)  ## train a character language model on real text (about 75 secon
 # Each in turn, all of them even where one falls short, in a folder where they leave pictures and a checkpoint.
 NAMES := $(filter-out common distributed_training,$(basename $(notdir $(wildcard examples/*.py))))
 
-examples: $(READY)  ## solve a small real problem of each kind (some 13 minutes on two cores); build/examples
+examples: $(READY)  ## solve a small real problem of each kind (some 15 minutes on two cores); build/examples
 	@mkdir -p build/examples; short=; \
 	for name in $(NAMES); do \
 	    echo; echo "==== $$name"; \
@@ -51,7 +51,7 @@ ON_MACHINE := RNN_GPU_TEST_MACHINE=1
 MACHINE_TESTS := tests/test_kernels.py tests/test_sequences.py tests/test_layers_interpreted.py
 
 test: $(READY)  ## all tests but the slow ones: compiled, interpreted, and on the machine for PTX
-	@echo "All tests: about 16 minutes on two cores, 5 on eight. A GPU is not needed; what needs one is skipped without."
+	@echo "All tests: about 15 minutes on two cores, 5 on eight. A GPU is not needed; what needs one is skipped without."
 	@$(TEST) -q --span 0:50 -m "not interpreted and not slow"
 	@TRITON_INTERPRET=1 $(TEST) -q --span 50:80 -m "interpreted and not slow"
 	@$(ON_MACHINE) $(TEST) -q --span 80:100 -m "interpreted and not slow" $(MACHINE_TESTS)

@@ -1,6 +1,6 @@
 """Recognise spoken digits by connectionist temporal classification, and who of nine people speaks.
 
-    python examples/speech_recognition.py               100 seconds of training on two CPU cores
+    python examples/speech_recognition.py               200 seconds of training on two CPU cores
 
 Digits: sequences of one to six, spoken by the synthesiser eSpeak NG (from the package espeakng-loader) in several
 voices, speeds and pitches, with noise. Two layers in both directions read the log-mel spectrogram; the utterances of
@@ -247,7 +247,7 @@ def recognise_speakers(training: tuple[list[Tensor], Tensor], test: tuple[list[T
         loss = functional.cross_entropy(scores(noisy, lengths), targets, label_smoothing=0.1)
         common.update(optimizer, loss, rate * LEARNING_RATE)
 
-    for passed in common.budget(options.seconds / 5, lambda: f"cross entropy {loss.item():.3f}"):
+    for passed in common.budget(options.seconds / 10, lambda: f"cross entropy {loss.item():.3f}"):
         step(common.schedule(passed))
     head.eval()
     with torch.no_grad():
@@ -256,7 +256,7 @@ def recognise_speakers(training: tuple[list[Tensor], Tensor], test: tuple[list[T
 
 def main() -> int:
     """Run what the command line asks for; the exit status."""
-    parser = common.parser(__doc__, seconds=100)
+    parser = common.parser(__doc__, seconds=200)
     parser.add_argument("--hidden-size", type=int, default=64, help="units of a layer and direction")
     parser.add_argument("--batch-size", type=int, default=32, help="utterances in a training step")
     parser.add_argument("--utterances", type=int, default=2000, help="to train on")
