@@ -22,7 +22,7 @@ from .direct import Prepared
 from .machine_code import complain, untested
 from .plan import Plan
 from .rows import Rows
-from .spec import CELLS, WAIT_LIMIT, itemsize, padded
+from .spec import CELLS, WAIT_LIMIT, Cell, itemsize, padded
 
 _numbers = itertools.count(1)
 # The latest launches by number, for the message of a wait that did not end: plan, rows, the first row of the batch.
@@ -515,38 +515,54 @@ def backward(
             (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs),
         )  # fmt: skip
         programs = [0, 0, 0]  # of further sets the weights alone
-    d_carry_0 = d_parameters = None
-    if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
-        exact = dtype if cell.states else torch.float32
-        d_carry_0 = torch.empty((batch, sets, cell.carried * hidden_size), dtype=exact, device=device)
+    d_parameters = None
     if cell.parameters:
         width = len(cell.parameters) * hidden_size
         d_parameters = torch.empty((batch, sets, width), dtype=torch.float32, device=device)
     d_kept_0 = None
     if not cell.carries_h and (rows.kept_h is not None or rates[0] is not None):
         d_kept_0 = torch.empty((batch, sets, hidden_size), dtype=torch.float32, device=device)
-    tensors = dict(
-        d_y=None if d_y is None else _aligned(d_y),
+    sizes, given = (batch, sets), (d_y, d_h_n, d_c_n)
+    tensors = _of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
+    tensors |= dict(
         d_carry=None if d_cells is None else _aligned(d_cells),
-        d_h_n=_dense(d_h_n),
-        d_carry_n=_dense(d_c_n) if cell.states else None,
         weight=weight,
         weight_above=None,
         parameters=None if parameters is None else _aligned(parameters),
-        gates=None if gates is None else _aligned(gates),
-        aux=aux,
-        history=history,
-        history_0=history_0,
-        d_gates=d_gates.view(torch.int32),
-        d_carry_0=d_carry_0,
         d_parameters=d_parameters,
         d_kept_0=d_kept_0,
         **masks,
     )
     numbers["clip"] = None if clip is None else float(clip)
     _launch(plan, device, rows, reversed_sets, tensors, **numbers)
-    others = (None if one is None else one.transpose(0, 1) for one in (d_carry_0, d_parameters, d_kept_0))
+    others = (None if one is None else one.transpose(0, 1) for one in (tensors["d_carry_0"], d_parameters, d_kept_0))
     return _apart(d_gates[batch : batch + count, ..., :hidden_size]), *others
+
+
+def _of_backward(
+    cell: Cell, y: Tensor, sizes: tuple[int, int], d_outputs: Sequence[Tensor | None], gates: Tensor | None,
+    aux: Tensor | None, history: tuple[Tensor | None, Tensor | None], d_gates: Tensor, h0: Tensor | None,
+    c0: Tensor | None,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """What the backward of a layer and that of a stack take alike, with room for the gradient of the initial carry,
+    [*sizes, K*H], where there is one.
+    """
+    d_y, d_h_n, d_c_n = d_outputs
+    d_carry_0 = None
+    if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
+        exact = y.dtype if cell.states else torch.float32
+        d_carry_0 = torch.empty((*sizes, cell.carried * y.shape[2]), dtype=exact, device=y.device)
+    return dict(
+        d_y=None if d_y is None else _aligned(d_y),
+        d_h_n=_dense(d_h_n),
+        d_carry_n=_dense(d_c_n) if cell.states else None,
+        gates=None if gates is None else _aligned(gates),
+        aux=aux,
+        history=history[0],
+        history_0=history[1],
+        d_gates=d_gates.view(torch.int32),
+        d_carry_0=d_carry_0,
+    )
 
 
 def saved_again(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prepare
-from .launch import _aligned, _all_dense, _apart, _dense, _launch, _prepare
+from .launch import _aligned, _all_dense, _apart, _dense, _launch, _of_backward, _prepare
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, itemsize, padded
@@ -226,28 +226,10 @@ def backward(
                 sum(before) + tiles,
                 (*buffers, weight, None, transposed, count, batch, *before),
             )  # fmt: skip
-    d_carry_0 = None
-    if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
-        exact = y.dtype if cell.states else torch.float32
-        d_carry_0 = _new(y, (layers, batch, cell.carried * hidden_size), dtype=exact)
-    tensors = dict(
-        d_y=None if d_y is None else _aligned(d_y),
-        d_carry=None,
-        d_h_n=_dense(d_h_n),
-        d_carry_n=_dense(d_c_n) if cell.states else None,
-        weight=recurrent,
-        weight_above=other,
-        parameters=None,
-        gates=None if gates is None else _aligned(gates),
-        aux=aux,
-        history=history,
-        history_0=history_0,
-        d_gates=d_gates.view(torch.int32),
-        d_carry_0=d_carry_0,
-        d_parameters=None,
-        d_kept_0=None,
-        passed=None if passed is None else _aligned(passed.mask),
-    )
+    sizes, given = (layers, batch), (d_y, d_h_n, d_c_n)
+    tensors = _of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
+    tensors |= dict(weight=recurrent, weight_above=other, passed=None if passed is None else _aligned(passed.mask))
+    tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0", *MASKS))
     numbers = dict(scale=passed and passed.scale, clip=None)
-    _launch(plan, y.device, rows, 0, tensors | dict.fromkeys(MASKS), **numbers, **NUMBERS)
-    return _apart(d_gates[:, batch : batch + count, :, :hidden_size]), d_carry_0
+    _launch(plan, y.device, rows, 0, tensors, **numbers, **NUMBERS)
+    return _apart(d_gates[:, batch : batch + count, :, :hidden_size]), tensors["d_carry_0"]

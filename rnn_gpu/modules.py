@@ -326,7 +326,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._refuse_input(input, hx)
         if type(input) is not Tensor and distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
-        drops, beyond = self.heads > 1 or (self.training and self.weight_dropout > 0), self._beyond_aten()
+        drops, beyond = backends.other_weights(self), self._beyond_aten()
         unknown = self._torch_class is None  # to PyTorch
         plain = lengths is None and resets is None and self._watch is None and not (drops or beyond or unknown)
         if plain and backends.plainly_torch(input):

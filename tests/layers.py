@@ -13,6 +13,7 @@ from rnn_gpu import backends, reference
 from rnn_gpu.backends import CELL_OF_MODE
 from tests import interpreter
 from tests.problems import RoundedProducts, round_to_tf32
+from tests.tolerances import assert_close_to_oracle
 
 INTERPRETED = interpreter.INTERPRETED or interpreter.ON_MACHINE  # the kernels run on CPU tensors
 BACKEND = "triton" if INTERPRETED else "torch"
@@ -134,3 +135,16 @@ def outcome(layer: torch.nn.RNNBase, input: Tensor, states, backend: str, seed: 
     found = torch.autograd.grad(list(results.values()), list(leaves.values()), gradients)
     results = {name: result.detach() for name, result in results.items()}
     return results | {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+
+
+def assert_saved_tensors_may_be_strided(layer: torch.nn.RNNBase, oracle: torch.nn.RNNBase) -> None:
+    """Gradients on the kernels, where hooks give back what was saved in other strides."""
+    input, _ = draw(layer, 3, 2)
+    pack = lambda t: t.transpose(0, -1).contiguous()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.transpose(0, -1)), rnn_gpu.backend("triton"):
+        layer(input)[0].sum().backward()
+    oracle(input.double())[0].sum().backward()
+    peer = same(layer, torch.float32)
+    peer(input)[0].sum().backward()
+    for a, e, p in zip(layer.parameters(), oracle.parameters(), peer.parameters(), strict=True):
+        assert_close_to_oracle(a.grad, e.grad, p.grad)

@@ -10,7 +10,7 @@ import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, operators
 from tests import contract
 from tests.interpreter import concurrent_programs
-from tests.layers import STATES, draw, outcome, pair, same
+from tests.layers import STATES, assert_saved_tensors_may_be_strided, draw, outcome, pair, same
 from tests.tolerances import assert_close_to_oracle
 
 pytestmark = pytest.mark.interpreted
@@ -322,16 +322,7 @@ def test_the_backward_keeps_to_the_limits_of_its_forward(monkeypatch):
 
 def test_saved_tensors_may_come_back_in_other_strides():
     """Catches: a saved tensor handed to the kernel as it lies, after hooks that store it otherwise."""
-    layer, oracle = pair("LSTM", 4, 16)
-    input, _ = draw(layer, 3, 2)
-    pack = lambda t: t.transpose(0, -1).contiguous()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.transpose(0, -1)), rnn_gpu.backend("triton"):
-        layer(input)[0].sum().backward()
-    oracle(input.double())[0].sum().backward()
-    peer = same(layer, torch.float32)
-    peer(input)[0].sum().backward()
-    for a, e, p in zip(layer.parameters(), oracle.parameters(), peer.parameters(), strict=True):
-        assert_close_to_oracle(a.grad, e.grad, p.grad)
+    assert_saved_tensors_may_be_strided(*pair("LSTM", 4, 16))
 
 
 # ---- Measured choices ------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from rnn_gpu import backends, wavefront
 from rnn_gpu.kernels import launch, stack
 from rnn_gpu.kernels.plan import DEVICES, plan
 from rnn_gpu.kernels.spec import CELLS, chunk_width, padded
-from tests.layers import by_rounded_loops, draw, outcome, pair, same
+from tests.layers import assert_saved_tensors_may_be_strided, by_rounded_loops, draw, outcome, pair, same
 from tests.problems import Poison, changed
 from tests.sequences import as_hx, as_tuple, one_at_a_time, states_of
 from tests.sequences import outcome as outcome_of_run
@@ -434,33 +434,25 @@ def test_a_graph_of_the_backward_counts_every_path_once(together):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_biases_may_lie_anyhow(layers, together):
     """Catches: a bias that is a column of something, or one number for all units, read as if it lay in a row."""
-    layer, _ = stacked("gru", 16, layers)
+    layer, oracle = stacked("gru", 16, layers)
     for name in [name for name, _ in layer.named_parameters() if name.startswith("bias")]:
         bias = getattr(layer, name).detach()
         bias = torch.stack([bias, bias], 1)[:, 0] if "ih" in name else bias[:1].expand(len(bias))
         setattr(layer, name, torch.nn.Parameter(bias))
+    oracle.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
     input, hx = draw(layer, 3, 2)
-    results = []
-    for name in ("triton", "torch"):
-        with rnn_gpu.backend(name), torch.no_grad():
-            results.append(layer(input, as_hx(hx))[0])
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        with rnn_gpu.backend("triton"):
+            output = layer(input, as_hx(hx))[0]
+        expected = oracle(input.double(), as_hx([state.double() for state in hx]))[0]
+        assert_close_to_oracle(output, expected, same(layer, torch.float32)(input, as_hx(hx))[0])
 
 
 @pytest.mark.slow
 def test_saved_tensors_may_come_back_in_other_strides(together):
     """Catches: a saved tensor handed to the kernel as it lies, after hooks that store it otherwise."""
     for cell in ("lstm", "gru", "rnn_tanh"):
-        layer, oracle = stacked(cell, 16, 2)
-        input, _ = draw(layer, 3, 2)
-        pack = lambda t: t.transpose(0, -1).contiguous()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.transpose(0, -1)), rnn_gpu.backend("triton"):
-            layer(input)[0].sum().backward()
-        oracle(input.double())[0].sum().backward()
-        peer = same(layer, torch.float32)
-        peer(input)[0].sum().backward()
-        for a, e, p in zip(layer.parameters(), oracle.parameters(), peer.parameters(), strict=True):
-            assert_close_to_oracle(a.grad, e.grad, p.grad)
+        assert_saved_tensors_may_be_strided(*stacked(cell, 16, 2))
 
 
 def test_the_plan_chooses_groups_and_a_setting_takes_them_back(monkeypatch):
