@@ -51,7 +51,7 @@ ON_MACHINE := RNN_GPU_TEST_MACHINE=1
 MACHINE_TESTS := tests/test_kernels.py tests/test_sequences.py tests/test_layers_interpreted.py
 
 test: $(READY)  ## all tests but the slow ones: compiled, interpreted, and on the machine for PTX
-	@echo "All tests: about 15 minutes on two cores, 5 on eight. A GPU is not needed; what needs one is skipped without."
+	@echo "All tests: about 15 minutes on two cores, less on more. A GPU is not needed; what needs one is skipped without."
 	@$(TEST) -q --span 0:50 -m "not interpreted and not slow"
 	@TRITON_INTERPRET=1 $(TEST) -q --span 50:80 -m "interpreted and not slow"
 	@$(ON_MACHINE) $(TEST) -q --span 80:100 -m "interpreted and not slow" $(MACHINE_TESTS)
