@@ -22,7 +22,7 @@ from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import Plan
 from rnn_gpu.kernels.spec import CELLS
 from tests import wide_cells
-from tests.layers import by_rounded_loops, cudnn_multiplies_in_full, outcome
+from tests.layers import by_rounded_loops, cudnn_multiplies_in_full, draw, outcome, same
 from tests.problems import (
     Data,
     Poison,
@@ -498,6 +498,104 @@ def test_other_cells_and_heads_are_right(cell, heads, hidden_size, dtype, precis
     rnn_gpu.check()
     for key, tensor in found.items():
         assert_close_to_oracle(tensor.cpu(), expected[key], peer[key].cpu(), f"{cell} {key}")
+
+
+def stack_and_peers(cell, dtype, hidden_size, layers, **options):
+    """A stack on the GPU, the same in float64 on the CPU, and torch.nn's on the GPU."""
+    name, more = LAYERS[cell]
+    ours = getattr(rnn_gpu, name)(40, hidden_size, num_layers=layers, **more, **options).to("cuda", dtype)
+    return ours, copy.deepcopy(ours).cpu().double(), same(ours, dtype).cuda()
+
+
+def forced_together(monkeypatch):
+    """All layers of a stack in one launch, wherever there is such a plan, whatever the model says is faster."""
+
+    def one_launch(call, hidden_size, like, rows, layers, dropout):
+        return (layers,) if call.route == "direct" else (1,) * layers
+
+    monkeypatch.setattr("rnn_gpu.functional.groups", one_launch)
+
+
+@every_cell
+@every_kind
+@pytest.mark.parametrize(("layers", "hidden_size", "batch"), [(2, 33, 5), (4, 128, 16), (8, 64, 9), (3, 256, 40)])
+def test_layers_side_by_side_are_as_good_as_torch_nn(
+    cell, dtype, precision, layers, hidden_size, batch, tf32, monkeypatch
+):
+    """Catches what the interpreter cannot show of a stack in one launch: two sources of a state on real memory, layers
+    that run ahead of others, and results that differ from one run to the next.
+    """
+    forced_together(monkeypatch)
+    tf32(precision)
+    ours, exact, theirs = stack_and_peers(cell, dtype, hidden_size, layers)
+    in_full = precision == "tf32" and cudnn_multiplies_in_full(ours)
+    input, states = draw(ours, 30, batch)
+    given = input.cuda().to(dtype), tuple(state.cuda().to(dtype) for state in states)
+    found = outcome(ours, *given, "triton")
+    rnn_gpu.check()
+    peer = outcome(by_rounded_loops(theirs) if in_full else theirs, *given, "torch")
+    expected = outcome(exact, given[0].cpu(), tuple(state.cpu() for state in given[1]), "torch")
+    for key, tensor in found.items():
+        if cell == "rnn_relu" and norm(peer[key].double().cpu() - expected[key]) > 0.02 * norm(expected[key]):
+            continue  # so near the kink that rounding decides which units are on: norms compare nothing
+        assert_close_to_oracle(tensor.cpu(), expected[key], peer[key].cpu(), f"{cell} {key}")
+    for number in range(5):
+        assert_same_bits(outcome(ours, *given, "triton"), found, f"in run {number}")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("kind", ["lengths", "resets", "lean"])
+def test_stacks_of_sequences_that_end_early_or_start_anew(cell, kind, monkeypatch):
+    """Catches a layer side by side with others that waits for a row which has ended, or keeps a state over a reset."""
+    forced_together(monkeypatch)
+    ours, exact, theirs = stack_and_peers(cell, torch.bfloat16, 128, 3)
+    ours.memory = "lean" if kind == "lean" else "full"
+    theirs = copy.deepcopy(exact).to("cuda", torch.bfloat16)  # a layer of ours, since torch.nn's take no masks
+    given = dict(lengths=dict(lengths=torch.arange(9) * 3), resets=dict(resets=torch.rand(30, 9) < 0.2)).get(kind, {})
+    x = torch.randn(30, 9, 40)
+
+    def results(layer, backend, like):
+        input = x.to(like).requires_grad_()
+        with rnn_gpu.backend(backend):
+            output, final = layer(input, **{name: mask.to(like.device) for name, mask in given.items()})
+        final = final if isinstance(final, tuple) else (final,)
+        ones = [torch.ones_like(one) for one in (output, *final)]
+        gradients = torch.autograd.grad((output, *final), (input, *layer.parameters()), ones)
+        return [output, *final, *gradients]
+
+    on_gpu = torch.zeros(0, device="cuda", dtype=torch.bfloat16)
+    found = results(ours, "triton", on_gpu)
+    rnn_gpu.check()
+    expected = results(exact, "torch", torch.zeros(0, dtype=torch.float64))
+    peer = results(theirs, "torch", on_gpu)
+    for number, (a, e, p) in enumerate(zip(found, expected, peer, strict=True)):
+        assert_close_to_oracle(a.detach().cpu(), e.detach(), p.detach().cpu(), f"{cell} result {number}")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_dropout_between_layers_side_by_side_is_that_of_one_by_one(cell, monkeypatch, tf32):
+    """Catches masks that a GPU draws in another order than layer after layer would."""
+    ours, _, _ = stack_and_peers(cell, torch.float32, 100, 3, dropout=0.4)
+    input, states = draw(ours, 30, 9)
+    given = input.cuda(), tuple(state.cuda() for state in states)
+
+    def results():
+        torch.manual_seed(7)
+        found = outcome(ours, *given, "triton")
+        rnn_gpu.check()
+        return found
+
+    found = {}
+    for precision in ("ieee", "tf32"):
+        tf32(precision)
+        with backends.layer_by_layer():
+            found[precision] = results()
+    tf32("ieee")
+    forced_together(monkeypatch)
+    for key, tensor in results().items():
+        assert_close_to_oracle(
+            tensor.cpu(), found["ieee"][key].double().cpu(), found["tf32"][key].cpu(), f"{cell} {key}"
+        )
 
 
 def test_a_layer_in_a_cuda_graph():
