@@ -70,21 +70,22 @@ def same(layer: torch.nn.RNNBase, dtype: torch.dtype) -> torch.nn.RNNBase:
 
 def cudnn_multiplies_in_full(layer: torch.nn.RNNBase) -> bool:
     """Whether cuDNN's small persistent kernels serve a float32 layer on a GPU: they multiply in full float32 although
-    tf32 is on. Sizes measured on an H200 with cuDNN 9.19.
+    tf32 is on. Sizes measured on an H200 with cuDNN 9.19. (Beyond them it may make the recurrent product in full, too,
+    which changes a single result by a few percent: tests/test_accuracy.py.)
     """
     return layer.hidden_size <= (384 if layer.mode.startswith("RNN") else 192)
 
 
-def by_rounded_loops(layer: torch.nn.RNNBase) -> torch.nn.RNNBase:
-    """The layer, computed by plain loops over time whose products have operands rounded to tf32: the peer of a result
-    in tf32 where cuDNN would multiply in full. batch_first or not, no dropout, no projection.
+def by_loops(layer: torch.nn.RNNBase, rounding=lambda operand: operand) -> torch.nn.RNNBase:
+    """The layer, computed by plain loops over time, the operands of whose products are rounded by a function.
+    batch_first or not, no dropout, no projection.
     """
 
     def forward(input, hx):
         states = hx if isinstance(hx, tuple) else (hx,)
         directions, each = 2 if layer.bidirectional else 1, 4 if layer.bias else 2
         y, final = input.transpose(0, 1) if layer.batch_first else input, []
-        with RoundedProducts(round_to_tf32):
+        with RoundedProducts(rounding):
             for first in range(0, layer.num_layers * directions, directions):
                 found = []
                 for n in range(first, first + directions):
@@ -99,6 +100,21 @@ def by_rounded_loops(layer: torch.nn.RNNBase) -> torch.nn.RNNBase:
 
     layer.forward = forward
     return layer
+
+
+def by_rounded_loops(layer: torch.nn.RNNBase) -> torch.nn.RNNBase:
+    """The same with operands rounded to tf32: the peer of a result in tf32 where cuDNN would multiply in full."""
+    return by_loops(layer, round_to_tf32)
+
+
+def away_from_the_kink(layer: torch.nn.RNNBase) -> None:
+    """Change the weights of an RNN with relu, so that of inputs and states that are not negative each unit is either
+    always on or always off. Near the kink rounding decides which of them are on, and norms compare nothing.
+    """
+    for weight in layer.parameters():
+        on = torch.arange(len(weight), device=weight.device).view(-1, *[1] * (weight.dim() - 1)) % 3 > 0
+        share = 1.5 * weight[0].numel() ** -0.5  # so that states keep their size from step to step and layer to layer
+        weight.data = torch.where(on, 1, -1).to(weight) * share * weight.data.abs()
 
 
 def draw(layer: torch.nn.RNNBase, time: int, batch: int | None, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -30,7 +30,7 @@ from rnn_gpu.kernels import cells
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
 from tests.interpreter import concurrent_programs
-from tests.layers import by_rounded_loops, cudnn_multiplies_in_full, draw, outcome, pair, same
+from tests.layers import by_loops, by_rounded_loops, draw, outcome, pair, same
 from tests.problems import Problem, RoundedProducts, by_reference, data, loop, oracle, plans, round_to_tf32, run
 from tests.tolerances import (
     FUNCTION_ULPS,
@@ -166,8 +166,13 @@ def errors_of_kernels(cell: str, kind: str, problems: int) -> dict[str, list[tup
 
 
 def assert_all_no_worse(errors: dict[str, list[tuple[float, float]]]) -> None:
+    worse = []
     for name, pairs in errors.items():
-        assert_no_worse_in_the_mean(pairs, name)
+        try:
+            assert_no_worse_in_the_mean(pairs, name)
+        except AssertionError as error:  # all of them tell more than the first
+            worse.append(str(error))
+    assert not worse, "\n".join(worse)
 
 
 @pytest.mark.parametrize(("device", "stride", "problems"), AMOUNTS[:2])
@@ -179,7 +184,16 @@ def test_errors_of_the_kernels_are_no_larger_than_those_of_a_loop(cell, kind, de
 
 
 def errors_of_layers(name: str, kind: str, problems: int, device: str) -> dict[str, list[tuple[float, float]]]:
-    """For outputs, final states and gradients: the errors of a layer and of torch.nn's."""
+    """For outputs, final states and gradients: the errors of a layer and of torch.nn's.
+
+    But on a GPU not always of torch.nn's. In tf32 cuDNN rounds the operands of the input product alone where it likes
+    to: with 256 units, both directions and 16 rows it makes the recurrent product in full. (On an H200 the mean ratios
+    were 1.0231 for the LSTM and 1.0236 for the GRU; loops that round all operands over loops that round those of the
+    input give 1.0231 and 1.0235.) The peer is the loops, which round what tf32 says. And a bias in float32 has a
+    gradient whose error is in good part that of a sum over all steps and rows: in the order of torch.sum a fifth more
+    than of an exact one (LSTM), one after another four times as much. In which order cuDNN adds nobody knows; what the
+    gates' gradients are worth shows beside loops that leave the sum to PyTorch, as layers do.
+    """
     dtype, _ = KINDS[kind]
     hidden_size, time, batch = (256, 50, 16) if device == "cuda" else (32, 6, 8)
     errors = collections.defaultdict(list)
@@ -190,12 +204,15 @@ def errors_of_layers(name: str, kind: str, problems: int, device: str) -> dict[s
         input, states = (4 * scale * input).to(dtype), [state.to(dtype) for state in states]
         expected = outcome(oracle, input, states, "torch", seed)  # on the CPU: the oracle is one
         layers = ours.to(device), same(ours, dtype).to(device)
-        if KINDS[kind][1] == "tf32" and cudnn_multiplies_in_full(ours):
+        if kind == "fp32-tf32":
             by_rounded_loops(layers[1])
         given = input.to(device), [state.to(device) for state in states]
         with concurrent_programs(seed):
             by = zip(layers, ("triton", "torch"), strict=True)
             found, peer = (outcome(layer, *given, backend, seed) for layer, backend in by)
+        if kind == "fp32-ieee" and device == "cuda":
+            sums = outcome(by_loops(layers[1]), *given, "torch", seed)
+            peer |= {key: gradient for key, gradient in sums.items() if "bias" in key}
         for key, value in expected.items():
             errors[key].append(tuple(absolute_error(results[key], value) for results in (found, peer)))
     return errors
