@@ -9,6 +9,7 @@ the first measurement.
 import dataclasses
 import multiprocessing
 import os
+import sys
 import time
 
 import torch
@@ -49,12 +50,24 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def _can_start_processes() -> bool:
+    """Whether a process can be started: each runs the file of the main script again, and one that is read from standard
+    input has none. (A pool would start them anew for ever.)
+    """
+    main = sys.modules["__main__"]
+    path = None if main.__spec__ else getattr(main, "__file__", None)  # `python -m` and `python -c` need no file
+    return path is None or os.path.exists(path)
+
+
 def in_parallel(tasks: list[tuple], jobs: int = JOBS, seconds: float = SECONDS) -> float:
     """Run tasks, each a function of this module and its arguments, in processes of their own, for so many seconds at
     the most -> the seconds it took. What fails, fails again where it is launched in earnest, and is told there.
     """
     begin = time.monotonic()
-    if tasks and jobs > 1:
+    if tasks and jobs > 1 and not _can_start_processes():
+        print("Kernels are compiled one after another: a script on standard input has no file for the processes that "
+            "would compile them. Put it into a file.", file=sys.stderr)  # fmt: skip
+    elif tasks and jobs > 1:
         context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
         with context.Pool(min(jobs, len(tasks)), _one_thread) as pool:  # which is terminated at the end
             for result in [pool.apply_async(function, arguments) for function, *arguments in tasks]:

@@ -7,6 +7,7 @@ import them when asked; what cannot run says why (`Unavailable`), and the benchm
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,8 @@ class TorchNN:
     def candidate(self, weights: nn.RNNBase, case: Case) -> Candidate:
         """The layer with these weights; Unavailable where it cannot be."""
         layer = _like(weights, case)
+        # In bfloat16 PyTorch puts no layer's weights into one piece, says so of every layer, and nobody can change it.
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         on_gpu = next(layer.parameters()).is_cuda
         detail = "ATen" if not on_gpu else "cuDNN" if torch.backends.cudnn.enabled else "ATen on CUDA"
         return Candidate(lambda x: layer(x)[0], dict(layer.named_parameters()), detail)

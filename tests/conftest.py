@@ -98,12 +98,12 @@ def pytest_collection_modifyitems(items):
         reason = why_not(item)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-    if INTERPRETING:
-        for item in beyond_the_cover(items):
-            item.add_marker(pytest.mark.slow)
+    for item in beyond_the_cover([item for item in items if INTERPRETING or item.get_closest_marker("gpu")]):
+        item.add_marker(pytest.mark.slow)
     if ON_MACHINE:
         for item in beyond_the_sample([item for item in items if why_not(item) is None]):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("unmet") is None)  # time on a GPU may end before the tests do
 
 
 @pytest.fixture(autouse=True)

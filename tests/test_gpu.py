@@ -118,6 +118,7 @@ def by_torch_nn(problem: Problem, given: Data) -> dict:
 # ---- The launchers: right results ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(("cell", "dtype", "precision", "hidden_size"), ("cell", "sets", "reversed_sets"))
 @every_cell
 @every_kind
 @pytest.mark.parametrize(("sets", "reversed_sets"), [(1, 0), (1, 1), (2, 2)])
@@ -486,6 +487,7 @@ def test_layers_are_as_good_as_torch_nn(cell, dtype, precision, hidden_size, opt
         assert_close_to_oracle(tensor.cpu(), expected[key], peer[key].cpu(), f"{cell} {key}")
 
 
+@pytest.mark.unmet
 @pytest.mark.parametrize(("dtype", "precision"), [KINDS[0], KINDS[3]], ids=["fp32-ieee", "bf16"])
 @pytest.mark.parametrize(("heads", "hidden_size"), [(1, 256), (4, 512), (4, 64)])
 @pytest.mark.parametrize("cell", [*(layer.__name__ for layer in zoo.ZOO), "LSTM", "GRU", "wide"])
@@ -521,6 +523,7 @@ def forced_together(monkeypatch):
     monkeypatch.setattr("rnn_gpu.functional.groups", one_launch)
 
 
+@pytest.mark.unmet
 @every_cell
 @every_kind
 @pytest.mark.parametrize(("layers", "hidden_size", "batch"), [(2, 33, 5), (4, 128, 16), (8, 64, 9), (3, 256, 40)])
@@ -548,6 +551,7 @@ def test_layers_side_by_side_are_as_good_as_torch_nn(
         assert_same_bits(outcome(ours, *given, "triton"), found, f"in run {number}")
 
 
+@pytest.mark.unmet
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("kind", ["lengths", "resets", "lean"])
 def test_stacks_of_sequences_that_end_early_or_start_anew(cell, kind, monkeypatch):
@@ -577,6 +581,7 @@ def test_stacks_of_sequences_that_end_early_or_start_anew(cell, kind, monkeypatc
         assert_close_to_oracle(a.detach().cpu(), e.detach(), p.detach().cpu(), f"{cell} result {number}")
 
 
+@pytest.mark.unmet
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_dropout_between_layers_side_by_side_is_that_of_one_by_one(cell, monkeypatch, tf32):
     """Catches masks that a GPU draws in another order than layer after layer would."""

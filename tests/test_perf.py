@@ -11,9 +11,11 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from perf.cases import Case
 from perf.providers import Candidate, Unavailable
 from rnn_gpu.kernels.plan import DEVICES, plan
 
+ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--rounds", "5", "--seconds-per-case", "0.001"]
 ONE = ["--only", "cell=lstm", "--only", "dtype=float32", "--only", "L=1"]
 SMALL = Case("lstm", "float32", 8, 3, 5)
@@ -772,3 +775,12 @@ def test_tasks_run_in_processes_of_their_own_and_end():
     took = compiling.in_parallel([(time.sleep, 60), (compiling.case, None, "", "", "", "")], jobs=2, seconds=0.5)
     assert 0.5 <= took <= time.monotonic() - begin < 30
     assert compiling.in_parallel([good], jobs=1) < 1 and compiling.in_parallel([]) < 1
+
+
+def test_a_script_on_standard_input_starts_no_processes_for_ever():
+    """Catches processes that fail as they start, one after another, until the time for them has ended."""
+    script = "import time; from perf import compiling; print(compiling.in_parallel([(time.sleep, 60)], 2, 60.0) < 30)"
+    command = [sys.executable, "-"]
+    done = subprocess.run(command, input=script, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert "Put it into a file" in done.stderr and "Traceback" not in done.stderr
