@@ -8,7 +8,8 @@ padded H, E slots, A gates apart, K states beside h, P parameters (spec.Cell).
 import ctypes
 import functools
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,7 @@ class _Ready(NamedTuple):
 
     plan: Plan
     prepared: Prepared
+    arguments: Callable[[dict], tuple]  # from them by name to all of them in order
     launches: tuple[tuple[int, tuple[int, int, int]], ...]
 
 
@@ -141,7 +143,8 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
     check = None
     if untested() and not interpreter.interpreting() and not machine.running():
         check = functools.partial(complain, alone=plan.alone)
-    return _Ready(plan, Prepared(kernel, constants(plan, reversed_sets), options(plan), check), launches)
+    prepared = Prepared(kernel, constants(plan, reversed_sets), options(plan), check)
+    return _Ready(plan, prepared, operator.itemgetter(*prepared.names), launches)
 
 
 def _launch(
@@ -156,7 +159,6 @@ def _launch(
     `device`. numbers: arguments that are no tensors, each None where its code is to be left out.
     """
     raise_if_late(device)
-    given = tensors | rows.pointers() | numbers
     kinds = [None if tensor is None else tensor.dtype for tensor in tensors.values()]
     masked = rows.lengths is None, rows.offsets is None, rows.resets is None
     without = [number is None for number in numbers.values()]
@@ -166,13 +168,13 @@ def _launch(
         ready = _get_ready(plan, rows, reversed_sets)
         if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
-    given["status"], given["limit"] = status_word(device), WAIT_LIMIT
+    given = {**tensors, **rows.pointers(), **numbers, "status": status_word(device), "limit": WAIT_LIMIT}
     for begin, grid in ready.launches:
         number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
         _launches[number] = plan, (rows.time, rows.batch), begin
         _launches.pop(number - 256, None)
         given["begin"], given["launch"] = begin, number
-        _start(ready.prepared, device, grid, tuple([given[name] for name in ready.prepared.names]))
+        _start(ready.prepared, device, grid, ready.arguments(given))
     if device.type == "cpu":
         raise_if_late(device)
 
@@ -205,7 +207,8 @@ def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, argument
     """Launch one of the kernels of prepare.py; fixed: its compile-time arguments, the type by name."""
     if programs == 0:
         return
-    key = kernel, fixed, device, *[getattr(value, "dtype", None) for value in arguments]
+    # By identity: Triton hashes a kernel by its source.
+    key = id(kernel), fixed, device, *[getattr(value, "dtype", None) for value in arguments]
     prepared = _prepared.get(key)
     if prepared is None:
         constants = dict(zip(kernel.arg_names[len(arguments) :], fixed, strict=True))
@@ -214,11 +217,18 @@ def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, argument
     _start(prepared, device, (programs, 1, 1), arguments)
 
 
-def _apart(view: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: autograd then treats it as a result, which users may change in place,
-    not as a view.
+def _words(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer for so many elements of a type, of which the last dimension is even, as words of 32 bits."""
+    *others, last = size
+    return torch.empty((*others, last * dtype.itemsize // 4), dtype=torch.int32, device=device)
+
+
+def _part(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Elements of a buffer, from number `begin` on, as a tensor of its own: autograd then treats it as a result, which
+    users may change in place, and not as a view.
     """
-    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+    new = torch.empty(0, dtype=dtype, device=buffer.device)
+    return new.set_(buffer.untyped_storage(), begin, size, stride)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -230,7 +240,9 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
     """[R, N, H] with HS units from row to row: as it lies where it came from this module, a copy where it did not."""
     _, sets, hidden_size = rows.shape
-    if rows.stride() == (sets * padded_size, padded_size, 1) and rows.data_ptr() % 16 == 0:
+    by_row, by_set, by_unit = rows.stride()
+    lies_so = by_row == sets * padded_size and by_unit == 1 and (sets == 1 or by_set == padded_size)
+    if lies_so and rows.data_ptr() % 16 == 0:
         return rows
     return _aligned(torch.nn.functional.pad(rows, (0, padded_size - hidden_size)))
 
@@ -238,7 +250,7 @@ def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
 class Begun(NamedTuple):
     """What stands ready before the input product and the recurrence.
 
-    y: all of its buffer [B + R + B, N, HS]. weight_hh [N, G*H, HS]. For the input product, where the weights of each
+    y: all of its buffer [B + R + B, N, HS], as words. weight_hh [N, G*H, HS]. For the input product, where the weights of each
     set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, A*H] (GRU: n's).
     """
 
@@ -268,7 +280,7 @@ def begin(
     batch, size, width = rows.batch, padded(hidden_size, plan.dtype), cell.gates * hidden_size
     like = weight_hh[0]
     device, dtype = like.device, like.dtype
-    y = torch.empty((batch + count + batch, sets, size), dtype=dtype, device=device)
+    y = _words((batch + count + batch, sets, size), dtype, device)
     bias = bias_hn = input_weight = None
     if bias_ih is not None:
         apart = sets * cell.apart * hidden_size
@@ -398,12 +410,14 @@ def go_on(
     c_n: Tensor | None = None,
     parameters: Tensor | None = None,
     rates: tuple[float | None, float | None] = (None, None),
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`forward` after `begin`, when the input product is there. h_n, c_n: where to write those, or new tensors."""
+    """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n: where to write those, or new
+    tensors. flat: y as [R, N*H], where it lies so.
+    """
     assert rows.time > 0 and x_part.is_contiguous()
-    cell = CELLS[plan.cell]
-    count, sets, _ = x_part.shape
-    hidden_size, dtype, device, batch = plan.hidden_size, x_part.dtype, x_part.device, rows.batch
+    cell, sets = CELLS[plan.cell], plan.sets
+    hidden_size, dtype, device, batch, count = plan.hidden_size, x_part.dtype, x_part.device, rows.batch, len(x_part)
     size, y = padded(hidden_size, plan.dtype), begun.y
     aux = None
     if cell.keeps_aux(saving):
@@ -427,7 +441,7 @@ def go_on(
         bias=begun.bias_hn,
         biases=None,
         parameters=None if parameters is None else _aligned(parameters),
-        y=y.view(torch.int32),
+        y=y,
         fed=None,
         carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
         gates=x_part if saving == "full" and cell.saves else None,
@@ -440,8 +454,12 @@ def go_on(
         **masks,
     )
     _launch(plan, device, rows, reversed_sets, tensors, **numbers)
-    y = y[batch : batch + count] if shown is None else shown
-    return _apart(y[..., :hidden_size]), h_n, c_n, aux, carries
+    begins, buffer = (batch * sets * size, y) if shown is None else (0, shown)
+    if flat and (sets == 1 or size == hidden_size):
+        y = _part(buffer, dtype, begins, (count, sets * hidden_size), (sets * size, 1))
+    else:
+        y = _part(buffer, dtype, begins, (count, sets, hidden_size), (sets * size, size, 1))
+    return y, h_n, c_n, aux, carries
 
 
 def backward(
@@ -483,7 +501,7 @@ def backward(
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
     if cell.planes > 0 and y.numel() > 0 and (aux is None or aux.numel() == 0):
         raise RuntimeError("rnn_gpu: a backward was asked for, and the forward kept nothing for one")
-    d_gates = torch.empty((batch + count + batch, sets, cell.slots, size), dtype=dtype, device=device)
+    d_gates = _words((batch + count + batch, sets, cell.slots, size), dtype, device)
     weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
     state_0 = history_0 = None
     masks, numbers, mixed = _of_layer(rows, rates)
@@ -536,7 +554,9 @@ def backward(
     numbers["clip"] = None if clip is None else float(clip)
     _launch(plan, device, rows, reversed_sets, tensors, **numbers)
     others = (None if one is None else one.transpose(0, 1) for one in (tensors["d_carry_0"], d_parameters, d_kept_0))
-    return _apart(d_gates[batch : batch + count, ..., :hidden_size]), *others
+    width = cell.slots * size
+    place = batch * sets * width, (count, sets, cell.slots, hidden_size), (sets * width, width, size, 1)
+    return _part(d_gates, dtype, *place), *others
 
 
 def _of_backward(
@@ -560,7 +580,7 @@ def _of_backward(
         aux=aux,
         history=history[0],
         history_0=history[1],
-        d_gates=d_gates.view(torch.int32),
+        d_gates=d_gates,
         d_carry_0=d_carry_0,
     )
 

@@ -53,7 +53,7 @@ def put_initial_state(
     y, h0, block, R, B, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """h0 into the first and the last B rows of y [B+R+B, N, HS]; a NaN of the user's could be all ones."""
-    i = elements(block, BLOCK)
+    i, y = elements(block, BLOCK), y.to(tl.pointer_type(DTYPE))
     x = state_by_rows(h0, i, B, 1, 1, H, HS, N, DTYPE)
     x = tl.where(x == x, x, float("nan"))
     tl.store(y + i, x, mask=i < B.to(tl.int64) * (N * HS))
@@ -124,7 +124,8 @@ def prepare_forward(
     weight_ih_1, weight_ih, R, B, I, fills, states, sums, weights, G: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
     N: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """y [B+R+B, N, HS]: h0 at both ends, unwritten between; biases folded; weights of two sets side by side, padded.
+    """y [B+R+B, N, HS], words: h0 at both ends, unwritten between; biases folded; weights of two sets side by side,
+    padded.
 
     fills, states, sums, weights: programs of the jobs, one after another; the rest copies weight_ih, rows padded to
     PADDED. A tensor of each set, `_0` and `_1`; None where there is no such job, or no such set.
@@ -132,8 +133,7 @@ def prepare_forward(
     job = tl.program_id(0)
     if job < fills:
         WORDS: tl.constexpr = HS * DTYPE.primitive_bitwidth // 32
-        first = y.to(tl.pointer_type(tl.int32)) + B.to(tl.int64) * (N * WORDS)
-        fill(first, job, R.to(tl.int64) * (N * WORDS), -1, BLOCK)
+        fill(y + B.to(tl.int64) * (N * WORDS), job, R.to(tl.int64) * (N * WORDS), -1, BLOCK)
     elif job < fills + states:
         put_initial_state(y, h0, job - fills, R, B, H, HS, N, DTYPE, BLOCK)
     elif job < fills + states + sums:
@@ -155,18 +155,17 @@ def prepare_backward(
     E: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
     ROTATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """d_gates [B+R+B, N, E, HS]: zeros in the first B rows, the R after them unwritten; history_0 [B, N, PLANES*HS]
-    from the states state_0 [N, B, COUNT*H], None for zeros; the weights transposed.
+    """d_gates [B+R+B, N, E, HS], words: zeros in the first B rows, the R after them unwritten; history_0 [B, N,
+    PLANES*HS] from the states state_0 [N, B, COUNT*H], None for zeros; the weights transposed.
 
     fills, zeros, states: programs of the jobs, one after another; the rest transposes.
     """
     job = tl.program_id(0)
     WORDS: tl.constexpr = N * E * HS * DTYPE.primitive_bitwidth // 32  # of a row
-    first = d_gates.to(tl.pointer_type(tl.int32))
     if job < fills:
-        fill(first + B.to(tl.int64) * WORDS, job, R.to(tl.int64) * WORDS, -1, BLOCK)
+        fill(d_gates + B.to(tl.int64) * WORDS, job, R.to(tl.int64) * WORDS, -1, BLOCK)
     elif job < fills + zeros:
-        fill(first, job - fills, B.to(tl.int64) * WORDS, 0, BLOCK)
+        fill(d_gates, job - fills, B.to(tl.int64) * WORDS, 0, BLOCK)
     elif job < fills + zeros + states:
         if history_0 is not None:
             i = elements(job - fills - zeros, BLOCK)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prepare
-from .launch import _aligned, _all_dense, _apart, _dense, _launch, _of_backward, _prepare
+from .launch import _aligned, _all_dense, _dense, _launch, _of_backward, _part, _prepare, _words
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, itemsize, padded
@@ -22,9 +22,10 @@ MASKS, NUMBERS = ("dropped", "kept_h", "kept_c"), dict(rate_h=None, rate_c=None)
 
 
 class Begun(NamedTuple):
-    """What stands ready before the first layer's input product and the recurrence: y, all of its buffer [L, B+R+B, HS];
+    """What stands ready before the first layer's input product and the recurrence: y, all of its buffer [L, B+R+B, HS],
+    as words;
     weight_hh, weight_ih [L, G*H, HS], of the input's weights all but the first layer's; bias [L, G*H] with all biases
-    but bias_hn [L, A*H] (GRU: n's), or None; fed, all of its buffer [L-1, B+R+B, HS], or None without dropout.
+    but bias_hn [L, A*H] (GRU: n's), or None; fed, all of its buffer [L-1, B+R+B, HS], as words, or None without dropout.
     """
 
     y: Tensor
@@ -65,7 +66,7 @@ def begin(
     cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
     size, width, batch = padded(hidden_size, plan.dtype), cell.gates * hidden_size, rows.batch
     like = weight_hh[0]
-    y = _new(like, (layers, batch + count + batch, size))
+    y = _words((layers, batch + count + batch, size), like.dtype, like.device)
     recurrent, other = (_new(like, (layers, width, size)) for _ in range(2))
     bias = None if bias_ih is None else _new(like, (layers, width))
     apart = cell.apart * hidden_size if bias is not None else 0
@@ -82,14 +83,13 @@ def begin(
             like.device,
             sum(programs) + programs[3],
             (
-                y[n], _part(h0, n), biases[0], None, biases[1], None, _part(bias, n), _part(bias_hn, n), of_layers[n],
+                y[n], _from(h0, n), biases[0], None, biases[1], None, _from(bias, n), _from(bias_hn, n), of_layers[n],
                 None, recurrent[n], weights[n], None, other[n], count, batch, hidden_size, *programs,
             ),
         )  # fmt: skip
     fed = None
     if dropout:
-        fed = _new(like, (layers - 1, *y.shape[1:]))
-        fed.view(torch.int32).fill_(-1)
+        fed = y.new_full((layers - 1, *y.shape[1:]), -1)
         fed[:, :batch].zero_()
     return Begun(y, recurrent, other, bias, bias_hn, fed)
 
@@ -99,7 +99,7 @@ def _new(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) ->
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device)
 
 
-def _part(tensor: Tensor | None, n: int) -> Tensor | None:
+def _from(tensor: Tensor | None, n: int) -> Tensor | None:
     """A tensor from layer n on."""
     return None if tensor is None else tensor[n:]
 
@@ -139,15 +139,15 @@ def forward(
     """
     assert rows.time > 0 and x_part.is_contiguous()
     cell, (layers, hidden_size), y = CELLS[plan.cell], (plan.layers, plan.hidden_size), begun.y
-    (count, width), batch = x_part.shape, rows.batch
+    (count, width), batch, size, dtype = x_part.shape, rows.batch, padded(hidden_size, plan.dtype), x_part.dtype
     h_n = _new(x_part, (layers, batch, hidden_size)) if h_n is None else h_n
     if c_n is None and cell.states:
         c_n = _new(x_part, (layers, batch, len(cell.states) * hidden_size))
     gates = _new(x_part, (layers, count, width)) if saving == "full" and cell.saves else None
     aux = None
     if cell.keeps_aux(saving):
-        exact = torch.float32 if cell.states else x_part.dtype
-        aux = _new(x_part, (*y.shape[:2], cell.planes * y.shape[2]), dtype=exact)[:, :count]
+        exact = torch.float32 if cell.states else dtype
+        aux = _new(x_part, (*y.shape[:2], cell.planes * size), dtype=exact)[:, :count]
     tensors = dict(
         x_part=x_part,
         weight=begun.weight_hh,
@@ -155,8 +155,8 @@ def forward(
         bias=begun.bias_hn,
         biases=begun.bias,
         parameters=None,
-        y=y.view(torch.int32),
-        fed=None if begun.fed is None else begun.fed.view(torch.int32),
+        y=y,
+        fed=begun.fed,
         passed=None if passed is None else _aligned(passed.mask),
         carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
         gates=gates,
@@ -166,8 +166,13 @@ def forward(
     )
     others, numbers = dict.fromkeys(("shown", "h_0", "carries", *MASKS)), dict(scale=passed and passed.scale)
     _launch(plan, x_part.device, rows, 0, tensors | others, **numbers, **NUMBERS)
-    fed = None if begun.fed is None else begun.fed[:, batch : batch + count, :hidden_size]
-    return _apart(y[:, batch : batch + count, :hidden_size]), h_n, c_n, gates, aux, fed
+    y, fed = (
+        None if buffer is None else _part(
+            buffer, dtype, batch * size, (len(buffer), count, hidden_size), ((count + 2 * batch) * size, size, 1)
+        )
+        for buffer in (y, begun.fed)
+    )  # fmt: skip
+    return y, h_n, c_n, gates, aux, fed
 
 
 def backward(
@@ -196,7 +201,7 @@ def backward(
     batch, size = rows.batch, padded(hidden_size, plan.dtype)
     if batch * cell.slots * size * y.element_size() >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
-    d_gates = _new(y, (layers, batch + count + batch, cell.slots, size))
+    d_gates = _words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
     recurrent, other = (_new(y, (layers, size, cell.gates, size)) for _ in range(2))
     state_0 = history_0 = None
     aux = _spread(y, batch, size) if cell.reads_h else _spread(aux, batch, aux.shape[2]) if cell.planes else None
@@ -211,7 +216,7 @@ def backward(
     tiles = cell.gates * (-(-size // prepare.TILE)) ** 2  # of a weight that is transposed
     of_layers, weights = [_aligned(one) for one in weight_hh], _weights_fed([*weight_ih[1:], weight_hh[0]], layers - 1)
     for n in range(layers):
-        buffers = d_gates[n], _part(state_0, n), _part(history_0, n)
+        buffers = d_gates[n], _from(state_0, n), _from(history_0, n)
         for source, weight, transposed, rotation in (
             (0, of_layers[n], recurrent[n], cell.slot_order[0]), (1, weights[n], other[n], 0)
         ):  # fmt: skip
@@ -232,4 +237,6 @@ def backward(
     tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0", *MASKS))
     numbers = dict(scale=passed and passed.scale, clip=None)
     _launch(plan, y.device, rows, 0, tensors, **numbers, **NUMBERS)
-    return _apart(d_gates[:, batch : batch + count, :, :hidden_size]), tensors["d_carry_0"]
+    width = cell.slots * size
+    shape, stride = (layers, count, cell.slots, hidden_size), ((count + 2 * batch) * width, width, size, 1)
+    return _part(d_gates, y.dtype, batch * width, shape, stride), tensors["d_carry_0"]

@@ -353,8 +353,10 @@ def precision_of(dtype: str) -> str | None:
     if dtype != "float32":
         return None
     # As PyTorch resolves it from all of its switches, old and new: after cudnn.allow_tf32 = False it is "none".
-    switch: Any = torch.backends.cudnn.rnn
-    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+    return "tf32" if _switch.fp32_precision == "tf32" else "ieee"
+
+
+_switch: Any = torch.backends.cudnn.rnn  # looked up once: it is asked at every call
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -439,6 +441,11 @@ def limits() -> tuple[int, bool]:
     A layer's backward keeps to those of its forward.
     """
     return _max_programs or 0, _allow_alone
+
+
+def in_force() -> tuple[Any, ...]:
+    """All settings that a choice between the backends, and between plans, depends on."""
+    return _backend, _memory, _max_programs, _allow_alone, _wavefront, _forgotten
 
 
 class Choice(NamedTuple):
@@ -652,10 +659,13 @@ def choose(
 
 # The choices by all that they depend on, because the same is asked at every call of a layer.
 _chosen: dict[tuple[Any, ...], Choice] = {}
+_forgotten = 0  # how often they were forgotten
 
 
 def choose_anew() -> None:
     """Forget what was chosen: something else has been measured."""
+    global _forgotten
+    _forgotten += 1
     _chosen.clear()
 
 

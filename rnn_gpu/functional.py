@@ -8,7 +8,7 @@ from . import aten, aten_stack, onnx
 from .call import Call, Inputs
 from .heads import by_heads
 from .kernels.spec import CELLS
-from .operators import EagerLayer, Layer, run_directly, stacked
+from .operators import EagerLayer, Layer, by_sets, run_directly, stacked
 from .projection import combined, projected
 from .rows import Rows
 from .second_order import reference_layer
@@ -129,7 +129,7 @@ def _without_projection(layer):
         else:
             whole = combined(inputs, rows, call)
         y, h_n, c_n, cells = layer(whole, rows, call)
-        return *projected(y, h_n, weight_hr, h0, rows), c_n, cells
+        return *projected(by_sets(y, call.sets), h_n, weight_hr, h0, rows), c_n, cells
 
     return route
 
@@ -163,7 +163,7 @@ def _in_a_graph(inputs: Inputs, rows: Rows, call: Call):
 # How a layer is computed: by the persistent kernels, called directly or as operators; by PyTorch's own; by PyTorch's
 # own behind one opaque operator, for torch.compile, torch.export and torch.func; by the readable loops of reference.py,
 # for forward-mode differentiation and for what PyTorch's own does not know; in an ONNX export, by ONNX's own operators.
-# (inputs, rows, call) -> y [R, N, P], h_n [N, B, P], c_n [N, B, H], c of every step [R, N, H] or whatever else if that
+# (inputs, rows, call) -> y [R, N, P], or [R, N*P], h_n [N, B, P], c_n [N, B, H], c of every step [R, N, H] or whatever else if that
 # is not asked for; weights as one tensor [N, ...], but for "direct" as one of each set.
 ROUTES = {
     "direct": _without_projection(_directly),

@@ -19,7 +19,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from . import backends, distributed, measured, onnx
+from . import backends, distributed, measured, onnx, ready
 from .call import Call
 from .functional import recurrent_stack
 from .heads import whole
@@ -205,6 +205,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     clip: float | None = None  # limit of the gradient of h at every step, by element
     return_cells: bool = False  # of the LSTM: c of every step is a result
     heads: int = 1  # blocks along the diagonal of the recurrent weight
+    _ready: Any = {}  # how plain calls went (ready.py), by all that they depend on; of a layer that had some
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
     def _build(
@@ -250,6 +251,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def __setattr__(self, attr: str, value: Any) -> None:
         """As torch.nn; ValueError for settings of an option that are none."""
+        self.__dict__.pop("_ready", None)
         super().__setattr__(attr, self._checked(attr, value) if attr in OPTIONS else value)
 
     def _checked(self, option: str, value: Any) -> Any:
@@ -322,6 +324,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
+        if not torch.compiler.is_compiling() and self._ready and lengths is None and resets is None:
+            if (found := ready.again(self, input, hx)) is not None:
+                return found
         if not isinstance(input, (Tensor, PackedSequence)):
             self._refuse_input(input, hx)
         if type(input) is not Tensor and distributed.is_dtensor(input):
@@ -433,6 +438,10 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """
         own = self._parameters  # the dictionary first: torch.nn.Module's accessors are slow
         return [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch.nn, without what is remembered of calls."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_ready"}
 
     def _are_read(self, named: list[Tensor | None]) -> bool:
         """Whether `_flat_weights` was made from these tensors. What a user has put into it since then counts, as in
@@ -586,6 +595,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training, heads=heads,
         )  # fmt: skip
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
+        ready.remember(self, input, rows, weights, call, dropout)
         outputs = (output,) if cells is None else (output, cells)
         if self._states > 2 and cells is not None:
             of_states = cells.unflatten(1, (sets, self._states - 1, self.hidden_size)).unbind(2)

@@ -461,6 +461,7 @@ def products_by_set(
     """The same from what the recurrence backwards gave, as launch.backward does; y [R, N, H]."""
     cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
     (count, sets, _), size = y.shape, cell.gates * y.shape[2]
+    of_set = (lambda tensor, n: tensor.flatten(1)) if sets == 1 else (lambda tensor, n: tensor[:, n].flatten(1))
     # where each gate stands among the hidden slots
     by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
     before, after = rows_before(rows, count), slice(rows.batch, count)
@@ -469,8 +470,9 @@ def products_by_set(
     for key in ("weight_ih", "weight_hh", "start", "h0"):
         found[key] = [] if getattr(wanted, key) else None
     for n in range(sets):
-        slots = d_gates[:, n].flatten(1)  # [R, E*H]; a copy only where H is padded
-        hidden, inner = slots[:, :size], slots[:, slots.shape[-1] - size :]
+        hidden = inner = slots = of_set(d_gates, n)  # [R, E*H]; a copy only where H is padded
+        if cell.slots > cell.gates:
+            hidden, inner = slots[:, :size], slots[:, slots.shape[-1] - size :]
         first = d_first = state = None
         if wanted.start or wanted.h0 or (wanted.weight_hh and h0 is not None):
             first = first_rows(rows, count, call.backwards(n))
@@ -489,7 +491,7 @@ def products_by_set(
             found["weight_ih"].append(inner.t() @ inputs.input)
         if wanted.weight_hh:
             later, earlier = (before, after) if call.backwards(n) else (after, before)
-            d_later, h_earlier = hidden[later], y[earlier, n]
+            d_later, h_earlier = hidden[later], of_set(y, n)[earlier]
             if resets is not None:
                 anew = starts_anew(resets, later)
                 d_later, h_earlier = d_later.masked_fill(anew, 0), h_earlier.masked_fill(anew, 0)
@@ -583,8 +585,9 @@ def directly(tensors: Sequence[Tensor]) -> bool:
 
 
 def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None):
-    """One layer forward, all directions -> y [R, N, H], h_n and c_n [N, B, H], gates, aux, carries. inputs: weights and
-    biases as one tensor of each set. h_n, c_n: where to write those, or new tensors.
+    """One layer forward, all directions -> y [R, N*H], or [R, N, H] where it has gaps, h_n and c_n [N, B, H], gates [R,
+    N*G*H], aux, carries. inputs: weights and biases as one tensor of each set. h_n, c_n: where to write those, or new
+    tensors.
     """
     from .kernels import launch
 
@@ -592,12 +595,12 @@ def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = No
     plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
     weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), launch.sent(inputs.h0, rows)
     begun = launch.begin(plan, rows, input.shape[0], sent, *weights)
-    gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias).unflatten(1, (call.sets, -1))
+    gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias)
     if inputs.start is not None:
-        add_start(gates, inputs.start, rows, call)
+        add_start(gates.unflatten(1, (call.sets, -1)), inputs.start, rows, call)
     states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
     more = inputs.parameters, call.kernel_rates
-    y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n, *more)
+    y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n, *more, flat=True)
     return y, h_n, c_n, gates, *kept
 
 
@@ -620,8 +623,8 @@ def recurrence_backward_directly(
 
 
 class EagerLayer(torch.autograd.Function):
-    """`Layer` for eager calls: (call, rows, input, start, h0, c0, parameters, *weights) -> (y, h_n, c_n, cells).
-    weights: weight_ih of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
+    """`Layer` for eager calls: (call, rows, input, start, h0, c0, parameters, *weights) -> (y [R, N*H], h_n, c_n,
+    cells). weights: weight_ih of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
 
     No `setup_context`: with it, every call would ask Python for the signature of `forward`.
     """
@@ -632,11 +635,14 @@ class EagerLayer(torch.autograd.Function):
         by_kind = _by_kind(weights, call.sets)
         inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
         y, h_n, c_n, gates, aux, carries = run_directly(inputs, rows, call)
+        cells = None
+        if call.cells:
+            cells = cells_of(aux if carries is None else carries, by_sets(y, call.sets), rows, call)
         kept = gates if call.saving == "full" and CELLS[call.cell].saves else None
         ctx.save_for_backward(*rows[2:], y, kept, aux, carries, input, start, h0, c0, parameters, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
-        return y, h_n, c_n, cells_of(aux if carries is None else carries, y, rows, call) if call.cells else None
+        return y, h_n, c_n, cells
 
     @staticmethod
     def backward(ctx, *d_outputs):
@@ -647,7 +653,7 @@ class EagerLayer(torch.autograd.Function):
         by_input, *by_state, by_parameters = ctx.needs_input_grad[2:7]
         by_weight = ctx.needs_input_grad[7:]
         need = by_input, *(kind is not None and any(kind) for kind in _by_kind(by_weight, call.sets))
-        need = *need, False, *by_state, by_parameters
+        need, y = (*need, False, *by_state, by_parameters), by_sets(y, call.sets)
         saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
         if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
             kinds = [None if kind is None else stacked(kind) for kind in by_kind]
@@ -656,7 +662,8 @@ class EagerLayer(torch.autograd.Function):
                 c0 = y.new_zeros(call.sets, rows.batch, len(CELLS[call.cell].states) * y.shape[2])
             gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
             states = start, h0, c0, parameters
-            run = lambda *d: gradients(call, need, *d, input, *kinds, None, *states, *rows, *saved)
+            rest = *kinds, None, *states, *rows, *saved
+            run = lambda d_y, *d: gradients(call, need, by_sets(d_y, call.sets), *d, input, *rest)
             found = for_each_gradient(run, d_outputs)
         else:
             inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
@@ -665,6 +672,11 @@ class EagerLayer(torch.autograd.Function):
         count = len(by_weight) // call.sets
         d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]
         return None, None, d_input, d_start, d_h0, d_c0, d_parameters, *d_weights
+
+
+def by_sets(rows: Tensor | None, sets: int) -> Tensor | None:
+    """[R, N*H] as [R, N, H]; None, and what is so already, as it is."""
+    return rows if rows is None or rows.dim() == 3 else rows.view(len(rows), sets, -1)
 
 
 def _by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:

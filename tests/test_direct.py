@@ -97,9 +97,10 @@ def test_what_prepares_the_buffers_compiles(sets, backwards, dtype, arch):
     fixed = dict(G=3, H=40, HS=40, N=sets, DTYPE={"bf16": tl.bfloat16, "fp32": tl.float32}[dtype], BLOCK=prepare.BLOCK)
     fixed |= dict(E=4, COUNT=1, PLANES=1, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=1, PADDED=None)
     fixed |= {name: None for name in kernel.arg_names if name.endswith("_1") and sets == 1}
-    numbers = ("R", "B", "I", "fills", "states", "sums", "weights", "zeros")
+    words, numbers = ("y", "d_gates"), ("R", "B", "I", "fills", "states", "sums", "weights", "zeros")
     types = {
-        name: "constexpr" if name in fixed else "i32" if name in numbers else f"*{dtype}" for name in kernel.arg_names
+        name: "constexpr" if name in fixed else "i32" if name in numbers else f"*{'i32' if name in words else dtype}"
+        for name in kernel.arg_names
     }
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")
