@@ -250,8 +250,9 @@ def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
 class Begun(NamedTuple):
     """What stands ready before the input product and the recurrence.
 
-    y: all of its buffer [B + R + B, N, HS], as words. weight_hh [N, G*H, HS]. For the input product, where the weights of each
-    set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, A*H] (GRU: n's).
+    y: all of its buffer [B + R + B, N, HS], as words. weight_hh [N, G*H, HS]. For the input product, where the weights
+    of each set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, A*H]
+    (GRU: n's).
     """
 
     y: Tensor

@@ -23,9 +23,9 @@ MASKS, NUMBERS = ("dropped", "kept_h", "kept_c"), dict(rate_h=None, rate_c=None)
 
 class Begun(NamedTuple):
     """What stands ready before the first layer's input product and the recurrence: y, all of its buffer [L, B+R+B, HS],
-    as words;
-    weight_hh, weight_ih [L, G*H, HS], of the input's weights all but the first layer's; bias [L, G*H] with all biases
-    but bias_hn [L, A*H] (GRU: n's), or None; fed, all of its buffer [L-1, B+R+B, HS], as words, or None without dropout.
+    as words; weight_hh, weight_ih [L, G*H, HS], of the input's weights all but the first layer's; bias [L, G*H] with
+    all biases but bias_hn [L, A*H] (GRU: n's), or None; fed, all of its buffer [L-1, B+R+B, HS], as words, or None
+    without dropout.
     """
 
     y: Tensor

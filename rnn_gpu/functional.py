@@ -163,8 +163,8 @@ def _in_a_graph(inputs: Inputs, rows: Rows, call: Call):
 # How a layer is computed: by the persistent kernels, called directly or as operators; by PyTorch's own; by PyTorch's
 # own behind one opaque operator, for torch.compile, torch.export and torch.func; by the readable loops of reference.py,
 # for forward-mode differentiation and for what PyTorch's own does not know; in an ONNX export, by ONNX's own operators.
-# (inputs, rows, call) -> y [R, N, P], or [R, N*P], h_n [N, B, P], c_n [N, B, H], c of every step [R, N, H] or whatever else if that
-# is not asked for; weights as one tensor [N, ...], but for "direct" as one of each set.
+# (inputs, rows, call) -> y [R, N, P] or [R, N*P], h_n [N, B, P], c_n [N, B, H], c of every step [R, N, H] or whatever
+# else if that is not asked for; weights as one tensor [N, ...], but for "direct" as one of each set.
 ROUTES = {
     "direct": _without_projection(_directly),
     "kernels": by_heads(_without_projection(_in_a_graph)),

@@ -205,7 +205,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     clip: float | None = None  # limit of the gradient of h at every step, by element
     return_cells: bool = False  # of the LSTM: c of every step is a result
     heads: int = 1  # blocks along the diagonal of the recurrent weight
-    _ready: Any = {}  # how plain calls went (ready.py), by all that they depend on; of a layer that had some
+    _ready: Any = None  # how plain calls went (ready.py), by all that they depend on
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
     def _build(
@@ -324,9 +324,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
-        if not torch.compiler.is_compiling() and self._ready and lengths is None and resets is None:
-            if (found := ready.again(self, input, hx)) is not None:
-                return found
+        again = not torch.compiler.is_compiling() and self._ready and lengths is None and resets is None
+        if again and (found := ready.again(self, input, hx)) is not None:
+            return found
         if not isinstance(input, (Tensor, PackedSequence)):
             self._refuse_input(input, hx)
         if type(input) is not Tensor and distributed.is_dtensor(input):

@@ -59,7 +59,7 @@ def remember(layer: Any, input: Tensor, rows: Rows, weights: list[Tensor], call:
     checks = RNNBase.check_input, layer._torch_class.check_forward_args
     if weights is not layer._flat_weights or checks != (type(layer).check_input, type(layer).check_forward_args):
         return
-    known = layer.__dict__.setdefault("_ready", {})
+    known: dict[Hashable, Ready] = layer.__dict__.setdefault("_ready", {})
     if len(known) >= MOST:
         known.clear()
     key = _key(input, rows.batch, call.saving != "nothing")
