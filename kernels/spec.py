@@ -2,6 +2,7 @@
 device agree on. No device code: the built-in cells are in rnn_gpu/equations.py, their Triton functions in cells.py.
 """
 
+import functools
 import hashlib
 import importlib
 import os
@@ -121,11 +122,16 @@ class Cell:
         """
         return self.gates + self.apart
 
-    @property
+    @functools.cached_property
     def slot_order(self) -> tuple[int, ...]:
         """The gates of the first G slots: those apart first, so that both sides are neighbours."""
         split = self.gates - self.apart
         return (*range(split, self.gates), *range(split))
+
+    @functools.cached_property
+    def slot_of_gate(self) -> tuple[int, ...]:
+        """Where each gate stands among the first G slots."""
+        return tuple(self.slot_order.index(gate) for gate in range(self.gates))
 
     @property
     def carried(self) -> int:

@@ -30,6 +30,11 @@ def recurrent_stack(
     own = len(CELLS[call.cell].parameters)
     each = 2 + 2 * call.biases + call.projected + own  # weights of a layer and direction
     count = len(weights) // each
+    if call.route == "direct" and count == call.sets and not own and not call.projected:  # one layer: no more to do
+        kinds = [weights[i::each] for i in range(each)] + [None] * (4 - each)
+        inputs = Inputs(input, *kinds, None, None, h0, c0)
+        y, h_n, c_n, cells = _directly(inputs, drawn(call, rows, input, weights[1]), call)
+        return y.flatten(1).contiguous(), h_n, c_n, cells.flatten(1) if call.cells else None
     if call.route == "opaque" and aten_stack.serves(call, rows, input, dropout if count > call.sets else 0.0):
         c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0  # Dynamo takes no tensor twice
         how = call.cell, call.biases, count // call.sets, call.sets, rows.time, call.saving != "nothing"

@@ -8,6 +8,7 @@ input features, N weight sets (directions), G gates, A of them apart, K states b
 Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.rows.Rows`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends, inductor, reference
-from .call import COUNT, MASKS, Call, Inputs, taken
+from .call import COUNT, MASKS, Call, Inputs, Weights, taken
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
 from .many_gradients import for_each_gradient, in_a_batch
@@ -214,10 +215,12 @@ def recurrence_backward(
     through the gates; d_parameters [N, B, P*H] in float32, each row's part, empty where there are none; d_kept_0 [N, B,
     H] in float32, where a part of h is kept and not carried, what of h0's gradient comes that way, else empty.
     """
-    d_gates, *others = recurrence_backward_directly(
-        d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, carries, y, h0, c0, parameters, lengths, offsets, resets,
-        dropped, kept_h, kept_c, time, cell, reversed_sets, max_programs, alone, clip, rate_h, rate_c,
-    )  # fmt: skip
+    batch = y.shape[0] // time if offsets is None else lengths.shape[0]
+    rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
+    kept = None if rate_h is None and rate_c is None else (rate_h or 0.0, rate_c or 0.0)
+    call = Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone), clip=clip, zoneout=kept)
+    d_outputs, states, saved = (d_y, d_h_n, d_c_n, d_cells), (h0, c0, parameters), (y, gates, aux, carries)
+    d_gates, *others = backward_directly(call, d_outputs, weight_hh, states, rows, saved)
     return d_gates, *(y.new_empty(0) if one is None else one for one in others)
 
 
@@ -433,7 +436,7 @@ def layer_gradients(
     """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux, carries."""
     inputs, rows = taken(arguments)
     saved = arguments[-4:]
-    found = gradients_by_set(recurrence_backward, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
+    found = gradients_by_set(backward_by_operator, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
     return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
 
 
@@ -443,15 +446,32 @@ def gradients_by_set(
     """The gradients of a layer's inputs, those of weights and biases as a list with one for each set, None where not
     needed: the recurrence backwards, then products with its gate gradients.
 
-    backward: the operator, or the function that is its body. saved: y, gates, aux, carries.
+    backward: `recurrence_backward` of what a call has, by the operator or directly. saved: y, gates, aux, carries.
     """
     y, gates, aux, carries = saved
     if CELLS[call.cell].saves and gates.numel() == 0 < y.numel():
         gates, aux = gates_again(inputs, rows, call, y, aux, carries)
-    how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip, *call.kernel_rates
-    left, states = (gates, aux, carries, y), (inputs.h0, inputs.c0, inputs.parameters)
-    found = backward(*d_outputs, inputs.weight_hh, *left, *states, *rows[2:], *how)
+    states = inputs.h0, inputs.c0, inputs.parameters
+    found = backward(call, d_outputs, inputs.weight_hh, states, rows, (y, gates, aux, carries))
     return products_by_set(call, Inputs(*need), d_outputs[1], inputs, rows, y, *found)
+
+
+def backward_by_operator(call: Call, d_outputs: tuple, weight_hh: Weights, states: tuple, rows: Rows, saved: tuple):
+    """The recurrence backwards as `recurrence_backward`."""
+    y, *left = saved
+    how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip, *call.kernel_rates
+    return recurrence_backward(*d_outputs, weight_hh, *left, y, *states, *rows[2:], *how)
+
+
+def backward_directly(call: Call, d_outputs: tuple, weight_hh: Weights, states: tuple, rows: Rows, saved: tuple):
+    """The same by the launcher."""
+    from .kernels import launch
+
+    (*of_results, d_cells), (y, gates, aux, carries), (h0, c0, parameters) = d_outputs, saved, states
+    plan = plan_of(call, y.shape[2], y, rows.batch, True, rows.ragged)
+    gates = gates if CELLS[call.cell].saves else None
+    how = rows, call.reversed_sets, d_cells, call.clip, parameters, call.kernel_rates, carries
+    return launch.backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
 
 
 def products_by_set(
@@ -462,8 +482,7 @@ def products_by_set(
     cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
     (count, sets, _), size = y.shape, cell.gates * y.shape[2]
     of_set = (lambda tensor, n: tensor.flatten(1)) if sets == 1 else (lambda tensor, n: tensor[:, n].flatten(1))
-    # where each gate stands among the hidden slots
-    by_gate = [cell.slot_order.index(gate) for gate in range(cell.gates)]
+    by_gate = cell.slot_of_gate
     before, after = rows_before(rows, count), slice(rows.batch, count)
     batch_row = None if rows.dropped is None else rows_of_batch(rows, count)
     found = {key: None for key in Inputs._fields}
@@ -515,11 +534,12 @@ def products_by_set(
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
             found["h0"].append(d_h0)
     if wanted.bias_ih or wanted.bias_hh:
-        summed = d_gates.sum(0)  # [N, E, H], all slots of both biases at once
-        inner = summed[:, cell.slots - cell.gates :].flatten(1)
+        summed = d_gates.sum(0).flatten(1)  # [N, E*H], all slots of both biases at once
+        inner = summed[:, summed.shape[1] - size :] if cell.slots > cell.gates else summed
         if wanted.bias_hh:  # memory of its own: gradients are changed in place
-            pieces = [summed[:, slots] for slots in pieces_of(by_gate)]
-            found["bias_hh"] = [*torch.cat(pieces, 1).flatten(1)] if len(pieces) > 1 else [*inner.clone()]
+            width = y.shape[2]
+            pieces = [summed[:, piece.start * width : piece.stop * width] for piece in pieces_of(by_gate)]
+            found["bias_hh"] = [*(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].clone())]
         if wanted.bias_ih:
             found["bias_ih"] = [*inner]
     for key in ("start", "h0"):
@@ -531,13 +551,14 @@ def products_by_set(
     return tuple(found.values())
 
 
-def pieces_of(order: Sequence[int]) -> list[slice]:
+@functools.cache
+def pieces_of(order: tuple[int, ...]) -> list[slice]:
     """An order as slices, as few as will do. An index made of a Python list would be copied to the device each time."""
     begins = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1] + [len(order)]
     return [slice(order[begin], order[begin] + end - begin) for begin, end in itertools.pairwise(begins)]
 
 
-def _reordered(rows: Tensor, order: Sequence[int]) -> Tensor:
+def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
     """Rows [G*H, ...] with their G parts in another order; as they are where it is the same."""
     pieces, size = pieces_of(order), rows.shape[0] // len(order)
     if len(pieces) == 1:
@@ -604,24 +625,6 @@ def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = No
     return y, h_n, c_n, gates, *kept
 
 
-def recurrence_backward_directly(
-    d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, carries, y, h0, c0, parameters, lengths, offsets, resets,
-    dropped, kept_h, kept_c, time, cell, reversed_sets, max_programs, alone, clip, rate_h, rate_c,
-):  # fmt: skip
-    """The body of the operator of that name."""
-    from .kernels import launch
-
-    batch = y.shape[0] // time if offsets is None else lengths.shape[0]
-    rows, call = (
-        Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c),
-        Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone)),
-    )
-    plan = plan_of(call, y.shape[2], y, batch, True, rows.ragged)
-    gates = gates if CELLS[cell].saves else None
-    how = h0, c0, rows, reversed_sets, d_cells, clip, parameters, (rate_h, rate_c), carries
-    return launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, gates, aux, y, *how)
-
-
 class EagerLayer(torch.autograd.Function):
     """`Layer` for eager calls: (call, rows, input, start, h0, c0, parameters, *weights) -> (y [R, N*H], h_n, c_n,
     cells). weights: weight_ih of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
@@ -667,7 +670,7 @@ class EagerLayer(torch.autograd.Function):
             found = for_each_gradient(run, d_outputs)
         else:
             inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
-            found = gradients_by_set(recurrence_backward_directly, call, need, d_outputs, inputs, rows, saved)
+            found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, saved)
         d_input, *d_kinds, _, d_start, d_h0, d_c0, d_parameters = found
         count = len(by_weight) // call.sets
         d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]

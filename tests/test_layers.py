@@ -440,6 +440,8 @@ def test_states_that_are_no_pair(batched, autocast):
             return error
         return None
 
+    if autocast and error(lambda: theirs(input, (state, state))) is not None:
+        pytest.skip("PyTorch has no LSTM under autocast on this CPU: oneDNN has none in bfloat16 without AVX-512")
     for given in (*wrong, torch.stack([state, state])):
         expected = error(lambda: theirs(input, given))  # noqa: B023
         assert not batched or expected is not None
