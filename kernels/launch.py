@@ -168,7 +168,8 @@ def _launch(
         ready = _get_ready(plan, rows, reversed_sets)
         if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
-    given = {**tensors, **rows.pointers(), **numbers, "status": status_word(device), "limit": WAIT_LIMIT}
+    given = {**tensors, **numbers, "status": status_word(device), "limit": WAIT_LIMIT, "T": rows.time, "B": rows.batch}
+    given |= {"lengths": rows.lengths, "offsets": rows.offsets, "resets": rows.resets}
     for begin, grid in ready.launches:
         number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
         _launches[number] = plan, (rows.time, rows.batch), begin
@@ -215,6 +216,11 @@ def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, argument
         constants["DTYPE"] = getattr(tl, constants["DTYPE"])
         prepared = _prepared[key] = Prepared(kernel, constants, dict(num_warps=4))
     _start(prepared, device, (programs, 1, 1), arguments)
+
+
+def _programs(*jobs: int) -> tuple[int, ...]:
+    """How many programs of a kernel of prepare.py each job takes, of so many elements."""
+    return tuple([-(-job // prepare.BLOCK) for job in jobs])
 
 
 def _words(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -296,14 +302,13 @@ def begin(
     if copied:
         recurrent = torch.empty((sets, width, size), dtype=dtype, device=device)
     of_sets = [_aligned(weight) for weight in weight_hh] if copied else None
-    jobs = (
+    programs = _programs(
         0 if plan.alone else count * sets * size * itemsize(plan.dtype) // 4,
         batch * sets * size,
         0 if bias is None else sets * width,
         recurrent.numel() if copied else 0,
         0 if input_weight is None else input_weight.numel(),
     )
-    programs = [-(-job // prepare.BLOCK) for job in jobs]
     _prepare(
         prepare.prepare_forward,
         (cell.gates, hidden_size, size, sets, cell.apart, plan.dtype, prepare.BLOCK, None),
@@ -338,16 +343,17 @@ def _all_dense(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
 
 
 def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
-    """Weights of all sets [N, rows, size] as the kernels take them, where they lie so; else None, and a job of one or
-    two sets copies them. (More than two are padded by torch.)
+    """Weights of all sets [N, rows, size], or of one [rows, size], as the kernels take them, where they lie so; else
+    None, and a job of one or two sets copies them. (More than two are padded by torch.)
     """
     if not isinstance(weights, Tensor):
-        weights = weights[0].unsqueeze(0) if len(weights) == 1 else None
-    if weights is not None and weights.shape[0] > 2 and weights.shape[-1] != size:
-        weights = torch.nn.functional.pad(weights, (0, size - weights.shape[-1]))
-    if weights is None or weights.shape[-1] != size:
-        return None
-    return _aligned(weights)
+        if len(weights) > 1:
+            return None
+        (weights,) = weights
+    width = weights.shape[-1]
+    if width != size and weights.dim() == 3 and len(weights) > 2:
+        weights, width = torch.nn.functional.pad(weights, (0, size - width)), size
+    return _aligned(weights) if width == size else None
 
 
 def forward(
@@ -387,10 +393,16 @@ def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
     return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
 
 
+_NO_MASKS: dict[str, Tensor | None] = dict.fromkeys(("passed", "dropped", "kept_h", "kept_c"))
+_NO_RATES: dict[str, float | None] = dict.fromkeys(("rate_h", "rate_c", "scale"))
+
+
 def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dict, dict, bool]:
     """What both kernels take for recurrent dropout and zoneout, tensors and numbers, with nothing of a stack; and
     whether a part of the states is kept.
     """
+    if rates == (None, None) and rows.dropped is rows.kept_h is rows.kept_c is None:
+        return _NO_MASKS, _NO_RATES, False
     names = "dropped", "kept_h", "kept_c"
     tensors: dict[str, Tensor | None] = {"passed": None}
     tensors |= {name: None if (mask := getattr(rows, name)) is None else _aligned(mask) for name in names}
@@ -518,8 +530,9 @@ def backward(
         history_0 = torch.empty((batch, sets, planes * size), dtype=history.dtype, device=device)
     weight_hh = [_aligned(one) for one in weight_hh]
     words = sets * cell.slots * size * itemsize(plan.dtype) // 4  # of a row
-    jobs = 0 if plan.alone else count * words, batch * words, 0 if history_0 is None else history_0.numel()
-    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    programs = _programs(
+        0 if plan.alone else count * words, batch * words, 0 if history_0 is None else history_0.numel()
+    )
     for first in range(0, sets, 2):
         of_two = weight_hh[first : first + 2]
         tiles = len(of_two) * cell.gates * (-(-size // prepare.TILE)) ** 2
@@ -533,7 +546,7 @@ def backward(
             sum(programs) + tiles,
             (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs),
         )  # fmt: skip
-        programs = [0, 0, 0]  # of further sets the weights alone
+        programs = 0, 0, 0  # of further sets the weights alone
     d_parameters = None
     if cell.parameters:
         width = len(cell.parameters) * hidden_size
@@ -552,8 +565,7 @@ def backward(
         d_kept_0=d_kept_0,
         **masks,
     )
-    numbers["clip"] = None if clip is None else float(clip)
-    _launch(plan, device, rows, reversed_sets, tensors, **numbers)
+    _launch(plan, device, rows, reversed_sets, tensors, **numbers, clip=None if clip is None else float(clip))
     others = (None if one is None else one.transpose(0, 1) for one in (tensors["d_carry_0"], d_parameters, d_kept_0))
     width = cell.slots * size
     place = batch * sets * width, (count, sets, cell.slots, hidden_size), (sets * width, width, size, 1)

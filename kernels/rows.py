@@ -30,7 +30,3 @@ class Rows(NamedTuple):
     def ragged(self) -> bool:
         """Whether rows end early or start anew: the plan leaves registers for the masks."""
         return self.lengths is not None or self.resets is not None
-
-    def pointers(self) -> dict:
-        """The arguments of both kernels that say where rows lie."""
-        return dict(lengths=self.lengths, offsets=self.offsets, resets=self.resets, T=self.time, B=self.batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prepare
-from .launch import _aligned, _all_dense, _dense, _launch, _of_backward, _part, _prepare, _words
+from .launch import _aligned, _all_dense, _dense, _launch, _of_backward, _part, _prepare, _programs, _words
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, itemsize, padded
@@ -72,7 +72,7 @@ def begin(
     apart = cell.apart * hidden_size if bias is not None else 0
     bias_hn = _new(like, (layers, apart)) if apart else None
     jobs = count * size * itemsize(plan.dtype) // 4, batch * size, 0 if bias is None else width, width * size
-    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    programs = _programs(*jobs)
     of_layers, weights, h0 = [_aligned(one) for one in weight_hh], _weights_fed([like, *weight_ih[1:]], 0), _dense(h0)
     bias_ih, bias_hh = _all_dense(bias_ih), _all_dense(bias_hh)
     for n in range(layers):
@@ -212,7 +212,7 @@ def backward(
         history_0 = _new(history, (layers, batch, planes * size))
     words = cell.slots * size * itemsize(plan.dtype) // 4  # of a row
     jobs = count * words, batch * words, 0 if history_0 is None else batch * planes * size
-    programs = [-(-job // prepare.BLOCK) for job in jobs]
+    programs = _programs(*jobs)
     tiles = cell.gates * (-(-size // prepare.TILE)) ** 2  # of a weight that is transposed
     of_layers, weights = [_aligned(one) for one in weight_hh], _weights_fed([*weight_ih[1:], weight_hh[0]], layers - 1)
     for n in range(layers):
@@ -220,7 +220,7 @@ def backward(
         for source, weight, transposed, rotation in (
             (0, of_layers[n], recurrent[n], cell.slot_order[0]), (1, weights[n], other[n], 0)
         ):  # fmt: skip
-            before = [0, 0, 0] if source else programs
+            before = (0, 0, 0) if source else programs
             _prepare(
                 prepare.prepare_backward,
                 (
