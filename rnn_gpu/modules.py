@@ -558,7 +558,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H], with `return_cells` c of every
         step [R, D*H], and the tuple of final states.
         """
-        states, weights = states or (), self._dropped(self._weights())
+        weights = self._weights()
+        self._check_weights(weights)
+        states, weights = states or (), self._dropped(weights)
         self._check_devices(input, states, weights)
         if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
             input, states = input.to(dtype), [state.to(dtype) for state in states]
@@ -680,6 +682,23 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             which = f"hidden[{i}]" if len(states) > 1 else "hidden"
             expected = sets, batch, self.hidden_size if i > 0 else self.proj_size or self.hidden_size
             self.check_hidden_size(state, expected, f"Expected {which} size {{}}, got {{}}")
+
+    def _check_weights(self, weights: list[Tensor]) -> None:
+        """RuntimeError for a weight of another size than the layer's, which a kernel would read past its end."""
+        gates = CELLS[backends.cell_of(self)].gates * self.hidden_size
+        state, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if name.startswith("weight_ih"):
+                first = name in ("weight_ih_l0", "weight_ih_l0_reverse")
+                expected = gates, self.input_size if first else directions * state
+            elif name.startswith("weight_hh"):
+                expected = gates, state // self.heads
+            elif name.startswith("weight_hr"):
+                expected = state, self.hidden_size
+            else:
+                expected = (gates,) if name.startswith("bias") else (self.hidden_size,)
+            if weight.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(weight.shape)}")
 
     def _check_devices(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         """RuntimeError where a tensor is on another device than the input, or is computed in another dtype."""
