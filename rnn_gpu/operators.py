@@ -679,7 +679,7 @@ class EagerLayer(torch.autograd.Function):
 
 def by_sets(rows: Tensor | None, sets: int) -> Tensor | None:
     """[R, N*H] as [R, N, H]; None, and what is so already, as it is."""
-    return rows if rows is None or rows.dim() == 3 else rows.view(len(rows), sets, -1)
+    return rows if rows is None or rows.dim() == 3 else rows.view(len(rows), sets, rows.shape[1] // sets)
 
 
 def _by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:

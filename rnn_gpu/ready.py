@@ -55,6 +55,8 @@ def remember(layer: Any, input: Tensor, rows: Rows, weights: list[Tensor], call:
         return
     if any(mask is not None for mask in rows[2:]) or rows.batch == 0 or not nobody_looks_on():
         return
+    if layer._torch_class is None:  # a cell of its own, with other states and parameters
+        return
     # A sub-class may want to look at every call.
     checks = RNNBase.check_input, layer._torch_class.check_forward_args
     if weights is not layer._flat_weights or checks != (type(layer).check_input, type(layer).check_forward_args):
