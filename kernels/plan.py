@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from typing import NamedTuple
 
 from .spec import CELLS, DTYPES, chunk_width, itemsize, padded, stacked
@@ -243,6 +244,9 @@ CUDNN_PERSISTENT = (
     (128, 1.76, 2.15), (256, 1.83, 3.83), (512, 1.81, 4.01), (768, 2.08, 4.47), (1024, 2.15, 5.41)
 )  # fmt: skip
 PERSISTENT_BATCH = 63
+# What a call of a layer takes the host more than one of torch.nn's, in inference and forward and backward; less in
+# bfloat16, whose weights PyTorch gathers anew for cuDNN at every call.
+CALL_MORE = {"float32": (0.0, 0.0), "float16": (0.0, 0.0), "bfloat16": (0.0, 0.0)}
 PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 500e6, "bfloat16": 500e6}  # of large products, a microsecond
 
 
@@ -711,6 +715,11 @@ def product_microseconds(p: Plan, device: Device) -> float:
     share = min(device.multiprocessors * device.gigahertz / (132 * CLOCK), 1.0)
     operations = 2 * CELLS[p.cell].gates * p.hidden_size**2 * p.batch_size * p.sets
     return operations / PRODUCT_OPERATIONS[p.dtype] / share
+
+
+def least_time(saved: float, dtype: str, training: bool) -> int:
+    """T from which on a layer whose steps take so many microseconds less than cuDNN's is done sooner as a call."""
+    return max(1, ceil(CALL_MORE[dtype][training] / saved)) if saved > 0 else 1
 
 
 @cache

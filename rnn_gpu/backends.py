@@ -228,6 +228,7 @@ def plainly_torch(input: Any) -> bool:
 def route(
     module: Any,
     input: torch.Tensor,
+    time: int,
     batch_size: int,
     dtype: torch.dtype,
     packed: bool,
@@ -238,8 +239,8 @@ def route(
 ) -> str:
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
-    input: the input, or, if `packed`, the data of a PackedSequence; dtype: that of the computation; masked: with
-    lengths or resets; drops: with other weights than the layer's own (`other_weights`); beyond: with what PyTorch's own
+    input: the input, or, if `packed`, the data of a PackedSequence; time: T; dtype: that of the computation; masked:
+    with lengths or resets; drops: with other weights than the layer's own (`other_weights`); beyond: with what PyTorch's own
     kernels do not know; unknown: PyTorch has no such layer. RuntimeError where backend "triton" was asked for and
     cannot serve the call.
     """
@@ -256,7 +257,9 @@ def route(
         if drops or module.has_another_forward():
             raise RuntimeError(f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}")
         return "reference" if unknown else "torch.nn"
-    kernels = choose(module, input, batch_size, dtype, packed or masked).name == "triton"
+    choice = choose(module, input, batch_size, dtype, packed or masked)
+    long_enough = tracing or masked or drops or _backend != "auto" or time >= choice.least_time
+    kernels = choice.name == "triton" and long_enough
     if not tracing and forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative
     return "kernels" if kernels else route_of_torch(module, input, masked, drops, beyond, unknown)
@@ -452,7 +455,8 @@ class Choice(NamedTuple):
     """A backend, "triton" or "torch", the reason, and the plans of the passes where the kernels could serve.
 
     measured: when the two backends were timed against each other, "" where the reason is an estimate or there is none.
-    groups: those of each group of a stack's layers that run side by side; plans: of the first group.
+    groups: those of each group of a stack's layers that run side by side; plans: of the first group. least_time: T from
+    which on "auto" takes the kernels, whose calls take the host longer.
     """
 
     name: str
@@ -460,6 +464,7 @@ class Choice(NamedTuple):
     plans: tuple[planning.Plan, ...] = ()
     measured: str = ""
     groups: tuple[tuple[planning.Plan, ...], ...] = ()
+    least_time: int = 1
 
 
 def _problem(module: torch.nn.RNNBase, batch_size: int, dtype: torch.dtype) -> Sizes:
@@ -498,8 +503,10 @@ def kernels_for(
     problem, saving = _problem(module, batch_size, dtype), saving_of(module, training)
     stack = (module.num_layers, heads_of(module)), saving, together_of(module), drops_between(module)
     choice = _weighed(problem, device, training, ragged, precision, *stack)
-    if choice.plans and choice.name == "torch" and beyond_aten(module):
-        return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
+    if beyond_aten(module):
+        choice = choice._replace(least_time=1)
+        if choice.plans and choice.name == "torch":
+            return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
     if not choice.plans or not measured.anything() or beyond_aten(module):
         return choice
     found = measured.rival(key_of(module, problem, device, training, ragged, precision))
@@ -507,7 +514,7 @@ def kernels_for(
         return choice
     both = " forward and backward" if training else ""
     reason = f"measured {found.when}: {found.ours:.2f} us a step{both}, PyTorch's own {found.theirs:.2f}"
-    return choice._replace(name=found.name, reason=reason, measured=found.when)
+    return choice._replace(name=found.name, reason=reason, measured=found.when, least_time=1)
 
 
 def together_of(module: torch.nn.RNNBase) -> int:
@@ -577,7 +584,10 @@ def _weighed(
         return Choice("triton", f"{estimate}; PyTorch has no such layer", groups[0], groups=groups)
     theirs = sum(cudnn_microseconds(p, device, *layers) for p in groups[0])
     estimate += f", cuDNN {theirs:.1f}{', for each layer' if together > 1 else ''}"
-    return Choice("triton" if ours <= theirs else "torch", estimate, groups[0], groups=groups)
+    if theirs < ours:
+        return Choice("torch", estimate, groups[0], groups=groups)
+    least = planning.least_time(theirs - ours, problem[-1], training)
+    return Choice("triton", estimate, groups[0], groups=groups, least_time=least)
 
 
 def cudnn_microseconds(p: planning.Plan, device: planning.Device, layers: int, heads: int = 1) -> float:

@@ -72,6 +72,8 @@ def _layer_lines(
         f"{'training' if training else 'inference'}",
         f"backend 'auto' takes {choice.name}: {choice.reason}",
     ]
+    if choice.least_time > 1:
+        lines.append(f"for T below {choice.least_time} it takes torch, whose calls take the host less time")
     if layer.num_layers > 1 and choice.plans:
         lines.append(_layers_line(layer, choice.groups))
     for plans in dict.fromkeys(choice.groups or (choice.plans,)):

@@ -342,8 +342,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         data = input.data if packed else input
         dtype = _computed_in(data)
         batch_size = data.size(0 if self.batch_first else 1) if data.dim() == 3 else 1
+        time = data.size(1 if self.batch_first and data.dim() == 3 else 0) if data.dim() > 0 else 0
         if packed:
-            batch_size = _sequences(input, hx)
+            time, batch_size = len(input.batch_sizes), _sequences(input, hx)
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
@@ -351,7 +352,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
-        how = data, batch_size, dtype, packed, masked, drops, beyond, unknown
+        how = data, time, batch_size, dtype, packed, masked, drops, beyond, unknown
         route = "reference" if self._watch else backends.route(self, *how)
         return self._by_route(route, input, hx, batch_size, dtype, lengths, resets)
 

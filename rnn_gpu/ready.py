@@ -23,11 +23,14 @@ MOST = 256  # calls that a layer remembers: of as many batch sizes
 
 
 class Ready(NamedTuple):
-    """How a call goes. shapes: of the weights, in torch.nn's order. dropout: between layers."""
+    """How a call goes. shapes: of the weights, in torch.nn's order. dropout: between layers. least_time: T from which
+    on it goes this way.
+    """
 
     call: Call
     shapes: tuple[torch.Size, ...]
     dropout: float
+    least_time: int
 
 
 def nobody_looks_on() -> bool:
@@ -65,7 +68,10 @@ def remember(layer: Any, input: Tensor, rows: Rows, weights: list[Tensor], call:
     if len(known) >= MOST:
         known.clear()
     key = _key(input, rows.batch, call.saving != "nothing")
-    known[key] = Ready(call, tuple(weight.shape for weight in weights), dropout)
+    least_time = 1
+    if backends.current_backend() == "auto":
+        least_time = backends.choose(layer, input, rows.batch, input.dtype).least_time
+    known[key] = Ready(call, tuple(weight.shape for weight in weights), dropout, least_time)
 
 
 def again(layer: Any, input: Any, hx: Any) -> Any:
@@ -88,7 +94,7 @@ def again(layer: Any, input: Any, hx: Any) -> Any:
                 return None
     needs = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (input, *states, *weights)])
     ready = layer._ready.get(_key(input, batch, needs))
-    if ready is None or time == 0:
+    if ready is None or time < ready.least_time:
         return None
     for name, weight, size in zip(layer._flat_weights_names, weights, ready.shapes, strict=True):
         if own.get(name) is not weight or type(weight) is not torch.nn.Parameter or weight.shape != size:
