@@ -240,9 +240,9 @@ def route(
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
     input: the input, or, if `packed`, the data of a PackedSequence; time: T; dtype: that of the computation; masked:
-    with lengths or resets; drops: with other weights than the layer's own (`other_weights`); beyond: with what PyTorch's own
-    kernels do not know; unknown: PyTorch has no such layer. RuntimeError where backend "triton" was asked for and
-    cannot serve the call.
+    with lengths or resets; drops: with other weights than the layer's own (`other_weights`); beyond: with what
+    PyTorch's own kernels do not know; unknown: PyTorch has no such layer. RuntimeError where backend "triton" was asked
+    for and cannot serve the call.
     """
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
