@@ -13,6 +13,7 @@ import pickle
 import pydoc
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn_gpu
 from rnn_gpu import backends
+from rnn_gpu.kernels import plan as planning
 from tests.layers import STATES, draw, outcome, pair, same
 
 NAMES = tuple(STATES)
@@ -537,6 +539,35 @@ def test_auto_plans_for_rows_that_end_early(monkeypatch):
     monkeypatch.setattr(backends, "plan_for", refuse)
     assert rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200").count("no room") == 0
     assert "'auto' takes torch: no room for masks" in rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", ragged=True)
+
+
+def test_auto_leaves_calls_of_few_steps_to_pytorch(monkeypatch):
+    """Catches: one step of a stream that takes the host several times as long as torch.nn's would; "triton", masks and
+    options, which ask for the kernels, heeded only for long sequences.
+    """
+    monkeypatch.setattr(planning, "CALL_MORE", {"float32": (100.0, 400.0)})
+    monkeypatch.setattr(backends, "device_of", lambda _: planning.DEVICES["h200"])
+    monkeypatch.setattr(backends, "triton_missing", lambda: None)
+    monkeypatch.setattr(backends, "triton_untested", lambda: None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    layer, on_gpu = rnn_gpu.LSTM(64, 64), types.SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True)
+    routes = lambda layer, **how: [
+        backends.route(layer, on_gpu, time, 16, torch.float32, False, **{"masked": False} | how)
+        for time in (1, least - 1, least)
+    ]
+    for training in (False, True):
+        choice = backends.kernels_for(layer, 16, torch.float32, planning.DEVICES["h200"], training)
+        saved = sum(planning.cudnn_microseconds(p, planning.DEVICES["h200"]) - p.microseconds for p in choice.plans)
+        least = choice.least_time
+        assert (least - 1) * saved < planning.CALL_MORE["float32"][training] <= least * saved and least > 2
+        with torch.set_grad_enabled(training):
+            assert routes(layer) == ["torch.nn", "torch.nn", "kernels"]
+            assert routes(layer, masked=True) == ["kernels"] * 3
+            with rnn_gpu.backend("triton"):
+                assert routes(layer) == ["kernels"] * 3
+    assert f"for T below {least} it takes torch" in rnn_gpu.explain(layer, 16, "h200")
+    with_option = rnn_gpu.LSTM(64, 64, zoneout=0.1)
+    assert backends.kernels_for(with_option, 16, torch.float32, planning.DEVICES["h200"], True).least_time == 1
 
 
 @pytest.mark.parametrize("serves, level", [(True, "INFO"), (False, "WARNING")])
