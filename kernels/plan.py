@@ -244,9 +244,10 @@ CUDNN_PERSISTENT = (
     (128, 1.76, 2.15), (256, 1.83, 3.83), (512, 1.81, 4.01), (768, 2.08, 4.47), (1024, 2.15, 5.41)
 )  # fmt: skip
 PERSISTENT_BATCH = 63
-# What a call of a layer takes the host more than one of torch.nn's, in inference and forward and backward; less in
-# bfloat16, whose weights PyTorch gathers anew for cuDNN at every call.
-CALL_MORE = {"float32": (0.0, 0.0), "float16": (0.0, 0.0), "bfloat16": (0.0, 0.0)}
+# What a call of a layer takes the host more than one of torch.nn's, in inference and forward and backward (T 2,
+# 2026-11-27, float32: 18 to 84 and 243 to 300); nothing in bfloat16, whose weights PyTorch gathers anew for cuDNN at
+# every call.
+CALL_MORE = {"float32": (60.0, 270.0), "float16": (60.0, 270.0), "bfloat16": (0.0, 0.0)}
 PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 500e6, "bfloat16": 500e6}  # of large products, a microsecond
 
 

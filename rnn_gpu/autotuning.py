@@ -303,7 +303,7 @@ def tune(
         if not choice.plans:
             return choice
         saving = backends.saving_of(layer, training)
-        together, drops = backends.together_of(layer), backends.drops_between(layer)
+        together, drops = backends.together_of(layer, training), backends.drops_between(layer, training)
         of_groups = backends.key_of_groups(problem, device, trial.ragged or drops, together)
 
         def groups() -> tuple[tuple[planning.Plan, ...], ...]:

@@ -501,7 +501,12 @@ def kernels_for(
     ask whether Triton is installed.
     """
     problem, saving = _problem(module, batch_size, dtype), saving_of(module, training)
-    stack = (module.num_layers, heads_of(module)), saving, together_of(module), drops_between(module)
+    stack = (
+        (module.num_layers, heads_of(module)),
+        saving,
+        together_of(module, training),
+        drops_between(module, training),
+    )
     choice = _weighed(problem, device, training, ragged, precision, *stack)
     if beyond_aten(module):
         choice = choice._replace(least_time=1)
@@ -517,16 +522,19 @@ def kernels_for(
     return choice._replace(name=found.name, reason=reason, measured=found.when, least_time=1)
 
 
-def together_of(module: torch.nn.RNNBase) -> int:
-    """How many layers of a module may run side by side: all, where what is between them is known within a launch."""
+def together_of(module: torch.nn.RNNBase, training: bool) -> int:
+    """How many layers of a module may run side by side: all, where what is between them is known within a launch, and
+    no backward makes their gates again (lean memory). training: whether there is a backward.
+    """
     dropped = module.training and module.dropout >= 1
-    one_by_one = module.bidirectional or module.proj_size or heads_of(module) > 1 or dropped or beyond_aten(module)
-    return 1 if one_by_one else module.num_layers
+    lean = saving_of(module, training) == "lean"
+    one_by_one = module.bidirectional or module.proj_size or heads_of(module) > 1 or beyond_aten(module)
+    return 1 if one_by_one or dropped or lean else module.num_layers
 
 
-def drops_between(module: torch.nn.RNNBase) -> bool:
+def drops_between(module: torch.nn.RNNBase, training: bool) -> bool:
     """Whether there is dropout between layers that may run side by side."""
-    return module.training and module.dropout > 0 and together_of(module) > 1
+    return module.training and module.dropout > 0 and together_of(module, training) > 1
 
 
 def beyond_aten(module: Any) -> bool:
@@ -657,7 +665,7 @@ def choose(
     precision = precision_of("float32") if dtype == torch.float32 else None
     sizes = module.mode, module.hidden_size, heads_of(module), module.num_layers, module.bidirectional
     kind = *sizes, batch_size, dtype, input.device
-    choices = precision, beyond_aten(module), _wavefront, together_of(module), drops_between(module)
+    choices = precision, beyond_aten(module), _wavefront, together_of(module, training), drops_between(module, training)
     key: tuple[Any, ...] = wanted, kind, training, ragged, _max_programs, _allow_alone, *choices
     if measured.anything():  # which is of all that its key says
         key = *key, saving_of(module, training), module.proj_size, other_weights(module)

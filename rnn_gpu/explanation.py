@@ -22,7 +22,7 @@ def _pass_lines(plan: Plan, device: Device, layers: int, heads: int) -> list[str
     ] + ([f"    chosen because it was the fastest when it was measured, {plan.measured}"] if plan.measured else [])
 
 
-def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...]) -> str:
+def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...], training: bool) -> str:
     """Which layers of a stack run side by side, and why not more."""
     sizes = [plans[0].layers for plans in groups]
     if layer.bidirectional:
@@ -35,6 +35,8 @@ def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...]) 
         return "layers: one after another: the input of a layer with heads is that of all heads"
     if backends.beyond_aten(layer):
         return "layers: one after another: gradients are clipped, or c of every step is asked for, layer by layer"
+    if training and backends.saving_of(layer, training) == "lean":
+        return "layers: one after another: lean memory makes the gates of one layer again at a time"
     if max(sizes) == 1:
         return "layers: one after another: side by side their weights do not stay on the chip, or a step takes longer"
     launches = ", ".join(f"{size} side by side" if size > 1 else "1 by itself" for size in sizes)
@@ -75,7 +77,7 @@ def _layer_lines(
     if choice.least_time > 1:
         lines.append(f"for T below {choice.least_time} it takes torch, whose calls take the host less time")
     if layer.num_layers > 1 and choice.plans:
-        lines.append(_layers_line(layer, choice.groups))
+        lines.append(_layers_line(layer, choice.groups, training))
     for plans in dict.fromkeys(choice.groups or (choice.plans,)):
         for plan in plans:
             lines += _pass_lines(plan, gpu, layer.num_layers, heads)

@@ -19,7 +19,8 @@ from .rows import Rows
 
 def groups(call: Call, hidden_size: int, like: Tensor, rows: Rows, layers: int, dropout: float) -> tuple[int, ...]:
     """How many layers of a stack each launch takes, from the first layer on: 1 where a layer runs by itself."""
-    together = call.route == "direct" and call.sets == 1 and call.heads == 1
+    # Lean memory makes gates again, layer by layer: those of all layers at once would take more than was saved.
+    together = call.route == "direct" and call.sets == 1 and call.heads == 1 and call.saving != "lean"
     if layers == 1 or not together or call.projected or call.beyond_aten or dropout >= 1:
         return (1,) * layers  # dropout of 1 draws no random numbers
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None

@@ -64,7 +64,7 @@ class Clock:
     def groups(self, trial):
         layer, saving = trial.layer, "full" if trial.wanted else "nothing"
         problem = backends._problem(layer, trial.batch, trial.dtype)
-        how = bool(trial.wanted), trial.ragged, backends.together_of(layer)
+        how = bool(trial.wanted), trial.ragged, backends.together_of(layer, bool(trial.wanted))
         return backends.groups_for(problem, DEVICE, *how, saving=saving)
 
     def takes(self, p: Plan) -> float:

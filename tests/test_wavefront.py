@@ -182,6 +182,25 @@ def test_inference_and_lean_memory_give_the_same(cell, memory, together):
         assert torch.equal(state, actual[f"final{index}"])
 
 
+def test_with_lean_memory_layers_run_one_after_another(monkeypatch):
+    """Catches: a backward that makes the gates of all layers again at once, which took more than was ever saved."""
+    ours, _ = stacked("gru", 20, 3)
+    launches = []
+    run = stack.forward
+    monkeypatch.setattr(stack, "forward", lambda *a: launches.append(a) or run(*a))
+    input, _ = draw(ours, 3, 2)
+    with concurrent_programs(7), rnn_gpu.backend("triton"), backends.always_exchange():
+        ours(input)
+        assert len(launches) == 1
+        ours.memory = "lean"
+        ours(input)
+        assert len(launches) == 1
+        with torch.no_grad():
+            ours(input)
+        assert len(launches) == 2
+    assert "one after another" in rnn_gpu.explain(ours, 2, "H200")
+
+
 LENGTHS = [4, 5, 0, 1, 5, 2, 3]
 
 
