@@ -50,6 +50,7 @@ LATENCY = {  # cycles from issue to the result, of what a scoreboard guards
     "LDG": int(LOAD * CLOCK),
     "LDS": 30,
     "LDSM": 33,
+    "LDL": 33,  # of spilled words, in the first-level cache
     "STS": 20,
     "STG": 20,
     "SHFL": 24,
@@ -68,7 +69,9 @@ LATENCY = {  # cycles from issue to the result, of what a scoreboard guards
     "BAR": 30,
     "F2F": 14,
 }
-PIPE = {"MUFU": 8, "LDS": 2, "STS": 2, "LDG": 4, "STG": 4, "SHFL": 2, "LDSM": 4, "HMMA": 8, "CCTL": 4}  # cycles apart
+PIPE = {  # cycles apart
+    "MUFU": 8, "LDS": 2, "STS": 2, "LDL": 4, "STL": 4, "LDG": 4, "STG": 4, "SHFL": 2, "LDSM": 4, "HMMA": 8, "CCTL": 4
+}  # fmt: skip
 READ = 14  # cycles until a memory instruction has read its registers
 BARRIER = 30  # cycles from the last arrival to the first instruction behind it
 STEPS, SETTLED = 8, 3  # steps that are walked, and those before they repeat

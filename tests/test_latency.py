@@ -22,7 +22,7 @@ BOUNDS = {
     ("gru", False, 768, "bfloat16", None, 1, 32): 1.10,
     ("gru", True, 512, "bfloat16", None, 1, 32): 0.98,
     ("gru", True, 768, "bfloat16", None, 1, 32): 1.21,
-    ("gru", True, 2048, "bfloat16", None, 2, 16): 4.43,
+    ("gru", True, 2048, "bfloat16", None, 2, 16): 4.61,
     ("rnn_tanh", False, 512, "bfloat16", None, 1, 32): 0.70,
     ("rnn_tanh", False, 650, "bfloat16", None, 1, 64): 0.96,
     ("rnn_tanh", False, 768, "bfloat16", None, 1, 64): 0.99,
@@ -128,6 +128,15 @@ def test_a_step_takes_its_stalls_and_the_latencies_that_it_waits_for():
     assert awaited.microseconds * 1000 * latency.CLOCK == pytest.approx(cycles)
     (longest, text, _), *_ = latency.waits(awaited, 1)
     assert "FADD" in text and longest * latency.CLOCK == pytest.approx(latency.LATENCY["LDG"])
+
+
+def test_a_spilled_word_is_waited_for():
+    """Catches registers that spill at no cost."""
+    loop = LOOP.replace("FADD R3, R1, R1 ", "LDL R3, [R1]    ").format(
+        control(2), control(4, write=3), control(5, wait=1 << 3), control(9)
+    )
+    spilling = latency.Walk(*latency.parsed(loop), warps=1, waiting=False)
+    assert spilling.microseconds * 1000 * latency.CLOCK == pytest.approx(2 + latency.LATENCY["LDL"] + 5 + 9)
 
 
 def test_the_lines_fit_what_was_measured():
