@@ -234,6 +234,7 @@ def _part(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int], s
     users may change in place, and not as a view.
     """
     new = torch.empty(0, dtype=dtype, device=buffer.device)
+    begin += buffer.storage_offset() * buffer.itemsize // dtype.itemsize
     return new.set_(buffer.untyped_storage(), begin, size, stride)
 
 
@@ -277,17 +278,18 @@ def begin(
     weight_ih: Sequence[Tensor] | None = None,
     bias_ih: Sequence[Tensor] | None = None,
     bias_hh: Sequence[Tensor] | None = None,
+    y: Tensor | None = None,
 ) -> Begun:
     """Make the buffers of a forward and what must stand in them; count: R. h0 [N, B, H], None for zeros.
 
     weight_hh: of each set [G*H, H], or all of them [N, G*H, H]. The rest: of each set, one or two, for the eager way,
-    where this makes one tensor of both and one bias of two.
+    where this makes one tensor of both and one bias of two. y: its buffer, of words, or a new one.
     """
     cell, (sets, hidden_size) = CELLS[plan.cell], (plan.sets, plan.hidden_size)
     batch, size, width = rows.batch, padded(hidden_size, plan.dtype), cell.gates * hidden_size
     like = weight_hh[0]
     device, dtype = like.device, like.dtype
-    y = _words((batch + count + batch, sets, size), dtype, device)
+    y = _words((batch + count + batch, sets, size), dtype, device) if y is None else y
     bias = bias_hn = input_weight = None
     if bias_ih is not None:
         apart = sets * cell.apart * hidden_size
@@ -424,16 +426,16 @@ def go_on(
     parameters: Tensor | None = None,
     rates: tuple[float | None, float | None] = (None, None),
     flat: bool = False,
+    aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n: where to write those, or new
+    """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n, aux: where to write those, or new
     tensors. flat: y as [R, N*H], where it lies so.
     """
     assert rows.time > 0 and x_part.is_contiguous()
     cell, sets = CELLS[plan.cell], plan.sets
     hidden_size, dtype, device, batch, count = plan.hidden_size, x_part.dtype, x_part.device, rows.batch, len(x_part)
     size, y = padded(hidden_size, plan.dtype), begun.y
-    aux = None
-    if cell.keeps_aux(saving):
+    if cell.keeps_aux(saving) and aux is None:
         exact = torch.float32 if cell.states else dtype
         aux = torch.empty((count, sets, cell.planes * size), dtype=exact, device=device)
     masks, numbers, mixed = _of_layer(rows, rates)

@@ -59,14 +59,15 @@ def begin(
     bias_ih: Sequence[Tensor] | None,
     bias_hh: Sequence[Tensor] | None,
     dropout: bool = False,
+    y: Tensor | None = None,
 ) -> Begun:
     """Make the buffers of a forward and what must stand in them; count: R. h0 [L, B, H], None for zeros; weights and
-    biases of each layer. dropout: whether there is any between the layers.
+    biases of each layer. dropout: whether there is any between the layers. y: its buffer, of words, or a new one.
     """
     cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
     size, width, batch = padded(hidden_size, plan.dtype), cell.gates * hidden_size, rows.batch
     like = weight_hh[0]
-    y = _words((layers, batch + count + batch, size), like.dtype, like.device)
+    y = _words((layers, batch + count + batch, size), like.dtype, like.device) if y is None else y
     recurrent, other = (_new(like, (layers, width, size)) for _ in range(2))
     bias = None if bias_ih is None else _new(like, (layers, width))
     apart = cell.apart * hidden_size if bias is not None else 0
@@ -127,12 +128,14 @@ def forward(
     h_n: Tensor | None = None,
     c_n: Tensor | None = None,
     passed: Passed | None = None,
+    gates: Tensor | None = None,
+    aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """All steps of all layers forward, after `begin`.
 
     x_part [R, G*H]: the first layer's, biases included; it stays as it is. h0, c0 [L, B, H], None for zeros. saving:
-    "nothing", "lean" or "full", as launch.forward has it. h_n, c_n: where to write those, or new tensors. passed:
-    dropout, as `begin` was told.
+    "nothing", "lean" or "full", as launch.forward has it. h_n, c_n, gates, aux: where to write those, or new tensors.
+    passed: dropout, as `begin` was told.
     -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None, fed [L-1,
     R, H], the inputs of all but the first layer where they are not y, or None; the kernels have layers of y, aux and
     fed R + 2B rows apart.
@@ -143,9 +146,9 @@ def forward(
     h_n = _new(x_part, (layers, batch, hidden_size)) if h_n is None else h_n
     if c_n is None and cell.states:
         c_n = _new(x_part, (layers, batch, len(cell.states) * hidden_size))
-    gates = _new(x_part, (layers, count, width)) if saving == "full" and cell.saves else None
-    aux = None
-    if cell.keeps_aux(saving):
+    if saving == "full" and cell.saves and gates is None:
+        gates = _new(x_part, (layers, count, width))
+    if cell.keeps_aux(saving) and aux is None:
         exact = torch.float32 if cell.states else dtype
         aux = _new(x_part, (*y.shape[:2], cell.planes * size), dtype=exact)[:, :count]
     tensors = dict(

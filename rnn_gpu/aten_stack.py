@@ -9,8 +9,7 @@ T steps, B rows, L layers, D directions, I input features, H hidden units, P the
 there is no projection).
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from . import aten, inductor, onnx
 from .call import Call
 from .kernels.spec import CELLS
-from .library import fake, operator
+from .library import fake, operator, without_autocast
 from .rows import Rows
 from .second_order import second_gradients
 
@@ -165,19 +164,6 @@ def _forward(given: tuple, how: tuple, trained: bool) -> tuple[tuple[Tensor, ...
         states = (h0, c0) if leaves[1] is None else leaves[1:3]
         results = _aten(steps, *states, leaves[3:], how, True)
     return tuple(r.detach().clone() for r in results), (leaves, results)
-
-
-def without_autocast(body: Callable) -> Callable:
-    """The same with autocast off on a CPU: everything has its type already."""
-
-    @functools.wraps(body)
-    def run(*arguments):
-        if not torch.is_autocast_enabled("cpu"):
-            return body(*arguments)
-        with torch.autocast("cpu", enabled=False):
-            return body(*arguments)
-
-    return run
 
 
 @operator("aten_stack", f"({GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")

@@ -622,7 +622,7 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 @torch.compiler.assume_constant_result
 def _why_not_compiled(
     problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: tuple[int, int] = (1, 1),
-    beyond: bool = False,
+    beyond: bool = False, together: int = 1,
 ) -> str:  # fmt: skip
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
@@ -633,7 +633,7 @@ def _why_not_compiled(
     if missing := triton_missing() or (triton_untested() if wanted == "auto" else None):
         return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
-    choice = _weighed(problem, device, training=True, ragged=ragged, layers=layers)
+    choice = _weighed(problem, device, training=True, ragged=ragged, layers=layers, together=together)
     return "" if choice.name == "triton" or (choice.plans and (beyond or wanted == "triton")) else choice.reason
 
 
@@ -657,7 +657,8 @@ def choose(
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
         problem = _problem(module, 1, dtype)
-        how = ragged, wanted, (module.num_layers, heads_of(module)), beyond_aten(module)
+        together = 1 if drops_between(module) else together_of(module)  # as stack_operators.py serves them
+        how = ragged, wanted, (module.num_layers, heads_of(module)), beyond_aten(module), together
         reason = _why_not_compiled(problem, input.device.type, where, *how)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")

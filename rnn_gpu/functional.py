@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import aten, aten_stack, onnx
+from . import aten, aten_stack, onnx, stack_operators
 from .call import Call, Inputs
 from .heads import by_heads
 from .kernels.spec import CELLS
@@ -39,6 +39,11 @@ def recurrent_stack(
         c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0  # Dynamo takes no tensor twice
         how = call.cell, call.biases, count // call.sets, call.sets, rows.time, call.saving != "nothing"
         y, h_n, c_n = aten_stack.stack(h0, c0, *how, input, *weights)
+        return y, h_n, c_n if CELLS[call.cell].states else None, None
+    if stack_operators.serves(call, count // call.sets, dropout):
+        c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0
+        how = *rows[2:5], rows.time, call.cell, call.biases, call.saving, *call.limits
+        y, h_n, c_n = stack_operators.stack(h0, c0, *how, input, *weights)
         return y, h_n, c_n if CELLS[call.cell].states else None, None
     if h0 is None and call.route != "direct":
         h0, c0 = zero_states(call, rows, input, weights, count)

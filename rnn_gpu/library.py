@@ -2,6 +2,7 @@
 and in autograd that ours do not need, and which take longer than a step of a small layer.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -25,3 +26,17 @@ def operator(name: str, schema: str) -> Callable[[Callable], torch._ops.OpOverlo
 def fake(name: str) -> Callable[[Callable], Callable]:
     """Say what an operator's results look like."""
     return torch.library.register_fake(f"rnn_gpu::{name}", lib=_library)
+
+
+def without_autocast(body: Callable) -> Callable:
+    """The same with autocast off: everything has its type already."""
+
+    @functools.wraps(body)
+    def run(*arguments):
+        if not torch._C._is_any_autocast_enabled():
+            return body(*arguments)
+        device = next(one.device.type for one in arguments if isinstance(one, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return body(*arguments)
+
+    return run

@@ -605,24 +605,35 @@ def directly(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def run_directly(inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None):
+def run_directly(
+    inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None,
+    y: Tensor | None = None, gates: Tensor | None = None, aux: Tensor | None = None,
+):  # fmt: skip
     """One layer forward, all directions -> y [R, N*H], or [R, N, H] where it has gaps, h_n and c_n [N, B, H], gates [R,
-    N*G*H], aux, carries. inputs: weights and biases as one tensor of each set. h_n, c_n: where to write those, or new
-    tensors.
+    N*G*H], aux, carries. inputs: weights and biases as one tensor of each set. y: a buffer for it; h_n, c_n, gates,
+    aux: where to write those; or new tensors.
     """
     from .kernels import launch
 
     input, weight_hh = inputs.input, inputs.weight_hh
     plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
     weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), launch.sent(inputs.h0, rows)
-    begun = launch.begin(plan, rows, input.shape[0], sent, *weights)
-    gates = torch.nn.functional.linear(input, begun.weight_ih, begun.bias)
+    begun = launch.begin(plan, rows, input.shape[0], sent, *weights, y=y)
+    gates = _product(input, begun.weight_ih, begun.bias, gates)
     if inputs.start is not None:
         add_start(gates.unflatten(1, (call.sets, -1)), inputs.start, rows, call)
     states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
     more = inputs.parameters, call.kernel_rates
-    y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, h_n, c_n, *more, flat=True)
+    how = *how, h_n, c_n, *more
+    y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, flat=True, aux=aux)
     return y, h_n, c_n, gates, *kept
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """input @ weight.T + bias; out: where to write it, or a new tensor."""
+    if out is None:
+        return torch.nn.functional.linear(input, weight, bias)
+    return torch.mm(input, weight.t(), out=out) if bias is None else torch.addmm(bias, input, weight.t(), out=out)
 
 
 class EagerLayer(torch.autograd.Function):

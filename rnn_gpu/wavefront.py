@@ -1,4 +1,4 @@
-"""A stack whose layers run side by side in one launch, in an eager call: layer n a step behind layer n - 1.
+"""A stack whose layers run side by side in one launch: layer n a step behind layer n - 1. Graphs: stack_operators.py.
 
 T steps, B rows of the batch, R rows of all steps, L layers, G gates, H hidden units, E slots a unit (kernels/spec.py).
 """
@@ -49,7 +49,7 @@ def side_by_side(
     """
     passed = drawn_between(inputs, dropout) if dropout > 0 else None
     if call.saving == "nothing":
-        y, h_n, c_n, *_ = _run(inputs, rows, call, passed, h_n, c_n)
+        y, h_n, c_n, *_ = run(inputs, rows, call, passed, h_n, c_n)
         return y[-1].clone(), h_n, c_n  # a copy, so that the other layers' memory is free again
     weights = [weight for kind in inputs[1:5] if kind is not None for weight in kind]
     return EagerStack.apply(call, rows, passed, inputs.input, inputs.h0, inputs.c0, *weights)
@@ -68,16 +68,21 @@ def drawn_between(inputs: Inputs, dropout: float):
     return Passed(mask.view(torch.int8), 1 / (1 - dropout))
 
 
-def _run(inputs: Inputs, rows: Rows, call: Call, passed, h_n: Tensor | None = None, c_n: Tensor | None = None):
-    """The same, all that kernels/stack.py gives: y [L, R, H], h_n, c_n, gates [L, R, G*H], aux [L, R, HS] and fed."""
+def run(
+    inputs: Inputs, rows: Rows, call: Call, passed=None, h_n: Tensor | None = None, c_n: Tensor | None = None,
+    y: Tensor | None = None, gates: Tensor | None = None, aux: Tensor | None = None,
+):  # fmt: skip
+    """The same, all that kernels/stack.py gives: y [L, R, H], h_n, c_n, gates [L, R, G*H], aux [L, R, HS] and fed. y: a
+    buffer for it; gates, aux: where to write those; or new tensors.
+    """
     from .kernels import stack
 
     weights = inputs.weight_ih, inputs.weight_hh, inputs.bias_ih, inputs.bias_hh
     plan = _plan(call, inputs.weight_hh, inputs.input, rows, passed is not None, False)
-    begun = stack.begin(plan, rows, inputs.input.shape[0], inputs.h0, *weights, passed is not None)
+    begun = stack.begin(plan, rows, inputs.input.shape[0], inputs.h0, *weights, passed is not None, y)
     bias = None if begun.bias is None else begun.bias[0]
     x_part = torch.nn.functional.linear(inputs.input, inputs.weight_ih[0], bias)
-    return stack.forward(plan, begun, x_part, inputs.h0, inputs.c0, rows, call.saving, h_n, c_n, passed)
+    return stack.forward(plan, begun, x_part, inputs.h0, inputs.c0, rows, call.saving, h_n, c_n, passed, gates, aux)
 
 
 def _plan(call: Call, weight_hh: Sequence[Tensor], like: Tensor, rows: Rows, drops: bool, backward: bool) -> Plan:
@@ -94,7 +99,7 @@ class EagerStack(torch.autograd.Function):
     def forward(ctx, call: Call, rows: Rows, passed, input, h0, c0, *weights):
         """The first layer's input product, then the recurrence of all."""
         inputs = Inputs(input, *_by_kind(weights, call), None, None, h0, c0)
-        y, h_n, c_n, gates, aux, fed = _run(inputs, rows, call, passed)
+        y, h_n, c_n, gates, aux, fed = run(inputs, rows, call, passed)
         output = y[-1].clone()  # whoever keeps it does not keep the other layers' outputs
         mask, ctx.scale = (None, None) if passed is None else passed
         # The output knows whether a user has changed it in place, which is an error as it is for a layer alone.
@@ -114,7 +119,7 @@ class EagerStack(torch.autograd.Function):
         if torch.is_grad_enabled():
             run = lambda *d: _gradients_by_autograd(*how, d, *given)
         else:
-            run = lambda *d: _gradients(*how, d, y, gates, aux, fed, *given)
+            run = lambda *d: gradients(*how, d, y, gates, aux, fed, *given)
         return None, None, None, *for_each_gradient(run, d_outputs)
 
 
@@ -125,14 +130,14 @@ def _by_kind(weights: Sequence, call: Call) -> list[Sequence | None]:
     return kinds + [None] * (4 - len(kinds))
 
 
-def _gradients(
+def gradients(
     call: Call, rows: Rows, mask: Tensor | None, scale: float | None, need: Sequence[bool], d_outputs: tuple,
     y, gates, aux, fed, input, h0, c0, *weights,
 ):  # fmt: skip
-    """The gradients of input, h0, c0 and weights, None where not needed: the recurrence of all layers backwards, then
-    the products of each.
+    """The gradients of input, h0, c0 and weights, None where not needed: the recurrence of all layers backwards, of one
+    or of several side by side, then the products of each.
     """
-    from .kernels import stack
+    from .kernels import launch, stack
 
     by_kind, cell, (d_y, d_h_n, d_c_n) = _by_kind(weights, call), CELLS[call.cell], d_outputs
     by_input, by_h0, by_c0, *by_weight = need
@@ -145,15 +150,21 @@ def _gradients(
         empty = y.new_empty(0)  # as the operators have what is not there
         kept = [empty if aux is None else aux[n].unsqueeze(1) for n in range(len(y))]
         pairs = [gates_again(one, rows, call, y[n, :, None], kept[n], empty) for n, one in enumerate(layers)]
-        gates = torch.stack([one.squeeze(1) for one, _ in pairs])
+        gates = _of_layers([one for one, _ in pairs])
         if aux is None and cell.planes:
-            aux = torch.stack([one.squeeze(1) for _, one in pairs])
+            aux = _of_layers([one for _, one in pairs])
     weight_ih, weight_hh = by_kind[:2]
     plan = _plan(call, weight_hh, y, rows, mask is not None, True)
-    passed = None if mask is None else stack.Passed(mask, scale)
-    d_gates, d_carry_0 = stack.backward(
-        plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows, passed
-    )  # fmt: skip
+    if len(y) == 1:
+        of_set = (None if one is None else one[0, :, None] for one in (gates, aux, y))
+        d_y = None if d_y is None else d_y.unsqueeze(1)
+        d_gates, d_carry_0, *_ = launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, *of_set, h0, c0, rows, 0)
+        d_gates = d_gates.transpose(0, 1)
+    else:
+        passed = None if mask is None else stack.Passed(mask, scale)
+        d_gates, d_carry_0 = stack.backward(
+            plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows, passed
+        )  # fmt: skip
     found = []
     for n, one in enumerate(layers):
         needed = [kind is not None and kind[n] for kind in _by_kind(by_weight, call)]
@@ -169,6 +180,11 @@ def _gradients(
     d_weights = [d if d is None else d[0] for kind in list(zip(*found, strict=True))[1:5] for d in kind]
     d_h0 = torch.cat([one.h0 for one in found]) if by_h0 else None
     return found[0].input, d_h0, d_carry_0 if by_c0 else None, *d_weights[: len(weights)]
+
+
+def _of_layers(parts: Sequence[Tensor]) -> Tensor:
+    """[L, R, ...] from one of each layer, [R, 1, ...]; without a copy where there is one layer."""
+    return parts[0].transpose(0, 1) if len(parts) == 1 else torch.stack([one.squeeze(1) for one in parts])
 
 
 def _one(of_layers, n: int):

@@ -21,9 +21,7 @@ STACK = {"bidirectional": True, "num_layers": 2}
 
 @pytest.fixture(autouse=True)
 def one_backend():
-    """The backend of this run, several programs, and nothing compiled before. Full products: in eager mode layers run
-    side by side, where all products are the kernel's, in tf32; compiled one after another.
-    """
+    """The backend of this run, several programs, and nothing compiled before."""
     with exchanging_in_full():
         yield
 
@@ -51,6 +49,7 @@ def assert_same(run, compiled, layer, *arguments):
         ("LSTM", STACK, "lengths"),
         ("GRU", STACK, None),
         ("GRU", {}, "resets"),
+        ("GRU", {"num_layers": 3}, "lengths"),
         ("RNN", {}, "lengths"),
     ],
 )
@@ -195,6 +194,24 @@ def test_what_the_kernels_cannot_do_raises_under_compile_too():
     layer = rnn_gpu.GRU(4, 12).double()
     with pytest.raises(RuntimeError, match="float64"):
         torch.compile(layer, backend="aot_eager")(torch.randn(5, 3, 4).double())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_exported_stacks_run_at_other_sizes(strict, tmp_path):
+    """Catches: layers side by side, or sizes, that are constants of a program; what is kept for a backward that it does
+    not have; a program that cannot be saved.
+    """
+    layer = rnn_gpu.GRU(5, 20, num_layers=3)
+    dims = {0: torch.export.Dim("T", min=1), 1: torch.export.Dim("B", min=1)}
+    program = torch.export.export(layer, (torch.randn(3, 2, 5),), dynamic_shapes={"input": dims}, strict=strict)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    operators = [node for node in program.graph.nodes if "rnn_gpu" in str(node.target)]
+    assert len(operators) == (1 if INTERPRETED else 3)
+    input = torch.randn(4, 6, 5)
+    for loaded in (program, torch.export.load(tmp_path / "layer.pt2")):
+        for actual, expected in zip(loaded.module()(input), layer(input), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 # ---- What a forward on PyTorch's kernels keeps for its backward ------------------------------------------------------

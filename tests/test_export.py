@@ -12,6 +12,7 @@ from rnn_gpu import aten
 
 STACK = {"bidirectional": True, "num_layers": 2}
 LAYERS = [("LSTM", STACK), ("LSTM", {"proj_size": 2, "batch_first": True}), ("GRU", {"bias": False}), ("RNN", STACK)]
+LAYERS += [("GRU", {"num_layers": 2})]
 TIME, BATCH = torch.export.Dim("T", min=1), torch.export.Dim("B", min=1)
 
 

@@ -12,7 +12,9 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.interpreter import INTERPRETED, ON_MACHINE, concurrent_programs
 
@@ -21,7 +23,7 @@ if not INTERPRETED and not ON_MACHINE:
 
 import rnn_gpu
 import rnn_gpu.zoo
-from rnn_gpu import backends, wavefront
+from rnn_gpu import backends, stack_operators, wavefront
 from rnn_gpu.kernels import launch, stack
 from rnn_gpu.kernels.plan import DEVICES, plan
 from rnn_gpu.kernels.spec import CELLS, chunk_width, padded
@@ -59,17 +61,34 @@ def full_float32_and_waits_end_soon(monkeypatch):
 @pytest.fixture
 def together(monkeypatch):
     """All layers of a stack in one launch, whatever the plan would choose -> a function that cuts it otherwise."""
-    cut = {}
+    cut, of_one = {}, wavefront._plan
 
     def groups(call, hidden_size, like, rows, layers, dropout):
         return (layers,) if call.route == "direct" and dropout < 1 and call.sets == 1 else (1,) * layers
 
     def planned(call, weight_hh, like, rows, drops, backward):
+        if len(weight_hh) == 1:
+            return of_one(call, weight_hh, like, rows, drops, backward)
         return cut_plan(call, weight_hh[0].shape[1], like.dtype, rows, backward, len(weight_hh), **cut)
 
-    monkeypatch.setattr("rnn_gpu.functional.groups", groups)
+    for module in ("functional", "stack_operators"):
+        monkeypatch.setattr(f"rnn_gpu.{module}.groups", groups)
     monkeypatch.setattr(wavefront, "_plan", planned)
     return cut.update
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(layers, whether backward) of every launch."""
+    seen, run = [], launch._launch
+
+    def counted(plan, *rest, **numbers):
+        seen.append((plan.layers, plan.backward))
+        run(plan, *rest, **numbers)
+
+    for module in (launch, stack):
+        monkeypatch.setattr(module, "_launch", counted)
+    return seen
 
 
 def cut_plan(call, hidden_size, dtype, rows, backward, layers, waits=None, registers=None, shared=None, **changes):
@@ -205,18 +224,23 @@ LENGTHS = [4, 5, 0, 1, 5, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("cell", "kind"),
+    ("cell", "kind", "how"),
     sample(
-        itertools.product(["lstm", "gru", "rnn_tanh"], ["lengths", "packed", "resets"]),
-        ("lstm", "packed"), ("gru", "resets"), ("rnn_tanh", "lengths"),
+        itertools.product(["lstm", "gru", "rnn_tanh"], ["lengths", "packed", "resets"], ["eager", "compiled"]),
+        ("lstm", "packed", "eager"), ("gru", "resets", "eager"), ("rnn_tanh", "lengths", "eager"),
+        ("lstm", "resets", "compiled"), ("gru", "packed", "compiled"), ("rnn_tanh", "lengths", "compiled"),
     ),
 )  # fmt: skip
-def test_rows_that_end_early_or_start_anew(cell, kind, together):
+def test_rows_that_end_early_or_start_anew(cell, kind, how, together, monkeypatch):
     """Catches: a layer that waits for a row another one has no place for, padding that reaches the layer above, a reset
-    that cuts off what comes from the layer below too, or not its own state.
+    that cuts off what comes from the layer below too, or not its own state; masks that the operator of a stack does not
+    hand on.
     """
     together(dict(units=16))
     ours, oracle = stacked(cell, 20, 3)
+    if how == "compiled":
+        monkeypatch.setattr(stack_operators, "groups", lambda *_: (1, 2))
+        ours.compile(fullgraph=True, backend="aot_eager")
     time, batch = 5, len(LENGTHS)
     input = torch.randn(time, batch, 5, generator=torch.Generator().manual_seed(5))
     if kind == "resets":  # the oracle cuts one layer into pieces: so layer upon layer
@@ -474,16 +498,8 @@ def test_saved_tensors_may_come_back_in_other_strides(together):
         assert_saved_tensors_may_be_strided(*stacked(cell, 16, 2))
 
 
-def test_the_plan_chooses_groups_and_a_setting_takes_them_back(monkeypatch):
+def test_the_plan_chooses_groups_and_a_setting_takes_them_back(launches, monkeypatch):
     """Catches: groups that are never, or always, taken, and results that depend on them beyond rounding."""
-    launched = []
-    run = launch._launch
-    for module in (launch, stack):
-        monkeypatch.setattr(
-            module,
-            "_launch",
-            lambda plan, *rest, **numbers: (launched.append(plan.layers), run(plan, *rest, **numbers)),
-        )
     layer, oracle = stacked("lstm", 20, 3)
     input, _ = draw(layer, 2, 3)
     expected = oracle(input.double())[0]
@@ -496,7 +512,192 @@ def test_the_plan_chooses_groups_and_a_setting_takes_them_back(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("rnn_gpu.functional.groups", lambda *_: (2, 1))
             four, _ = layer(input)
-    assert launched == [3, 1, 1, 1, 1, 1, 1, 2, 1]
+    assert [layers for layers, _ in launches] == [3, 1, 1, 1, 1, 1, 1, 2, 1]
     peer = same(layer, torch.float32)(input)[0].detach()
     for output in (one, two, three, four):
         assert_close_to_oracle(output, expected, peer)
+
+
+# ---- In compiled and exported graphs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler():
+    """One that counts what it compiles, and forgets all."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("cell", "memory", "size", "dtype"),
+    [
+        ("lstm", "full", 20, torch.float32),
+        ("gru", "lean", 20, torch.float32),
+        ("rnn_tanh", "full", 7, torch.float16),
+        *(pytest.param(cell, "lean", 7, torch.bfloat16, marks=SLOW) for cell in ("lstm", "rnn_tanh")),
+        *(pytest.param(cell, "full", 7, torch.float16, marks=SLOW) for cell in ("lstm", "gru")),
+    ],
+)
+def test_one_graph_whose_operator_chooses_the_groups(
+    cell, memory, size, dtype, together, launches, compiler, monkeypatch
+):
+    """Catches: a graph that is compiled again because other layers run side by side, tensors of one group taken for
+    another's, gates of an odd layer written where no kernel can; other results in inference.
+    """
+    together(dict(units=16))
+    cut = {4: (2, 1), 5: (3,), 2: (1, 2), 6: (1, 1, 1)}  # of batches; first one that is no other size of the layer
+    monkeypatch.setattr(stack_operators, "groups", lambda call, size, like, rows, layers, dropout: cut[rows.batch])
+    ours, oracle = stacked(cell, size, 3, dtype)
+    ours.memory = memory
+    peer = same(ours, dtype)
+    ours.compile(fullgraph=True, dynamic=True, backend=compiler)
+    compiles = []
+    for time, (batch, sizes) in enumerate(cut.items(), 2):
+        with concurrent_programs(batch):
+            launches.clear()
+            input, hx = draw(peer, time, batch)
+            input, hx = input.to(dtype), tuple(state.to(dtype) for state in hx)
+            actual = outcome(ours, input, hx, "triton")
+            assert launches == [*((n, False) for n in sizes), *((n, True) for n in reversed(sizes))]
+        expected, rounded = outcome(oracle, input, hx, "torch"), outcome(peer, input, hx, "torch")
+        for key, value in expected.items():
+            assert_close_to_oracle(actual[key], value, rounded[key], key)
+        compiles.append(compiler.frame_count)
+    assert compiles == compiles[:1] * 4, "compiled again for another size"
+    with torch.no_grad(), rnn_gpu.backend("triton"), concurrent_programs(6):
+        output, final = ours(input, as_hx(hx))
+    assert torch.equal(output, actual["output"]) and torch.equal(as_tuple(final)[-1], actual[f"final{len(hx) - 1}"])
+
+
+def test_a_graph_takes_the_groups_of_an_eager_call(launches, compiler):
+    """Catches: layers that run side by side in eager mode alone, or where the plan takes them one by one; a layer by
+    itself where there is dropout between the layers in training.
+    """
+    layer, _ = stacked("lstm", 20, 3, dropout=0.5)
+    input, _ = draw(layer, 2, 3)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    with rnn_gpu.backend("triton"), backends.always_exchange():
+        compiled(input)
+        assert launches == [(1, False)] * 3
+        layer.eval()
+        for most in (None, 2):
+            with rnn_gpu.max_programs(most):
+                found = []
+                for run in (layer, compiled):
+                    launches.clear()
+                    output = run(input)[0]
+                    output.sum().backward()
+                    found.append((output, list(launches)))
+            assert found[0][1] == found[1][1]
+            torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == [(1, False)] * 3 + [(1, True)] * 3
+
+
+def test_gradients_that_nobody_needs_are_not_made_in_a_graph(together, launches, compiler, monkeypatch):
+    """Catches: a backward of groups below all that needs a gradient, one that stops too early."""
+    together(dict(units=16))
+    monkeypatch.setattr(stack_operators, "groups", lambda *_: (1, 1, 1))
+    layer, oracle = stacked("gru", 20, 3)
+    input, _ = draw(layer, 2, 3)
+    layer.requires_grad_(False)
+    wanted = layer.bias_hh_l1.requires_grad_()
+    with rnn_gpu.backend("triton"):
+        torch.compile(layer, fullgraph=True, backend=compiler)(input)[0].sum().backward()
+    assert launches == [(1, False)] * 3 + [(1, True)] * 2
+    oracle(input.double())[0].sum().backward()
+    peer = same(layer, torch.float32)
+    peer(input)[0].sum().backward()
+    assert_close_to_oracle(wanted.grad, oracle.bias_hh_l1.grad, peer.bias_hh_l1.grad)
+    assert all(p.grad is None for p in layer.parameters() if p is not wanted)
+
+
+def test_an_output_written_into_before_the_backward_of_a_graph(together, compiler):
+    """Catches: gradients of an output that has been changed since, in silence."""
+    layer, _ = stacked("lstm", 20, 2)
+
+    def run(input):
+        output, _ = layer(input)
+        with torch.no_grad():
+            output.mul_(2)
+        return output
+
+    with rnn_gpu.backend("triton"), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.compile(run, fullgraph=True, backend=compiler)(torch.randn(3, 2, 5))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_the_operators_of_a_stack_keep_the_rules_of_torch_library(cell, together):
+    """Catches: a wrong fake (shape, stride, type), an output that shares memory with an input or another one."""
+    together(dict(units=16))
+    T, B, L, H, of_cell = 3, 2, 2, 9, CELLS[cell]
+    h0, c0 = torch.randn(L, B, H), torch.randn(L, B, H) if of_cell.states else None
+    of_layers = [[of_cell.gates * H, I] for I in (4, H)], [of_cell.gates * H, H], [of_cell.gates * H]
+    weights = [torch.randn(*size) for first in of_layers[0] for size in (first, of_layers[1], *[of_layers[2]] * 2)]
+    for lengths, saving in ((None, "full"), (torch.tensor([3, 1], dtype=torch.int32), "lean"), (None, "nothing")):
+        how = lengths, None, None, T, cell, True, saving, 0, False
+        given = torch.randn(T * B, 4), h0, c0, weights, *how
+        torch.library.opcheck(torch.ops.rnn_gpu.kernel_stack.default, given)
+        if saving == "nothing":
+            continue
+        y, h_n, _, *kept = torch.ops.rnn_gpu.kernel_stack(*given)
+        d_c_n, need = None if c0 is None else torch.randn(L, B, H), [True, True, c0 is not None, *[True] * len(weights)]
+        backward = torch.randn_like(y), torch.randn_like(h_n), d_c_n, *given, *kept, need
+        torch.library.opcheck(torch.ops.rnn_gpu.kernel_stack_backward.default, backward)
+
+
+class LooksOn(TorchDispatchMode):
+    """A mode that changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=SLOW)])
+def test_the_operators_are_differentiable_twice(cell, together):
+    """Catches: a second derivative that is wrong, or none; gradients of many at once that are mixed up."""
+    layer, oracle = stacked(cell, 9, 2)
+    input, hx = draw(layer, 3, 2)
+    lengths = torch.tensor([3, 1])
+
+    def penalty(module, input, hx, backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in (input, *hx)]
+        with rnn_gpu.backend(backend), LooksOn():
+            if backend == "triton":
+                output, final = module(leaves[0], as_hx(tuple(leaves[1:])), lengths=lengths)
+                final = as_tuple(final)
+            else:
+                output, *final = one_at_a_time(module, leaves[0], leaves[1:], lengths)
+        loss = output.pow(2).sum() + sum(state.sum() for state in final)
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), [*leaves, *module.parameters()])
+
+    expected, peer = penalty(oracle, input.double(), [s.double() for s in hx], "torch"), same(layer, torch.float32)
+    peer = penalty(peer, input, hx, "torch")
+    for a, e, p in zip(penalty(layer, input, hx, "triton"), expected, peer, strict=True):
+        assert_close_to_oracle(a, e, p)
+    leaf = input.clone().requires_grad_()
+    with rnn_gpu.backend("triton"), LooksOn():
+        output, _ = layer(leaf)
+    chosen = torch.randn(2, *output.shape)
+    (batched,) = torch.autograd.grad(output, leaf, chosen, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(output, leaf, one, retain_graph=True)[0] for one in chosen]
+    assert torch.equal(batched, torch.stack(single))
+
+
+def test_a_transform_inside_a_graph(compiler):
+    """Catches: an operator that a transform does not know, or gradients that stop at it."""
+    layer, _ = stacked("gru", 9, 2)
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(parameters, input):
+        return torch.func.functional_call(layer, parameters, (input,))[0].pow(2).sum()
+
+    run = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    inputs = torch.randn(2, 3, 2, 5)
+    with rnn_gpu.backend("triton"):
+        found = torch.compile(run, fullgraph=True, backend=compiler)(parameters, inputs)
+        for v, input in enumerate(inputs):
+            expected = torch.autograd.grad(layer(input)[0].pow(2).sum(), list(layer.parameters()))
+            for actual, right in zip(found.values(), expected, strict=True):
+                torch.testing.assert_close(actual[v], right)

@@ -1,0 +1,287 @@
+"""A stack on the kernels as one operator, for compiled and exported graphs: its layers side by side, in groups, or one
+after another, as only the sizes of a call can tell. So the body chooses, and the graph is the same for all sizes.
+
+The products are in the body, too: outside, the gate gradients of all layers would have to be there at the same time
+where the layers run one after another. T steps, B rows of the batch, R rows of all steps, I input features, L layers, G
+gates, H hidden units, HS = padded H.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import aten, backends, inductor
+from .call import Call, Inputs
+from .kernels.spec import CELLS, known, padded
+from .library import fake, operator, without_autocast
+from .many_gradients import for_each_gradient
+from .operators import run_directly
+from .rows import Rows
+from .second_order import second_gradients
+from .wavefront import gradients, groups, run
+
+# cell, biases, what is saved, limits of plans (call.py)
+HOW = "str cell, bool biases, str saving, int max_programs, bool alone"
+MASKS = "Tensor? lengths, Tensor? offsets, Tensor? resets, SymInt time"
+GIVEN = f"Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {MASKS}, {HOW}"
+COUNT = 9  # of MASKS and HOW
+KEPT = "Tensor y, Tensor gates, Tensor aux"
+
+
+def serves(call: Call, layers: int, dropout: float) -> bool:
+    """Whether a call is one of this file's. dropout: between the layers."""
+    together = layers > 1 and call.sets == 1 and call.heads == 1 and CELLS[call.cell].side_by_side
+    in_a_graph = call.route == "kernels" and not call.functional
+    return in_a_graph and together and dropout == 0 and not call.projected and not call.beyond_aten
+
+
+# All arguments in a row, as functional._apply has them.
+@torch.compiler.allow_in_graph
+def stack(h0, c0, lengths, offsets, resets, time, cell, biases, saving, max_programs, alone, input, *weights):
+    """input [R, I]; h0 [L, B, H] and c0 [L, B, K*H], or None for zeros; weights in torch.nn's order; the rest: Rows and
+    Call. -> y [R, H] of the last layer, h_n, c_n, which is empty for cells without states.
+    """
+    saving = "nothing" if aten.exporting() else saving
+    how = lengths, offsets, resets, time, cell, biases, saving, max_programs, alone
+    if torch._C._are_functorch_transforms_active():  # a transform inside the graph
+        return _by_layers((input, h0, c0, *weights), how, "kernels")
+    if saving == "nothing":
+        return kernel_stack(input, h0, c0, weights, *how)[:3]
+    return Stack.apply(*how, input, h0, c0, *weights)[:3]
+
+
+def _by_layers(leaves: Sequence[Tensor | None], how: tuple, route: str) -> tuple[Tensor, ...]:
+    """The same layer by layer, written into no tensor that is not new."""
+    from .functional import recurrent_stack
+
+    (input, h0, c0, *weights), (call, rows) = leaves, _taken(leaves[0], how)
+    y, h_n, c_n, _ = recurrent_stack(call._replace(route=route, functional=True), rows, input, h0, c0, weights, 0.0)
+    return y, h_n, h_n.new_empty(0) if c_n is None else c_n
+
+
+def _taken(input: Tensor, how: tuple) -> tuple[Call, Rows]:
+    """MASKS and HOW as what they are; the call as one on the route "direct"."""
+    lengths, offsets, resets, time, cell, biases, saving, *limits = how
+    batch = input.shape[0] // time if lengths is None else lengths.shape[0]
+    call = Call(cell, 1, 0, biases, route="direct", saving=saving, limits=tuple(limits))
+    return call, Rows(time, batch, lengths, offsets, resets)
+
+
+# ---- The operators ---------------------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """What all layers leave for the backward, None where that is nothing: y's buffer [L, B+R+B, HS], gates [L, R, G*H],
+    aux [L, R, planes*HS], B+R+B rows from layer to layer.
+    """
+
+    y: Tensor | None = None
+    gates: Tensor | None = None
+    aux: Tensor | None = None
+
+
+class Group(NamedTuple):
+    """Layers first, first + 1, ..., last - 1 of a stack, that one launch takes."""
+
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        """How many layers."""
+        return self.last - self.first
+
+    def of(self, tensors):
+        """Those of its layers, of what there is of each; None of None."""
+        return None if tensors is None else tensors[self.first : self.last]
+
+
+def _groups(call: Call, weight_hh: Sequence[Tensor], rows: Rows) -> list[Group]:
+    """As an eager call has them."""
+    sizes = groups(call, weight_hh[0].shape[1], weight_hh[0], rows, len(weight_hh), 0.0)
+    ends = itertools.accumulate(sizes)
+    return [Group(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _by_kind(weights: Sequence, biases: bool) -> list[Sequence | None]:
+    """weight_ih, weight_hh, bias_ih, bias_hh of all layers from torch.nn's order."""
+    each = 4 if biases else 2
+    return [weights[i::each] for i in range(each)] + [None] * (4 - each)
+
+
+def _in_a_row(group: Group, by_kind: Sequence) -> list:
+    """Of a group's layers, what is there of each kind, one kind after another."""
+    return [one for kind in by_kind if kind is not None for one in group.of(kind)]
+
+
+def _buffers(input: Tensor, weights: Sequence[Tensor], call: Call, rows: Rows) -> tuple[Tensor, Tensor | None, Kept]:
+    """h_n [L, B, H], c_n [L, B, K*H] or None, and what is kept, all to be written."""
+    spec, (count, _), size = known(call.cell), input.shape, weights[1].shape[1]
+    layers, wide = len(weights) // (4 if call.biases else 2), padded(size, backends.name_of(input.dtype))
+    h_n = input.new_empty(layers, rows.batch, size)
+    c_n = input.new_empty(layers, rows.batch, len(spec.states) * size) if spec.states else None
+    if call.saving == "nothing":
+        return h_n, c_n, Kept()
+    span, gates, aux = count + 2 * rows.batch, None, None
+    if call.saving == "full" and spec.saves:
+        gates = input.new_empty(layers, count, spec.gates * size)
+    if spec.keeps_aux(call.saving):
+        exact = torch.float32 if spec.states else input.dtype
+        aux = input.new_empty(layers, span, spec.planes * wide, dtype=exact)[:, :count]
+    return h_n, c_n, Kept(input.new_empty(layers, span, wide), gates, aux)
+
+
+def _results(y: Tensor, h_n: Tensor, c_n: Tensor | None, kept: Kept, batch: int) -> tuple[Tensor, ...]:
+    """What the operator gives."""
+    (count, size), empty = y.shape, lambda one: y.new_empty(0) if one is None else one
+    ys = y.new_empty(0) if kept.y is None else kept.y[:, batch : batch + count, :size]
+    return y, h_n, empty(c_n), ys, empty(kept.gates), empty(kept.aux)
+
+
+@operator("kernel_stack", f"({GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+@without_autocast
+def kernel_stack(input, h0, c0, weights, *how):
+    """See `stack`; besides, each empty where it is not kept: y [L, R, H] of all layers, gates [L, R, G*H], aux."""
+    call, rows = _taken(input, how)
+    h_n, c_n, kept = _buffers(input, weights, call, rows)
+    by_kind, y = _by_kind(weights, call.biases), input
+    for group in _groups(call, by_kind[1], rows):
+        inputs = Inputs(y, *map(group.of, by_kind), None, None, group.of(h0), group.of(c0))
+        buffer, gates, aux = map(group.of, kept)
+        buffer = buffer if buffer is None else buffer.view(torch.int32)
+        to = None if gates is None or gates.data_ptr() % 16 > 0 else gates  # where a kernel can write it
+        if group.size > 1:
+            y, _, _, made, *_ = run(inputs, rows, call, None, group.of(h_n), group.of(c_n), buffer, to, aux)
+            y = y[-1]
+        else:
+            finals, of_one = (
+                (group.of(h_n), group.of(c_n)),
+                (_one_set(buffer), to if to is None else to[0], _one_set(aux)),
+            )
+            y, _, _, made, *_ = run_directly(inputs, rows, call, *finals, *of_one)
+            y = y.flatten(1)
+        if gates is not to:
+            gates.copy_(made.view(gates.shape))
+    return _results(y.clone(memory_format=torch.contiguous_format), h_n, c_n, kept, rows.batch)
+
+
+def _one_set(of_layer: Tensor | None) -> Tensor | None:
+    """What there is of one layer, [1, R, ...], as of one weight set, [R, 1, ...]."""
+    return None if of_layer is None else of_layer.transpose(0, 1)
+
+
+@operator(
+    "kernel_stack_backward",
+    f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {GIVEN}, {KEPT}, bool[] need) -> Tensor[]",
+)
+@without_autocast
+def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
+    """The gradients of input, h0, c0 and weights that `need` says, from what the forward has kept."""
+    how, (y, gates, aux, need) = rest[:COUNT], rest[COUNT:]
+    call, rows = _taken(input, how)
+    (by_input, by_h0, by_c0, *by_weight), each = need, 4 if call.biases else 2
+    by_kind, wanted = _by_kind(weights, call.biases), _by_kind(by_weight, call.biases)
+    gates, aux = (None if one.numel() == 0 else one for one in (gates, aux))
+    d_weights, d_states = [None] * len(weights), []
+    for group in reversed(_groups(call, by_kind[1], rows)):
+        first = group.first
+        further = by_input or (first > 0 and (by_h0 or by_c0 or any(by_weight[: first * each])))
+        d_y, *found = gradients(
+            call, rows, None, None, (further, by_h0, by_c0, *_in_a_row(group, wanted)),
+            (d_y, group.of(d_h_n), group.of(d_c_n)), group.of(y), group.of(gates), group.of(aux), None,
+            y[first - 1] if first > 0 else input, group.of(h0), group.of(c0), *_in_a_row(group, by_kind),
+        )  # fmt: skip
+        d_states.insert(0, found[:2])
+        for kind in range(each):
+            d_weights[first * each + kind : group.last * each : each] = found[2 + kind * group.size :][: group.size]
+        if not further:
+            break
+    d_h0, d_c0 = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*d_states, strict=True))
+    return [_whole(d) for d, n in zip((d_y, d_h0, d_c0, *d_weights), need, strict=True) if n]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Contiguous, at the beginning of its memory."""
+    return tensor.contiguous() if tensor.storage_offset() == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+@fake("kernel_stack")
+def _(input, h0, c0, weights, *how):
+    inductor.fall_back()
+    call, rows = _taken(input, how)
+    y = input.new_empty(input.shape[0], weights[1].shape[1])
+    return _results(y, *_buffers(input, weights, call, rows), rows.batch)
+
+
+@fake("kernel_stack_backward")
+def _(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
+    return [t.new_empty(t.shape) for t, n in zip((input, h0, c0, *weights), rest[-1], strict=True) if n]
+
+
+# ---- With gradients --------------------------------------------------------------------------------------------------
+
+
+class Stack(torch.autograd.Function):
+    """The operators, differentiable twice: (*how, input, h0, c0, *weights) -> y, h_n, c_n, and what is kept."""
+
+    @staticmethod
+    def forward(lengths, offsets, resets, time, cell, biases, saving, max_programs, alone, input, h0, c0, *weights):
+        """See `stack`."""
+        how = lengths, offsets, resets, time, cell, biases, saving, max_programs, alone
+        return kernel_stack(input, h0, c0, weights, *how)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save what the backward needs, and the output, which knows whether a user has changed it in place."""
+        ctx.how = inputs[3:COUNT]
+        ctx.save_for_backward(*inputs[:3], *output[3:], output[0], *inputs[COUNT:])
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n, *_kept):
+        """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint makes them again, and each once
+        masks, kept, given = saved[:3], saved[3:6], saved[7:]
+        how, need = (*masks, *ctx.how), ctx.needs_input_grad[COUNT:]
+        function = StackBackward.apply if torch.is_grad_enabled() else _gradients
+        run = lambda *d: function(need, *how, *kept, *d, *given)
+        found = for_each_gradient(run, (d_y, d_h_n, d_c_n if CELLS[ctx.how[1]].states else None))
+        return *[None] * COUNT, *found
+
+
+def _gradients(need, *arguments) -> tuple[Tensor | None, ...]:
+    """Of input, h0, c0 and weights, None where not needed. arguments: MASKS and HOW, what was kept, gradients,
+    inputs.
+    """
+    how, kept, gradients = arguments[:COUNT], arguments[COUNT : COUNT + 3], arguments[COUNT + 3 : COUNT + 6]
+    input, h0, c0, *weights = arguments[COUNT + 6 :]
+    found = iter(kernel_stack_backward(*gradients, input, h0, c0, weights, *how, *kept, list(need)))
+    return tuple(next(found) if n else None for n in need)
+
+
+class StackBackward(torch.autograd.Function):
+    """`_gradients`, differentiable again: through the readable loop of reference.py, which is slow and right."""
+
+    @staticmethod
+    def forward(*arguments):
+        """See `_gradients`."""
+        return _gradients(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save gradients and inputs; the reference makes the rest again."""
+        ctx.need, ctx.how = inputs[0], inputs[4 : 1 + COUNT]
+        ctx.save_for_backward(*inputs[1:4], *inputs[4 + COUNT :])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *d_gradients):
+        """Differentiate the gradients of the reference by everything they depend on."""
+        masks, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        run = lambda leaves: _by_layers(leaves, (*masks, *ctx.how), "reference")
+        found = second_gradients(run, tensors[:3], tensors[3:], ctx.need, d_gradients)
+        return *[None] * (4 + COUNT), *found
