@@ -396,7 +396,7 @@ def gates_again(
             apart[:, n] = torch.nn.functional.linear(state, weight[split:], None if bias_hn is None else bias_hn[n])
     states = carries if carries.numel() else aux
     made = saved_again(sums, apart, y, states, inputs.h0, inputs.c0, inputs.parameters, places, batch, call.cell)
-    return sums, made if made.numel() else aux
+    return sums, made if made.dim() > 1 else aux
 
 
 @torch.library.custom_op("rnn_gpu::saved_again", mutates_args=("sums",))

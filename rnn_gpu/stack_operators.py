@@ -184,7 +184,8 @@ def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
     call, rows = _taken(input, how)
     (by_input, by_h0, by_c0, *by_weight), each = need, 4 if call.biases else 2
     by_kind, wanted = _by_kind(weights, call.biases), _by_kind(by_weight, call.biases)
-    gates, aux = (None if one.numel() == 0 else one for one in (gates, aux))
+    gates = gates if call.saving == "full" and CELLS[call.cell].saves else None
+    aux = aux if CELLS[call.cell].keeps_aux(call.saving) else None
     d_weights, d_states = [None] * len(weights), []
     for group in reversed(_groups(call, by_kind[1], rows)):
         first = group.first

@@ -5,6 +5,7 @@ the machine for PTX, against torch.nn in float64.
     RNN_GPU_TEST_MACHINE=1 pytest tests/test_wavefront.py
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -683,6 +684,17 @@ def test_the_operators_are_differentiable_twice(cell, together):
     (batched,) = torch.autograd.grad(output, leaf, chosen, is_grads_batched=True, retain_graph=True)
     single = [torch.autograd.grad(output, leaf, one, retain_graph=True)[0] for one in chosen]
     assert torch.equal(batched, torch.stack(single))
+
+
+def test_an_empty_batch(together):
+    """Catches: what has no elements taken for what is not there."""
+    layer, _ = stacked("gru", 9, 2)
+    layer.memory = "lean"
+    for mode in (contextlib.nullcontext(), LooksOn()):
+        input = torch.randn(3, 0, 5, requires_grad=True)
+        with rnn_gpu.backend("triton"), mode:
+            output, _ = layer(input)
+        assert all(not d.any() for d in torch.autograd.grad(output.sum(), [input, *layer.parameters()]))
 
 
 def test_a_transform_inside_a_graph(compiler):
