@@ -657,7 +657,8 @@ def choose(
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
         problem = _problem(module, 1, dtype)
-        together = 1 if drops_between(module) else together_of(module)  # as stack_operators.py serves them
+        # As stack_operators.py serves them.
+        together = 1 if drops_between(module, training) else together_of(module, training)
         how = ragged, wanted, (module.num_layers, heads_of(module)), beyond_aten(module), together
         reason = _why_not_compiled(problem, input.device.type, where, *how)
         if reason and wanted == "triton":
