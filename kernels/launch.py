@@ -240,7 +240,7 @@ def _part(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int], s
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
-    tensor = tensor.contiguous()
+    tensor = tensor.contiguous().resolve_neg()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
@@ -335,13 +335,13 @@ def _two(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous."""
-    return None if tensor is None else tensor.contiguous()
+    """Contiguous, with the values that it shows (`imag` of a conjugate is a view of the opposite ones)."""
+    return None if tensor is None else tensor.contiguous().resolve_neg()
 
 
 def _all_dense(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
     """Each contiguous: a bias may be a column, or one number for all units."""
-    return None if tensors is None else [tensor.contiguous() for tensor in tensors]
+    return None if tensors is None else [tensor.contiguous().resolve_neg() for tensor in tensors]
 
 
 def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:

@@ -205,7 +205,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     clip: float | None = None  # limit of the gradient of h at every step, by element
     return_cells: bool = False  # of the LSTM: c of every step is a result
     heads: int = 1  # blocks along the diagonal of the recurrent weight
-    _ready: Any = None  # how plain calls went (ready.py), by all that they depend on
+    _known_calls: Any = None  # how plain calls went, by all that they depend on (ready.py)
     _watch: Any = None  # sees the h of every step: of `gradient_flow` alone, for the length of a call
 
     def _build(
@@ -251,7 +251,6 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def __setattr__(self, attr: str, value: Any) -> None:
         """As torch.nn; ValueError for settings of an option that are none."""
-        self.__dict__.pop("_ready", None)
         super().__setattr__(attr, self._checked(attr, value) if attr in OPTIONS else value)
 
     def _checked(self, option: str, value: Any) -> Any:
@@ -324,9 +323,11 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
-        again = not torch.compiler.is_compiling() and self._ready and lengths is None and resets is None
-        if again and (found := ready.again(self, input, hx)) is not None:
-            return found
+        known = None if torch.compiler.is_compiling() else self._known_calls
+        if known and lengths is None and resets is None:
+            found = ready.again(self, known, input, hx)
+            if found is not None:
+                return found
         if not isinstance(input, (Tensor, PackedSequence)):
             self._refuse_input(input, hx)
         if type(input) is not Tensor and distributed.is_dtensor(input):
@@ -352,21 +353,23 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
+        key = None if masked or torch.compiler.is_compiling() else ready.key_of(self, input, hx)
         how = data, time, batch_size, dtype, packed, masked, drops, beyond, unknown
         route = "reference" if self._watch else backends.route(self, *how)
-        return self._by_route(route, input, hx, batch_size, dtype, lengths, resets)
+        return self._by_route(route, input, hx, batch_size, dtype, lengths, resets, key)
 
     def _by_route(
-        self, route: str, input: Tensor | PackedSequence, hx: Any, batch_size: int, dtype: torch.dtype, lengths, resets
-    ) -> Any:
-        """A call on one of `functional.ROUTES`, or "torch.nn"."""
+        self, route: str, input: Tensor | PackedSequence, hx: Any, batch_size: int, dtype: torch.dtype, lengths, resets,
+        key: ready.Key | None = None,
+    ) -> Any:  # fmt: skip
+        """A call on one of `functional.ROUTES`, or "torch.nn". key: under which it is remembered, if it is."""
         if route == "torch.nn":
             return self._forward_torch(input, hx)
         if route == "onnx" and self.proj_size > 0 and hx is not None:
             onnx.refuse(onnx.NO_PROJECTION)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, batch_size, dtype, route)
-        return self._forward_rows(input, hx, dtype, lengths, resets, route)
+        return self._forward_rows(input, hx, dtype, lengths, resets, route, key)
 
     def _refuse_input(self, input: object, hx: object) -> NoReturn:
         """The error for input that is neither a tensor nor a PackedSequence: torch.nn's own, but for torch.fx."""
@@ -442,7 +445,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch.nn, without what is remembered of calls."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_ready"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_known_calls"}
 
     def _are_read(self, named: list[Tensor | None]) -> bool:
         """Whether `_flat_weights` was made from these tensors. What a user has put into it since then counts, as in
@@ -501,7 +504,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if self.heads == 1 and not getattr(self, "_is_fsdp_managed_module", False):
             super().flatten_parameters()
 
-    def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str):
+    def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str, key=None):
         """Dense input, on any route but torch.nn's own forward."""
         lengths = _lengths(lengths)
         _check_resets(resets)
@@ -525,7 +528,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         rows = self._masked_rows(input, lengths, resets)
         if rows.lengths is not None:  # what stands in the padding, NaN perhaps, must not reach the weights' gradients
             input = input.masked_fill(past_the_end(rows).unsqueeze(2), 0)
-        *flat, final = self._run(input.flatten(0, 1), states, rows, dtype, route)
+        *flat, final = self._run(input.flatten(0, 1), states, rows, dtype, route, key)
         outputs = []  # not written into `flat`: to torch.compile it is a tuple, before PyTorch 2.13
         for output in flat:
             output = output.unflatten(0, (rows.time, rows.batch))
@@ -555,12 +558,15 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         output, *cells = (PackedSequence(one, batch_sizes, sorted_indices, unsorted_indices) for one in outputs)
         return output, final, *cells
 
-    def _run(self, input: Tensor, states: tuple[Tensor, ...] | None, rows: Rows, dtype: torch.dtype, route: str):
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...] | None, rows: Rows, dtype: torch.dtype, route: str, key=None
+    ):
         """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H], with `return_cells` c of every
         step [R, D*H], and the tuple of final states.
         """
         weights = self._weights()
-        self._check_weights(weights)
+        if not torch.jit.is_tracing():  # which warns of every size that is compared
+            self._check_weights(weights)
         states, weights = states or (), self._dropped(weights)
         self._check_devices(input, states, weights)
         if input.dtype != dtype or any(tensor.dtype != dtype for tensor in (*states, *weights)):  # autocast
@@ -598,7 +604,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training, heads=heads,
         )  # fmt: skip
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
-        ready.remember(self, input, rows, weights, call, dropout)
+        ready.remember(self, key, weights, call, dropout)
         outputs = (output,) if cells is None else (output, cells)
         if self._states > 2 and cells is not None:
             of_states = cells.unflatten(1, (sets, self._states - 1, self.hidden_size)).unbind(2)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, inductor, reference
 from .call import COUNT, MASKS, Call, Inputs, Weights, taken
@@ -552,10 +553,10 @@ def products_by_set(
 
 
 @functools.cache
-def pieces_of(order: tuple[int, ...]) -> list[slice]:
+def pieces_of(order: tuple[int, ...]) -> tuple[slice, ...]:
     """An order as slices, as few as will do. An index made of a Python list would be copied to the device each time."""
     begins = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1] + [len(order)]
-    return [slice(order[begin], order[begin] + end - begin) for begin, end in itertools.pairwise(begins)]
+    return tuple(slice(order[begin], order[begin] + end - begin) for begin, end in itertools.pairwise(begins))
 
 
 def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -596,12 +597,20 @@ def directly(tensors: Sequence[Tensor]) -> bool:
     """Whether the launchers may be called without the operators around them: nobody compiles, exports, transforms,
     traces or looks on, and the tensors are plain ones.
     """
+    return _nobody_traces() and PLAIN.issuperset(map(type, tensors))
+
+
+def nobody_looks_on() -> bool:
+    """Whether an eager call is a plain one: nobody compiles, transforms, traces, casts or differentiates forwards."""
+    return _nobody_traces() and not torch._C._is_any_autocast_enabled() and forward_ad._current_level < 0
+
+
+def _nobody_traces() -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -2,24 +2,45 @@
 
 Before a launch there is much to decide and to check: backend, route, plans, sizes, types, devices. In an eager call of
 few steps that takes longer than the steps. A layer therefore keeps, by all that the decisions depend on, how its plain
-calls went: dense input, no masks, no options beyond torch.nn's, on the kernels, called directly. What another call may
-find changed since is asked anew: settings, modes of PyTorch, and the weights themselves.
+calls went: dense input, no masks, on the kernels, called directly. All of that is asked anew at every call: the layer's
+options, the settings in force, the modes of PyTorch, sizes, types and devices of the tensors, and the weights.
 """
 
-from collections.abc import Hashable
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.modules.rnn import RNNBase
 
 from . import backends, measured
 from .call import Call
 from .functional import recurrent_stack
 from .kernels.rows import Rows
+from .operators import nobody_looks_on
 
 MOST = 256  # calls that a layer remembers: of as many batch sizes
+# What of a layer a call depends on, beside its weights. Asked of the layer, and not noted where it is set: a class may
+# have them as properties, and torch.compile sets them without a word.
+options_of = operator.attrgetter(
+    "training", "num_layers", "bidirectional", "dropout", "memory", "clip", "return_cells", "zoneout",
+    "recurrent_dropout", "weight_dropout", "_watch",
+)  # fmt: skip
+CHECKS = "check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size"  # torch.nn's
+
+
+class Key(NamedTuple):
+    """All that decides how a call goes beside T, the weights' sizes and that they are the layer's own. needs: whether
+    there is a backward.
+    """
+
+    batch: int
+    features: int
+    dtype: torch.dtype
+    device: torch.device
+    needs: bool
+    options: tuple[Any, ...]
+    settings: tuple[Any, ...]
 
 
 class Ready(NamedTuple):
@@ -33,57 +54,22 @@ class Ready(NamedTuple):
     least_time: int
 
 
-def nobody_looks_on() -> bool:
-    """Whether an eager call is a plain one: nobody compiles, transforms, traces, casts or differentiates forwards."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._is_any_autocast_enabled()
-        and forward_ad._current_level < 0
-    )
-
-
-def _key(input: Tensor, batch: int, needs: bool) -> Hashable:
-    """All that decides beside the layer itself, its weights and T."""
-    dtype = input.dtype
+def _settings(dtype: torch.dtype) -> tuple[Any, ...]:
     exact = backends.precision_of("float32") if dtype == torch.float32 else None
-    return batch, input.shape[-1], dtype, input.device, needs, torch.is_grad_enabled(), exact, backends.in_force()
+    return torch.is_grad_enabled(), exact, backends.in_force()
 
 
-def remember(layer: Any, input: Tensor, rows: Rows, weights: list[Tensor], call: Call, dropout: float) -> None:
-    """Keep how a call went, if it was one that `again` knows. input: [R, I]."""
-    if call.route != "direct" or call.beyond_aten or call.projected or call.heads > 1 or call.watch is not None:
-        return
-    if any(mask is not None for mask in rows[2:]) or rows.batch == 0 or not nobody_looks_on():
-        return
-    if layer._torch_class is None:  # a cell of its own, with other states and parameters
-        return
-    # A sub-class may want to look at every call.
-    checks = RNNBase.check_input, layer._torch_class.check_forward_args
-    if weights is not layer._flat_weights or checks != (type(layer).check_input, type(layer).check_forward_args):
-        return
-    known: dict[Hashable, Ready] = layer.__dict__.setdefault("_ready", {})
-    if len(known) >= MOST:
-        known.clear()
-    key = _key(input, rows.batch, call.saving != "nothing")
-    least_time = 1
-    if backends.current_backend() == "auto":
-        least_time = backends.choose(layer, input, rows.batch, input.dtype).least_time
-    known[key] = Ready(call, tuple(weight.shape for weight in weights), dropout, least_time)
-
-
-def again(layer: Any, input: Any, hx: Any) -> Any:
-    """The results of a call that is like one before; or None, and nothing is known of it."""
-    if type(input) is not Tensor or layer._watch is not None or measured.automatic or not nobody_looks_on():
+def key_of(layer: Any, input: Any, hx: Any) -> Key | None:
+    """The key of a call, or None for one that is not remembered: no plain tensors, states that torch.nn would refuse,
+    somebody who looks on.
+    """
+    if type(input) is not Tensor or measured.automatic or not nobody_looks_on():
         return None
-    shape, weights, own = input.shape, layer._flat_weights, layer._parameters
-    if len(shape) != 3:
+    shape, dtype, device = input.shape, input.dtype, input.device
+    if len(shape) != 3 or 0 in shape:
         return None
-    time, batch = (shape[1], shape[0]) if layer.batch_first else shape[:2]
-    dtype, device = input.dtype, input.device
-    states: tuple[Tensor, ...] = ()
+    batch = shape[0] if layer.batch_first else shape[1]
+    states: Sequence[Any] = ()
     if hx is not None:
         states = hx if layer._states > 1 else (hx,)
         size = layer.num_layers * (2 if layer.bidirectional else 1), batch, layer.hidden_size
@@ -92,16 +78,48 @@ def again(layer: Any, input: Any, hx: Any) -> Any:
         for one in states:
             if type(one) is not Tensor or one.shape != size or one.dtype != dtype or one.device != device:
                 return None
-    needs = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (input, *states, *weights)])
-    ready = layer._ready.get(_key(input, batch, needs))
-    if ready is None or time < ready.least_time:
+    tensors = input, *states, *layer._flat_weights
+    needs = torch.is_grad_enabled() and any([one is not None and one.requires_grad for one in tensors])
+    return Key(batch, shape[2], dtype, device, needs, options_of(layer), _settings(dtype))
+
+
+def remember(layer: Any, key: Key | None, weights: list[Tensor], call: Call, dropout: float) -> None:
+    """Keep how the call of a key went, if it was one that `again` knows; and if nobody has changed meanwhile what it
+    depends on.
+    """
+    if key is None or call.route != "direct" or call.beyond_aten or call.projected or call.heads > 1:
+        return
+    if key[-2:] != (options_of(layer), _settings(key.dtype)) or key.needs != (call.saving != "nothing"):
+        return
+    if layer._torch_class is None or weights is not layer._flat_weights:  # a cell with other states; dropped weights
+        return
+    if any(getattr(getattr(layer, name), "__func__", None) is not getattr(layer._torch_class, name) for name in CHECKS):
+        return  # somebody's own, who may want to look at every call
+    least_time = 1
+    if backends.current_backend() == "auto":
+        least_time = backends.choose(layer, weights[0], key.batch, key.dtype).least_time
+    known = layer.__dict__.setdefault("_known_calls", {})
+    if len(known) >= MOST:
+        known.clear()
+    known[key] = Ready(call, tuple(weight.shape for weight in weights), dropout, least_time)
+
+
+def again(layer: Any, known: dict[Key, Ready], input: Any, hx: Any) -> Any:
+    """The results of a call that is like one of those known; or None: then it is looked at as if there were none."""
+    key = key_of(layer, input, hx)
+    ready = None if key is None else known.get(key)
+    if ready is None:
         return None
+    time, batch = (input.shape[1], key.batch) if layer.batch_first else (input.shape[0], key.batch)
+    if time < ready.least_time:
+        return None
+    weights, own, dtype, device = layer._flat_weights, layer._parameters, key.dtype, key.device
     for name, weight, size in zip(layer._flat_weights_names, weights, ready.shapes, strict=True):
         if own.get(name) is not weight or type(weight) is not torch.nn.Parameter or weight.shape != size:
             return None
         if weight.dtype != dtype or weight.device != device:
             return None
-    h0, c0 = states if len(states) > 1 else (*states, None) if states else (None, None)
+    h0, c0 = (None, None) if hx is None else hx if layer._states > 1 else (hx, None)
     input = (input.transpose(0, 1) if layer.batch_first else input).flatten(0, 1)
     output, h_n, c_n, _ = recurrent_stack(ready.call, Rows(time, batch), input, h0, c0, weights, ready.dropout)
     output = output.view(time, batch, -1)

@@ -104,6 +104,67 @@ CHANGES = {
 }
 
 
+class ByClass(rnn_gpu.GRU):
+    """Options that are nobody's attribute."""
+
+    rate = 0.0
+
+    @property
+    def zoneout(self):
+        return self.rate
+
+
+def test_options_by_a_class_are_seen(monkeypatch):
+    """Catches: a schedule written as a property that holds from the first call on."""
+    layer, input = ByClass(5, 7).eval(), torch.randn(3, 2, 5)
+    before = layer(input)[0]
+    monkeypatch.setattr(ByClass, "rate", 0.5)
+    after = layer(input)[0]
+    assert torch.equal(after, copy.deepcopy(layer)(input)[0]) and not torch.equal(after, before)
+
+
+def test_options_that_a_compiled_function_sets_are_seen():
+    """Catches: dropout in eval mode, because torch.compile sets attributes without a word."""
+    layer, input = rnn_gpu.GRU(5, 7, num_layers=2, dropout=0.9), torch.randn(3, 2, 5)
+
+    def in_eval_mode(input):
+        layer.eval()
+        return layer(input)[0]
+
+    compiled = torch.compile(in_eval_mode, backend="eager")
+    compiled(input)
+    layer.train()
+    layer(input)
+    expected = compiled(input)
+    assert torch.equal(layer(input)[0], layer(input)[0]) and torch.equal(layer(input)[0], expected)
+    torch._dynamo.reset()
+
+
+def test_what_changes_during_a_call_is_not_taken_for_its_beginning():
+    """Catches: a call in training mode that is remembered as one in eval mode, since another thread has switched."""
+    layer, input = rnn_gpu.GRU(5, 7, num_layers=2, dropout=0.9), torch.randn(3, 2, 5)
+
+    def pack(tensor):
+        layer.eval()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(input)
+    assert torch.equal(layer(input)[0], layer(input)[0])
+
+
+def test_an_opposite_view_has_the_values_that_it_shows():
+    """Catches: `imag` of a conjugate as a state or a weight, read as the opposite of what it shows."""
+    layer, input = layer_and_input("GRU")
+    state = torch.randn(1, 2, 7)
+    opposite = torch.complex(torch.zeros_like(state), -state).conj().imag
+    assert opposite.is_neg() and torch.equal(opposite, state)
+    assert torch.equal(layer(input, opposite)[0], layer(input, state)[0])
+    other = copy.deepcopy(layer)
+    layer.weight_hh_l0.data = torch.complex(torch.zeros(21, 7), -layer.weight_hh_l0.data).conj().imag
+    assert torch.equal(layer(input)[0], other(input)[0])
+
+
 class Doubled(torch.nn.Module):
     def forward(self, weight):
         return 2 * weight
@@ -114,7 +175,7 @@ def test_what_has_changed_since_is_seen(change):
     """Catches: results of the weights and options of an earlier call."""
     layer, input = layer_and_input()
     fresh = copy.deepcopy(layer)
-    assert fresh._ready is None
+    assert fresh._known_calls is None
     change(layer)
     change(fresh)
     before = layer_and_input()[0](input)[0]
@@ -139,7 +200,7 @@ def test_settings_and_modes_are_seen(monkeypatch):
     asked = []
     long_way = rnn_gpu.modules._Layer._forward_rows
     monkeypatch.setattr(
-        rnn_gpu.modules._Layer, "_forward_rows", lambda self, *a: asked.append(a[-1]) or long_way(self, *a)
+        rnn_gpu.modules._Layer, "_forward_rows", lambda self, *a: asked.append(True) or long_way(self, *a)
     )
     layer(input)
     assert not asked
@@ -206,15 +267,21 @@ def test_states_of_a_gru_are_no_tuple():
 def test_copies_and_files_hold_nothing_of_it():
     """Catches: a model that cannot be saved after its first call, or that brings another process's decisions."""
     layer, input = layer_and_input()
-    assert layer._ready
+    assert layer._known_calls
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert "_ready" not in other.__dict__
+        assert "_known_calls" not in other.__dict__
         assert torch.equal(other(input)[0], layer(input)[0])
 
 
-def test_a_sub_class_that_looks_at_every_call_is_asked():
-    """Catches: an override of torch.nn's checks that is passed by."""
+def test_whoever_looks_at_every_call_is_asked():
+    """Catches: an override of torch.nn's checks, by a class or of one layer, that is passed by."""
     seen = []
+    layer = rnn_gpu.LSTM(5, 7)
+    layer.check_hidden_size = lambda *a: seen.append(a)
+    for _ in range(3):
+        layer(torch.randn(3, 2, 5), (torch.zeros(1, 2, 7),) * 2)
+    assert len(seen) == 6
+    seen.clear()
 
     class Looking(rnn_gpu.GRU):
         def check_input(self, input, batch_sizes):
@@ -233,4 +300,4 @@ def test_no_more_calls_are_remembered_than_are_worth_it(monkeypatch):
     layer, _ = layer_and_input()
     for batch in range(1, 6):
         layer(torch.randn(3, batch, 5))
-        assert len(layer._ready) <= 2
+        assert len(layer._known_calls) <= 2
