@@ -429,6 +429,18 @@ def groups_for(
     return tuple(plans[: len(passes)] for plans in found) * (layers // together)
 
 
+def step_microseconds(groups: tuple[tuple[planning.Plan, ...], ...], frozen: int, device: planning.Device) -> float:
+    """What the passes of a stack's groups are estimated to take a step, with the products for their first layers. Those
+    of the first `frozen` layers alone have no backward.
+    """
+    total, count = 0.0, 0
+    for plans in groups:
+        count += plans[0].layers
+        passes = plans[:1] if count <= frozen else plans
+        total += sum(p.microseconds + planning.product_microseconds(p, device) for p in passes)
+    return total
+
+
 def key_of_groups(
     problem: Sizes, device: planning.Device, ragged: bool, layers: int, under: tuple[int, bool] | None = None,
     precision: str | None = None,

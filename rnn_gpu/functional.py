@@ -12,7 +12,7 @@ from .operators import EagerLayer, Layer, by_sets, run_directly, stacked
 from .projection import combined, projected
 from .rows import Rows
 from .second_order import reference_layer
-from .wavefront import groups, side_by_side
+from .wavefront import frozen_layers, groups, side_by_side
 
 
 def recurrent_stack(
@@ -53,8 +53,12 @@ def recurrent_stack(
     if call.route == "direct" and call.saving == "nothing" and plain and count > call.sets:
         whole = final_states(call, rows, input, weights, count)
     h_n, c_n, cells, first = [], [], None, 0
-    for layers in groups(call, weights[1].shape[1], input, rows, count // call.sets, dropout):
+    frozen = 0
+    if call.route == "direct" and call.saving != "nothing" and not call.beyond_aten:
+        frozen = frozen_layers((input, h0, c0), weights, each * call.sets)
+    for layers in groups(call, weights[1].shape[1], input, rows, count // call.sets, dropout, frozen):
         sets = slice(first, first + layers * call.sets)
+        of_group = call._replace(saving="nothing") if sets.stop <= frozen * call.sets else call
         mine = weights[first * each : sets.stop * each]
         first = sets.stop
         kinds = [mine[i::each] for i in range(each)]  # of each kind of weight, those of all directions
@@ -71,9 +75,9 @@ def recurrent_stack(
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states, parameters)
         places = (None, None) if whole is None else (whole[0][sets], None if whole[1] is None else whole[1][sets])
         if layers > 1:
-            y, h, c = side_by_side(inputs, rows, call, dropout, *places)
+            y, h, c = side_by_side(inputs, rows, of_group, dropout, *places)
         elif whole is None:
-            of_layer = call if sets.stop == count else call._replace(cells=False)
+            of_layer = of_group if sets.stop == count else of_group._replace(cells=False)
             y, h, c, cells = ROUTES[call.route](inputs, drawn(call, rows, input, mine[1]), of_layer)
         else:
             y, h, c, *_ = run_directly(inputs, rows, call, *places)

@@ -21,7 +21,7 @@ from .many_gradients import for_each_gradient
 from .operators import run_directly
 from .rows import Rows
 from .second_order import second_gradients
-from .wavefront import gradients, groups, run
+from .wavefront import frozen_layers, gradients, groups, run
 
 # cell, biases, what is saved, limits of plans (call.py)
 HOW = "str cell, bool biases, str saving, int max_programs, bool alone"
@@ -42,15 +42,24 @@ def serves(call: Call, layers: int, dropout: float) -> bool:
 @torch.compiler.allow_in_graph
 def stack(h0, c0, lengths, offsets, resets, time, cell, biases, saving, max_programs, alone, input, *weights):
     """input [R, I]; h0 [L, B, H] and c0 [L, B, K*H], or None for zeros; weights in torch.nn's order; the rest: Rows and
-    Call. -> y [R, H] of the last layer, h_n, c_n, which is empty for cells without states.
+    Call. -> y [R, H] of the last layer, h_n, c_n, which is empty for cells without states. Layers below all that need a
+    gradient are an operator of their own, which keeps nothing.
     """
     saving = "nothing" if aten.exporting() else saving
     how = lengths, offsets, resets, time, cell, biases, saving, max_programs, alone
     if torch._C._are_functorch_transforms_active():  # a transform inside the graph
         return _by_layers((input, h0, c0, *weights), how, "kernels")
-    if saving == "nothing":
-        return kernel_stack(input, h0, c0, weights, *how)[:3]
-    return Stack.apply(*how, input, h0, c0, *weights)[:3]
+    each = 4 if biases else 2
+    frozen = len(weights) // each if saving == "nothing" else frozen_layers((input, h0, c0), weights, each)
+    if frozen == 0:
+        return Stack.apply(*how, input, h0, c0, *weights)[:3]
+    part = lambda some: (None if one is None else one[some] for one in (h0, c0))
+    nothing = *how[:6], "nothing", *how[7:]
+    results = kernel_stack(input, *part(slice(frozen)), weights[: frozen * each], *nothing)[:3]
+    if frozen * each == len(weights):
+        return results
+    y, *final = Stack.apply(*how, results[0], *part(slice(frozen, None)), *weights[frozen * each :])[:3]
+    return y, *(torch.cat(both) for both in zip(results[1:], final, strict=True))
 
 
 def _by_layers(leaves: Sequence[Tensor | None], how: tuple, route: str) -> tuple[Tensor, ...]:

@@ -17,27 +17,52 @@ from .operators import EagerLayer, gates_again, plan_of, products_by_set, rememb
 from .rows import Rows
 
 
-def groups(call: Call, hidden_size: int, like: Tensor, rows: Rows, layers: int, dropout: float) -> tuple[int, ...]:
-    """How many layers of a stack each launch takes, from the first layer on: 1 where a layer runs by itself."""
+def frozen_layers(given: Sequence[Tensor | None], weights: Sequence[Tensor], each: int) -> int:
+    """How many layers of a stack, from the first one on, have no gradient to make. given: input and states; each:
+    weights of a layer.
+    """
+    if any(one is not None and one.requires_grad for one in given):
+        return 0
+    return next((i for i, weight in enumerate(weights) if weight.requires_grad), len(weights)) // each
+
+
+def groups(
+    call: Call, hidden_size: int, like: Tensor, rows: Rows, layers: int, dropout: float, frozen: int = 0
+) -> tuple[int, ...]:
+    """How many layers of a stack each launch takes, from the first layer on: 1 where a layer runs by itself. The first
+    `frozen` layers have groups of their own, without a backward, where that is estimated to be no slower.
+    """
     # Lean memory makes gates again, layer by layer: those of all layers at once would take more than was saved.
     together = call.route == "direct" and call.sets == 1 and call.heads == 1 and call.saving != "lean"
     if layers == 1 or not together or call.projected or call.beyond_aten or dropout >= 1:
         return (1,) * layers  # dropout of 1 draws no random numbers
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
     how = "groups", call.cell, call.limits, call.saving, backends.side_by_side(), precision
-    key = *how, hidden_size, like.dtype, like.device, rows.batch, rows.ragged, dropout > 0, layers
+    key = *how, hidden_size, like.dtype, like.device, rows.batch, rows.ragged, dropout > 0, layers, frozen
     found = remembered.get(key)
     if found is None:
         problem = call.cell, hidden_size, rows.batch, 1, backends.name_of(like.dtype)
         device, training = backends.device_of(like.device), call.saving != "nothing"
         kept = dict(saving=call.saving, drops=dropout > 0)
-        plans = backends.groups_for(problem, device, training, rows.ragged, layers, call.limits, **kept)
-        if isinstance(plans, str):
-            raise RuntimeError(f"rnn_gpu: no plan for {call.cell}: {plans}")
-        found = tuple(passes[0].layers for passes in plans)
+        whole = _plans(problem, device, training, rows.ragged, layers, call.limits, **kept)
+        if 0 < frozen < layers:
+            parts = [
+                _plans(problem, device, training, rows.ragged, count, call.limits, **kept)
+                for count in (frozen, layers - frozen)
+            ]
+            whole = min(sum(parts, ()), whole, key=lambda plans: backends.step_microseconds(plans, frozen, device))
+        found = tuple(passes[0].layers for passes in whole)
         if like.device.index is not None or like.device.type != "cuda":
             remembered[key] = found
     return found
+
+
+def _plans(problem: backends.Sizes, *how, **kept) -> tuple[tuple[Plan, ...], ...]:
+    """`backends.groups_for`; RuntimeError where there is no plan."""
+    plans = backends.groups_for(problem, *how, **kept)
+    if isinstance(plans, str):
+        raise RuntimeError(f"rnn_gpu: no plan for {problem[0]}: {plans}")
+    return plans
 
 
 def side_by_side(

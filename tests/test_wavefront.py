@@ -25,8 +25,10 @@ if not INTERPRETED and not ON_MACHINE:
 import rnn_gpu
 import rnn_gpu.zoo
 from rnn_gpu import backends, stack_operators, wavefront
+from rnn_gpu.call import Call
 from rnn_gpu.kernels import launch, stack
 from rnn_gpu.kernels.plan import DEVICES, plan
+from rnn_gpu.kernels.rows import Rows
 from rnn_gpu.kernels.spec import CELLS, chunk_width, padded
 from tests.layers import assert_saved_tensors_may_be_strided, by_rounded_loops, draw, outcome, pair, same
 from tests.problems import Poison, changed
@@ -64,7 +66,7 @@ def together(monkeypatch):
     """All layers of a stack in one launch, whatever the plan would choose -> a function that cuts it otherwise."""
     cut, of_one = {}, wavefront._plan
 
-    def groups(call, hidden_size, like, rows, layers, dropout):
+    def groups(call, hidden_size, like, rows, layers, dropout, frozen=0):
         return (layers,) if call.route == "direct" and dropout < 1 and call.sets == 1 else (1,) * layers
 
     def planned(call, weight_hh, like, rows, drops, backward):
@@ -475,6 +477,53 @@ def test_a_graph_of_the_backward_counts_every_path_once(together):
     assert nothing is None or not nothing.any()
 
 
+@pytest.mark.parametrize(
+    ("cell", "how"), [("lstm", "eager"), ("gru", "compiled"), pytest.param("gru", "eager", marks=SLOW)]
+)
+def test_frozen_layers_keep_nothing_and_have_no_backward(cell, how, together, launches, monkeypatch):
+    """Catches: gates that are saved, or a launch that walks backwards, for layers below all that need a gradient;
+    gradients of the layers above that miss what these gave.
+    """
+    together(dict(units=16))
+    monkeypatch.setattr("rnn_gpu.functional.groups", lambda *_: (2, 1))
+    saving, forward = [], stack.forward
+    monkeypatch.setattr(stack, "forward", lambda *given: (saving.append(given[6]), forward(*given))[1])
+    layer, oracle = stacked(cell, 20, 3)
+    peer, (input, hx) = same(layer, torch.float32), draw(layer, 3, 2)
+    for one in (layer, oracle, peer):
+        for name, weight in one.named_parameters():
+            weight.requires_grad_(name.endswith("l2"))
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if how == "compiled" else layer
+
+    def found(module, input, hx):
+        output, final = module(input, as_hx(hx))
+        trained = [weight for weight in layer_of[module].parameters() if weight.requires_grad]
+        loss = output.pow(2).sum() + sum(state.sum() for state in as_tuple(final))
+        return [output, *as_tuple(final), *torch.autograd.grad(loss, trained)]
+
+    layer_of = {run: layer, oracle: oracle, peer: peer}
+    with rnn_gpu.backend("triton"):
+        actual = found(run, input, hx)
+    assert saving == ["nothing"] and launches == [(2, False), (1, False), (1, True)]
+    expected = found(oracle, input.double(), [state.double() for state in hx])
+    for a, e, p in zip(actual, expected, found(peer, input, hx), strict=True):
+        assert_close_to_oracle(a, e, p)
+
+
+def test_frozen_layers_are_groups_of_their_own_where_that_is_no_slower():
+    """Catches: a backward through frozen layers where it costs time; a launch more where it costs time."""
+    call, rows, like = Call("lstm", 1, 0, route="direct", saving="full"), Rows(9, 16), torch.empty(0).bfloat16()
+    chosen = lambda frozen: wavefront.groups(call, 512, like, rows, 8, 0.0, frozen)
+    assert 7 in itertools.accumulate(chosen(7)) and 7 not in itertools.accumulate(chosen(0))
+    assert chosen(1) == chosen(0)
+    layer = rnn_gpu.LSTM(2, 3, num_layers=2).requires_grad_(False)
+    weights = layer._flat_weights
+    assert wavefront.frozen_layers((None,), weights, 4) == 2
+    layer.bias_hh_l1.requires_grad_()
+    assert wavefront.frozen_layers((None,), weights, 4) == 1
+    assert wavefront.frozen_layers((torch.ones(1, requires_grad=True),), weights, 4) == 0
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_biases_may_lie_anyhow(layers, together):
     """Catches: a bias that is a column of something, or one number for all units, read as if it lay in a row."""
@@ -598,7 +647,7 @@ def test_a_graph_takes_the_groups_of_an_eager_call(launches, compiler):
 def test_gradients_that_nobody_needs_are_not_made_in_a_graph(together, launches, compiler, monkeypatch):
     """Catches: a backward of groups below all that needs a gradient, one that stops too early."""
     together(dict(units=16))
-    monkeypatch.setattr(stack_operators, "groups", lambda *_: (1, 1, 1))
+    monkeypatch.setattr(stack_operators, "groups", lambda call, size, like, rows, layers, dropout: (1,) * layers)
     layer, oracle = stacked("gru", 20, 3)
     input, _ = draw(layer, 2, 3)
     layer.requires_grad_(False)
