@@ -93,6 +93,18 @@ BOUNDS = {
     ("lstm", False, 1024, "bfloat16", None, 4, 16): 4.19,
     ("lstm", True, 256, "bfloat16", None, 4, 16): 2.93,
     ("lstm", True, 512, "bfloat16", None, 4, 16): 3.76,
+    ("lstm", False, 128, "bfloat16", None, 1, 16): 0.43,
+    ("lstm", False, 1536, "bfloat16", None, 1, 16): 2.06,
+    ("lstm", True, 128, "bfloat16", None, 1, 16): 0.60,
+    ("lstm", True, 2048, "bfloat16", None, 1, 32): 6.16,
+    ("gru", False, 128, "bfloat16", None, 1, 16): 0.41,
+    ("gru", False, 650, "bfloat16", None, 1, 16): 0.96,
+    ("gru", True, 128, "bfloat16", None, 1, 16): 0.59,
+    ("rnn_tanh", False, 256, "bfloat16", None, 1, 32): 0.60,
+    ("rnn_tanh", False, 650, "bfloat16", None, 1, 32): 0.85,
+    ("rnn_tanh", False, 2048, "bfloat16", None, 1, 32): 1.24,
+    ("rnn_tanh", True, 128, "bfloat16", None, 1, 16): 0.27,
+    ("rnn_tanh", True, 256, "bfloat16", None, 1, 16): 0.53,
 }
 
 LOOP = """
