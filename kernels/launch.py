@@ -541,12 +541,12 @@ def backward(
         _prepare(
             prepare.prepare_backward,
             (
-                cell.gates, cell.slots, cell.carried, planes, hidden_size, size, sets, cell.slot_order[0], plan.dtype,
-                prepare.BLOCK, prepare.TILE,
+                cell.gates, cell.slots, cell.carried, planes, hidden_size, size, sets, *[cell.slot_order[0]] * 2,
+                plan.dtype, prepare.BLOCK, prepare.TILE,
             ),
             device,
             sum(programs) + tiles,
-            (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs),
+            (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs, size),
         )  # fmt: skip
         programs = 0, 0, 0  # of further sets the weights alone
     d_parameters = None

@@ -98,20 +98,21 @@ def side_by_side(p_0, p_1, out, block, rows, width, PADDED: tl.constexpr, BLOCK:
 
 @triton.jit
 def transpose(
-    p_0, p_1, out, tile, G: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, ROTATION: tl.constexpr,
-    TILE: tl.constexpr,
+    p_0, p_1, out, tile, far, G: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, ROTATION: tl.constexpr,
+    FURTHER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of weights [G*H, H] of some set, to where it stands in `out` [N, HS, G, HS] (backward.py); zeros past H.
-    The slot of a gate: rotated by ROTATION.
+    """A tile of weights [G*H, H] of some set, to where it stands in `out` [N, HS, G, HS] (backward.py), `far` rows of
+    it from set to set; zeros past H. The slot of a gate: rotated by ROTATION, in the second set by FURTHER.
     """
     SIDE: tl.constexpr = (HS + TILE - 1) // TILE
     k = (tile % SIDE) * TILE + tl.arange(0, TILE)[:, None]
     unit = (tile // SIDE % SIDE) * TILE + tl.arange(0, TILE)[None, :]
     slot, n = tile // (SIDE * SIDE) % G, tile // (SIDE * SIDE * G)
-    row = ((slot + ROTATION) % G).to(tl.int64) * H + k
+    rotation = ROTATION if p_1 is None else tl.where(n == 0, ROTATION, FURTHER)
+    row = ((slot + rotation) % G).to(tl.int64) * H + k
     w = tl.load(of_set(p_0, p_1, n) + row * H + unit, mask=(k < H) & (unit < H), other=0.0)
     k, unit = k.reshape(1, TILE), unit.reshape(TILE, 1)
-    place = ((n.to(tl.int64) * HS + unit) * G + slot) * HS + k
+    place = ((n.to(tl.int64) * far + unit) * G + slot) * HS + k
     tl.store(out + place, tl.trans(w), mask=(k < HS) & (unit < HS))
 
 
@@ -149,14 +150,15 @@ def prepare_forward(
             side_by_side(weight_ih_0, weight_ih_1, weight_ih, block, G * H, I, PADDED, BLOCK)
 
 
-@triton.jit(do_not_specialize=["R", "B", "fills", "zeros", "states"], do_not_specialize_on_alignment=["state_0"])
+@triton.jit(do_not_specialize=["R", "B", "fills", "zeros", "states", "far"], do_not_specialize_on_alignment=["state_0"])
 def prepare_backward(
-    d_gates, state_0, history_0, weight_hh_0, weight_hh_1, weight, R, B, fills, zeros, states, G: tl.constexpr,
+    d_gates, state_0, history_0, weight_hh_0, weight_hh_1, weight, R, B, fills, zeros, states, far, G: tl.constexpr,
     E: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
-    ROTATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    ROTATION: tl.constexpr, FURTHER: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """d_gates [B+R+B, N, E, HS], words: zeros in the first B rows, the R after them unwritten; history_0 [B, N,
-    PLANES*HS] from the states state_0 [N, B, COUNT*H], None for zeros; the weights transposed.
+    PLANES*HS] from the states state_0 [N, B, COUNT*H], None for zeros; the weights transposed, as `transpose` says. (Of
+    a layer of a stack both weights are two sets of them, and all else is one.)
 
     fills, zeros, states: programs of the jobs, one after another; the rest transposes.
     """
@@ -172,4 +174,5 @@ def prepare_backward(
             x = state_by_rows(state_0, i, B, COUNT, PLANES, H, HS, N, history_0.dtype.element_ty)
             tl.store(history_0 + i, x, mask=i < B.to(tl.int64) * (N * PLANES * HS))
     else:
-        transpose(weight_hh_0, weight_hh_1, weight, job - fills - zeros - states, G, H, HS, ROTATION, TILE)
+        tile = job - fills - zeros - states
+        transpose(weight_hh_0, weight_hh_1, weight, tile, far, G, H, HS, ROTATION, FURTHER, TILE)

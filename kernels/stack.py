@@ -205,7 +205,7 @@ def backward(
     if batch * cell.slots * size * y.element_size() >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
     d_gates = _words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
-    recurrent, other = (_new(y, (layers, size, cell.gates, size)) for _ in range(2))
+    transposed = _new(y, (2, layers, size, cell.gates, size))
     state_0 = history_0 = None
     aux = _spread(y, batch, size) if cell.reads_h else _spread(aux, batch, aux.shape[2]) if cell.planes else None
     history = aux if cell.states else _spread(y, batch, size) if cell.carries_h else None
@@ -216,27 +216,27 @@ def backward(
     words = cell.slots * size * itemsize(plan.dtype) // 4  # of a row
     jobs = count * words, batch * words, 0 if history_0 is None else batch * planes * size
     programs = _programs(*jobs)
-    tiles = cell.gates * (-(-size // prepare.TILE)) ** 2  # of a weight that is transposed
+    tiles = 2 * cell.gates * (-(-size // prepare.TILE)) ** 2  # of both weights of a layer, that are transposed
     of_layers, weights = [_aligned(one) for one in weight_hh], _weights_fed([*weight_ih[1:], weight_hh[0]], layers - 1)
     for n in range(layers):
-        buffers = d_gates[n], _from(state_0, n), _from(history_0, n)
-        for source, weight, transposed, rotation in (
-            (0, of_layers[n], recurrent[n], cell.slot_order[0]), (1, weights[n], other[n], 0)
-        ):  # fmt: skip
-            before = (0, 0, 0) if source else programs
-            _prepare(
-                prepare.prepare_backward,
-                (
-                    cell.gates, cell.slots, cell.carried, planes, hidden_size, size, 1, rotation, plan.dtype,
-                    prepare.BLOCK, prepare.TILE,
-                ),
-                y.device,
-                sum(before) + tiles,
-                (*buffers, weight, None, transposed, count, batch, *before),
-            )  # fmt: skip
+        _prepare(
+            prepare.prepare_backward,
+            (
+                cell.gates, cell.slots, cell.carried, planes, hidden_size, size, 1, cell.slot_order[0], 0, plan.dtype,
+                prepare.BLOCK, prepare.TILE,
+            ),
+            y.device,
+            sum(programs) + tiles,
+            (
+                d_gates[n], _from(state_0, n), _from(history_0, n), of_layers[n], weights[n], transposed[0, n], count,
+                batch, *programs, layers * size,
+            ),
+        )  # fmt: skip
     sizes, given = (layers, batch), (d_y, d_h_n, d_c_n)
     tensors = _of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
-    tensors |= dict(weight=recurrent, weight_above=other, passed=None if passed is None else _aligned(passed.mask))
+    tensors |= dict(
+        weight=transposed[0], weight_above=transposed[1], passed=None if passed is None else _aligned(passed.mask)
+    )
     tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0", *MASKS))
     numbers = dict(scale=passed and passed.scale, clip=None)
     _launch(plan, y.device, rows, 0, tensors, **numbers, **NUMBERS)

@@ -102,8 +102,8 @@ MOST = {
     "GRU, both directions, 2 layers": (6, 31),
     "LSTM, both directions, 2 layers": (9, 32),  # with three kernels for dropout, and one for its gradient
     "LSTM, projected": (6, 20),  # three products forward, and their gradients
-    "LSTM, 4 layers": (7, 33),  # side by side; one after another they take 12 and 42
-    "GRU, 3 layers": (6, 29),
+    "LSTM, 4 layers": (7, 29),  # side by side; one after another they take 12 and 42
+    "GRU, 3 layers": (6, 26),
 }
 
 

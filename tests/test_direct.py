@@ -73,10 +73,10 @@ def test_a_prepared_launch_tells_who_wants_to_know(noted):
     """Catches: a profiler of Triton's that sees the first launch alone."""
     prepared = direct.Prepared(
         prepare.prepare_backward,
-        dict(G=1, E=1, COUNT=1, PLANES=1, H=8, HS=8, N=1, ROTATION=0, DTYPE=tl.float32, BLOCK=64, TILE=16),
+        dict(G=1, E=1, COUNT=1, PLANES=1, H=8, HS=8, N=1, ROTATION=0, FURTHER=0, DTYPE=tl.float32, BLOCK=64, TILE=16),
         dict(num_warps=4),
     )
-    given = tuple(3 if name in ("R", "B", "fills", "zeros", "states") else None for name in prepared.names)
+    given = tuple(3 if name in ("R", "B", "fills", "zeros", "states", "far") else None for name in prepared.names)
     prepared.launch((5, 1, 1), 77, given)
     told = lambda metadata: None
     triton.knobs.runtime.launch_enter_hook.add(told)
@@ -95,9 +95,13 @@ def test_what_prepares_the_buffers_compiles(sets, backwards, dtype, arch):
     """Catches: a kernel that the interpreter runs and no compiler takes; fills of less than 16 bytes at a time."""
     kernel = prepare.prepare_backward if backwards else prepare.prepare_forward
     fixed = dict(G=3, H=40, HS=40, N=sets, DTYPE={"bf16": tl.bfloat16, "fp32": tl.float32}[dtype], BLOCK=prepare.BLOCK)
-    fixed |= dict(E=4, COUNT=1, PLANES=1, ROTATION=2, TILE=prepare.TILE) if backwards else dict(APART=1, PADDED=None)
+    fixed |= (
+        dict(E=4, COUNT=1, PLANES=1, ROTATION=2, FURTHER=0, TILE=prepare.TILE)
+        if backwards
+        else dict(APART=1, PADDED=None)
+    )
     fixed |= {name: None for name in kernel.arg_names if name.endswith("_1") and sets == 1}
-    words, numbers = ("y", "d_gates"), ("R", "B", "I", "fills", "states", "sums", "weights", "zeros")
+    words, numbers = ("y", "d_gates"), ("R", "B", "I", "fills", "states", "sums", "weights", "zeros", "far")
     types = {
         name: "constexpr" if name in fixed else "i32" if name in numbers else f"*{'i32' if name in words else dtype}"
         for name in kernel.arg_names
