@@ -1,8 +1,8 @@
 """The plan: how a recurrence is cut into programs. Pure Python: needs no GPU and no Triton.
 
 `plan()` enumerates the ways that fit the device and takes the one whose predicted step is the shortest. The times come
-from a model whose constants stand below: fitted to what an H200 took, less what the kernels save since then by the
-clock of their machine code. `cudnn_microseconds` says the same of what `auto` would use instead.
+from a model whose constants stand below: fitted to what an H200 took. `cudnn_microseconds` says the same of what `auto`
+would use instead.
 """
 
 import itertools
@@ -218,15 +218,21 @@ BACKWARD_VECTOR = 0.0852
 FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.243
 FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.2, 0.112
 FORWARD_LATE = 0.006
-FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.4, 0.909
+FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.4, 0.1
 # What of that is left since every thread waits for its own words and nothing comes from memory in between: of the work
-# on a tile, and of waiting for the latest, because a round that fails costs half. By the clock of the machine code
-# (stall counts, scoreboards, latencies: 1.65 us to 0.91 forward, H 1024, no waiting); no GPU has timed it yet.
-FORWARD_CLOCKED, BACKWARD_CLOCKED, LATE_CLOCKED = 0.55, 0.60, 0.5
+# on a tile, and of waiting for the latest, because a round that fails costs half. (BACKWARD_TRAVEL was 0.909.) By eight
+# rows of the benchmark, LSTM, bfloat16, T 1024, H 128 to 1024, B 16 and 64, that an H200 measured on 2026-11-27 with
+# commit e8f32a1: the forward constants by the clock of the machine code, which the rows confirm (six steps within 14 %,
+# half of them within 5 %), the backward ones fitted to them (within 16 %). Of the time of a call's 10 % quantile, for
+# the host was slow, were taken off: large products (below), 5 us, and in training 40 us and writing and reading the
+# gates' gradients once beside the kernel; of training, too, what inference took.
+FORWARD_CLOCKED, BACKWARD_CLOCKED, LATE_CLOCKED = 0.55, 0.75, 0.5
 AS_GOOD = 1.03  # times the best: what the model cannot tell apart
 # A lone program: its instructions by the formula below, and this for each (cycles an instruction and warp of a
-# multiprocessor, dependences included). What a layer with H 128 took, less all else: 0.65 forward, 2.6 backward.
-FORWARD_ALONE_CYCLES, BACKWARD_ALONE_CYCLES = 0.4, 1.6
+# multiprocessor, dependences included). By the same rows with H 128, and those of commit 7d9048c, which had the same
+# lone kernel: 1.3 us forward, 3.2 backward, in the median of four.
+FORWARD_ALONE_CYCLES, BACKWARD_ALONE_CYCLES = 0.8, 2.0
+ALONE_UNITS = 64  # up to so many units one program is taken: it needs no other, and nobody has timed either way there
 L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
 POLL_CYCLES = 260  # from a poll that hits the second-level cache to its words: 138 ns, measured on an H200
 SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared memory
@@ -248,7 +254,8 @@ PERSISTENT_BATCH = 63
 # 2026-11-27, float32: 18 to 84 and 243 to 300); nothing in bfloat16, whose weights PyTorch gathers anew for cuDNN at
 # every call.
 CALL_MORE = {"float32": (60.0, 270.0), "float16": (60.0, 270.0), "bfloat16": (0.0, 0.0)}
-PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 500e6, "bfloat16": 500e6}  # of large products, a microsecond
+# Of large products, a microsecond, in tf32 and 16 bits: what layers took beyond their recurrences, on the same H200.
+PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 800e6, "bfloat16": 800e6}
 
 
 # What the plans of one problem differ in.
@@ -358,7 +365,9 @@ def plan(
         for p in found:
             if cut(p) == measured.cut:
                 return replace(p, measured=measured.when)
-    return found[0] if found[0].alone else preferred([(p, p.microseconds) for p in found])
+    if found[0].alone and found[0].units <= ALONE_UNITS:
+        return found[0]
+    return preferred([(p, p.microseconds) for p in found])
 
 
 def every_plan(
@@ -395,12 +404,13 @@ def every_plan(
 
 
 def preferred(timed: list[tuple[Plan, float]]) -> Plan:
-    """Of plans and what is predicted of them the one to take: of those that are as good as the best, the one that does
-    least in turn, because that a wait hides behind other tiles is only the model's word.
+    """Of plans and what is predicted of them the one to take: of those that are as good as the best, one program alone,
+    which waits for nobody, or the one that does least in turn, because that a wait hides behind other tiles is only the
+    model's word.
     """
     least = min(us for _, us in timed)
     equal = [(p, us) for p, us in timed if us <= AS_GOOD * least]
-    return min(equal, key=lambda pair: (pair[0].slices, pair[1], pair[0].programs))[0]
+    return min(equal, key=lambda pair: (not pair[0].alone, pair[0].slices, pair[1], pair[0].programs))[0]
 
 
 def _plan_of(problem: Problem, **chosen) -> Plan:

@@ -12,7 +12,6 @@ so, and prints the ranking of the model, which is an estimate.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -35,6 +34,7 @@ from . import compiling, ledger, recorded
 from .benchmark import Clock, OutOfTime, device_seconds, one_line, progress
 from .cases import Case, core
 from .providers import float32_precision, interpreted, torch_layer
+from .recorded import constants
 
 STEPS = 256  # of a timed call
 CHECKED_STEPS = 24
@@ -95,19 +95,6 @@ def predicted(p: Plan, device: Device) -> float:
         p.cell, p.hidden_size, p.batch_size, p.sets, p.dtype, device, p.backward, p.precision
     )  # fmt: skip
     return planning.alone_plan(problem).microseconds
-
-
-@contextlib.contextmanager
-def constants(values: dict[str, float]):
-    """Within this context the model has these constants."""
-    before = {name: getattr(planning, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(planning, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(planning, name, value)
 
 
 def model_error(measured: list[tuple[Plan, float]], device: Device) -> float:
@@ -428,12 +415,6 @@ def ship(path: str, cases: list[Case], device: torch.device, timer, clock: Clock
     return measured.write_shipped(path)
 
 
-def against_recordings(folder: str, most: float) -> tuple[list[str], bool]:
-    """`recorded.check` of the model as it stood for the kernels that were recorded."""
-    with constants(recorded.AS_RECORDED):
-        return recorded.check(folder, lambda p: predicted(p, DEVICES["h200"]), most)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.tune", description="Time all plans of a shape on a GPU.")
@@ -474,7 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.layers < 1 or (options.layers > 1 and options.directions > 1):
         parser.error("--layers: 1 or more, of one direction")
     if options.recorded:
-        lines, good = against_recordings(options.recorded, options.most)
+        lines, good = recorded.check(options.recorded, lambda p: predicted(p, DEVICES["h200"]), options.most)
         print("\n".join(lines))
         return 0 if good else 1
     shape = options.cell, options.hidden_size, options.batch_size, options.directions, options.dtype
