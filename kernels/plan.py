@@ -204,36 +204,32 @@ ALONE_WARPS = 8
 ALONE_WARP_UNITS, ALONE_WARP_UNITS_IEEE = TILE_ROWS, 8
 ALONE_IEEE_UNITS = 32
 
-# Time: microseconds of a step. The first block is fitted to 224 plans that an H200 timed on 2026-11-26 with the kernels
-# of commit 7d9048c (perf/results; `perf.tune --check --recorded` repeats it): half of them within 8 % forward and 7 %
-# backward, and the first by the model at most 7 % slower than the best. One tile takes TILE, more with 8 warps (twice
-# the partial sums, and latencies in series), and a part for each matrix instruction of a warp, backward also for each
-# vector that a thread polls. From its publish to the neighbours' next step it takes EXCHANGE, more for the bytes that
-# all programs poll in a step (MEGABYTE), and, forward, for each of the programs, of which the latest counts (LATE).
-# That may hide behind other tiles, TRAVEL never does.
-FORWARD_TILE, BACKWARD_TILE = 0.515, 0.245
-FORWARD_EIGHT_WARPS, BACKWARD_EIGHT_WARPS = 0.538, 0.65
-FORWARD_MATRIX, BACKWARD_MATRIX = 0.01309, 0.00959
-BACKWARD_VECTOR = 0.0852
-FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.243
-FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.2, 0.112
-FORWARD_LATE = 0.006
-FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.4, 0.1
-# What of that is left since every thread waits for its own words and nothing comes from memory in between: of the work
-# on a tile, and of waiting for the latest, because a round that fails costs half. (BACKWARD_TRAVEL was 0.909.) By eight
-# rows of the benchmark, LSTM, bfloat16, T 1024, H 128 to 1024, B 16 and 64, that an H200 measured on 2026-11-27 with
-# commit e8f32a1: the forward constants by the clock of the machine code, which the rows confirm (six steps within 14 %,
-# half of them within 5 %), the backward ones fitted to them (within 16 %). Of the time of a call's 10 % quantile, for
-# the host was slow, were taken off: large products (below), 5 us, and in training 40 us and writing and reading the
-# gates' gradients once beside the kernel; of training, too, what inference took.
-FORWARD_CLOCKED, BACKWARD_CLOCKED, LATE_CLOCKED = 0.55, 0.75, 0.5
+# Time: microseconds of a step. The first block is fitted to what an H200 took on 2026-11-27 for 65 passes of layers
+# whose weights stay in registers, T 1024, H 128 to 1024, all types (the core grid in perf/results, commit dd67452;
+# `perf.tune --check --recorded` repeats it): half of them within 4 % forward and 6 % backward, all within a fifth. From
+# the time of a call were taken off large products (below), 5 us, and in training 40 us, the gates' gradients written
+# once and read once, and what inference took. One tile takes TILE, more with 8 warps (twice the partial sums, and
+# latencies in series), and a part for each matrix instruction of a warp, backward also for each vector that a thread
+# polls. From its publish to the neighbours' next step it takes EXCHANGE, more for the bytes that all programs poll in a
+# step (MEGABYTE), and, forward, for each of the programs, of which the latest counts (LATE). That may hide behind other
+# tiles, TRAVEL never does. Not explained: weights in shared memory beside several tiles or 16 rows take up to a quarter
+# more, in 16 bits at 1536 units backward half as much again, and in tf32 at 768 backward twice as much: they spill.
+FORWARD_TILE, BACKWARD_TILE = 0.364, 0.154
+FORWARD_EIGHT_WARPS, BACKWARD_EIGHT_WARPS = 0.415, 0.245
+FORWARD_MATRIX, BACKWARD_MATRIX = 0.00825, 0.0061
+BACKWARD_VECTOR = 0.0639
+FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.214
+FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.166, 0.144
+FORWARD_LATE = 0.00225
+FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.34, 0.093
+UNALIGNED = 1.6  # times the work on a tile where rows do not begin at 16 bytes: H 650 took 1.4 to 1.7
 AS_GOOD = 1.03  # times the best: what the model cannot tell apart
 # A lone program: its instructions by the formula below, and this for each (cycles an instruction and warp of a
-# multiprocessor, dependences included). By the same rows with H 128, and those of commit 7d9048c, which had the same
-# lone kernel: 1.3 us forward, 3.2 backward, in the median of four.
-FORWARD_ALONE_CYCLES, BACKWARD_ALONE_CYCLES = 0.8, 2.0
+# multiprocessor, dependences included). LSTM, H 128, 16 bits, as above: 1.33 us forward, 3.02 backward; what exchanges
+# its state took 0.9 and 1.09 there, in tf32.
+FORWARD_ALONE_CYCLES, BACKWARD_ALONE_CYCLES = 0.82, 1.87
 ALONE_UNITS = 64  # up to so many units one program is taken: it needs no other, and nobody has timed either way there
-L2_BYTES_PER_MICROSECOND = 7.5e6  # all multiprocessors together; published 7.5 to 10 TB/s
+L2_BYTES_PER_MICROSECOND = 10e6  # all multiprocessors together; published 7.5 to 10 TB/s
 POLL_CYCLES = 260  # from a poll that hits the second-level cache to its words: 138 ns, measured on an H200
 SHARED_BYTES_PER_CYCLE = 128  # what one multiprocessor reads from its shared memory
 ISSUE_CYCLES = 0.45  # cycles a scalar product of full float32 takes, for each warp of a multiprocessor: estimated
@@ -665,15 +661,16 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
     gates, chunks = CELLS[p.cell].gates, p.registers + p.shared + p.streamed
     tile_gates = gates if p.backward else -(-gates // p.gates_per_tile) * p.gates_per_tile
     matrices = 2 * chunks * (tile_gates * p.units // TILE_ROWS) * (p.rows // TILE_BATCH)
+    unaligned = 1 if padded(p.hidden_size, p.dtype) == p.hidden_size else UNALIGNED
     if p.backward:
         tile = BACKWARD_TILE + BACKWARD_MATRIX * matrices + BACKWARD_VECTOR * chunks * gates * (p.rows // TILE_BATCH)
-        tile = (tile + BACKWARD_EIGHT_WARPS * (p.warps > 4)) * BACKWARD_CLOCKED
+        tile = (tile + BACKWARD_EIGHT_WARPS * (p.warps > 4)) * unaligned
         tile += (p.waits - 1) * POLL_CYCLES / CLOCK / 1e3
     else:
         tile = FORWARD_TILE + FORWARD_MATRIX * matrices
-        tile = (tile + FORWARD_EIGHT_WARPS * (p.warps > 4)) * FORWARD_CLOCKED
-    # A stack's further wait, for what has been there for a step. It and its product may well hide behind the way of the
-    # own state, but no GPU has timed a stack yet: they are counted in full.
+        tile = (tile + FORWARD_EIGHT_WARPS * (p.warps > 4)) * unaligned
+    # A stack's further wait, for what has been there for a step. Neither it nor its product hides behind the way of the
+    # own state: counted in full, two layers are within 3 % of what an H200 took.
     tile += p.layered * p.waits * POLL_CYCLES / CLOCK / 1e3
     if p.precision == "ieee":
         tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
@@ -694,7 +691,7 @@ def _step_microseconds(p: Plan, device: Device) -> float:
         exchange, travel = BACKWARD_EXCHANGE + BACKWARD_MEGABYTE * polled, BACKWARD_TRAVEL
     else:
         exchange, travel = FORWARD_EXCHANGE + FORWARD_MEGABYTE * polled, FORWARD_TRAVEL
-        exchange += FORWARD_LATE * LATE_CLOCKED * p.programs
+        exchange += FORWARD_LATE * p.programs
     # The exchange of one tile hides behind the work on the others, and tiles in turn take each its time.
     return max(tile + exchange, p.slices * tile) + travel
 

@@ -14,29 +14,43 @@ from typing import NamedTuple
 
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import DEVICES, Device, Plan
-from rnn_gpu.kernels.spec import CELLS
+from rnn_gpu.kernels.spec import CELLS, padded
 
 
 class Kernels(NamedTuple):
-    """The kernels of a commit: the model's constants for them where today's are others, and the microseconds of a call
-    that the benchmark saw beside them and the large products, mostly Python's, by mode.
+    """The kernels of some sources: the constants of the model by which plans were chosen then, those by which it says
+    what such a plan takes, where they are not today's, and the microseconds of a call that the benchmark saw beside
+    them and the large products, mostly Python's, by mode.
     """
 
+    chosen: dict[str, float]
     constants: dict[str, float]
     call: dict[str, float]
 
 
-# Every poll was reduced over the program; one program alone wherever it could be, whose time was counted as Python's.
-REDUCED_POLLS = Kernels(
-    dict.fromkeys(("FORWARD_CLOCKED", "BACKWARD_CLOCKED", "LATE_CLOCKED"), 1.0)
-    | dict(BACKWARD_TRAVEL=0.909, FORWARD_ALONE_CYCLES=0.4, BACKWARD_ALONE_CYCLES=1.6, ALONE_UNITS=256),
-    {"inference": 700.0, "forward+backward": 1000.0},
+# Commit 7d9048c: every poll was reduced over the program. One program alone wherever it could be, whose time was taken
+# for Python's.
+_REDUCED = dict(
+    FORWARD_TILE=0.515, FORWARD_EIGHT_WARPS=0.538, FORWARD_MATRIX=0.01309, FORWARD_MEGABYTE=0.2, FORWARD_LATE=0.006,
+    FORWARD_TRAVEL=0.4, FORWARD_ALONE_CYCLES=0.4, BACKWARD_TILE=0.245, BACKWARD_EIGHT_WARPS=0.65,
+    BACKWARD_MATRIX=0.00959, BACKWARD_VECTOR=0.0852, BACKWARD_EXCHANGE=0.243, BACKWARD_MEGABYTE=0.112,
+    BACKWARD_TRAVEL=0.909, BACKWARD_ALONE_CYCLES=1.6, UNALIGNED=1.0, ALONE_UNITS=256,
+    L2_BYTES_PER_MICROSECOND=7.5e6,
+)  # fmt: skip
+REDUCED_POLLS = Kernels(_REDUCED, _REDUCED, {"inference": 700.0, "forward+backward": 1000.0})
+# Commit dd67452: every thread waits for its own words. Plans were chosen by the clock of the machine code.
+_CLOCKED = dict.fromkeys(("FORWARD_TILE", "FORWARD_EIGHT_WARPS", "FORWARD_MATRIX"), 0.55)
+_CLOCKED |= dict.fromkeys(("BACKWARD_TILE", "BACKWARD_EIGHT_WARPS", "BACKWARD_MATRIX", "BACKWARD_VECTOR"), 0.6)
+_CLOCKED |= dict(FORWARD_LATE=0.5)
+OWN_WORDS = Kernels(
+    _REDUCED | {name: share * _REDUCED[name] for name, share in _CLOCKED.items()},
+    {},
+    {"inference": 30.0, "forward+backward": 100.0},
 )
-# Every thread waits for its own words; one program alone wherever it could be.
-OWN_WORDS = Kernels({"ALONE_UNITS": 256}, {"inference": 130.0, "forward+backward": 200.0})
-OF_COMMIT = {"7d9048c72cab": REDUCED_POLLS, "e8f32a1fe5f6": OWN_WORDS}
-# How far the model may be from what the kernels of OWN_WORDS took in a case.
-MOST_OFF = 0.16
+OF_SOURCES = {"2bf54a0d969e": REDUCED_POLLS, "5d2c2d36c166": OWN_WORDS}
+# How far the model may be from what the kernels of OWN_WORDS took where it claims to know: weights in registers, rows
+# that begin at 16 bytes, one layer of many steps.
+MOST_OFF = 0.2
 
 
 @contextlib.contextmanager
@@ -56,7 +70,8 @@ class Case(NamedTuple):
     """A case of the benchmark: what was measured of our kernels and of cuDNN, and the estimates, in microseconds."""
 
     name: str
-    commit: str
+    kernels: Kernels
+    known: bool  # whether MOST_OFF is about it
     ours: float
     theirs: float
     our_estimate: float
@@ -103,38 +118,43 @@ def choices(timed: list[tuple[Plan, float]], predicted) -> dict[tuple, tuple[flo
     }
 
 
-def cases(path: str, device: Device) -> list[Case]:
-    """The cases of a ledger in which our kernels and cuDNN have been timed, once for each commit, with the estimates of
-    its model for them.
+def cases(path: str, device: Device, predicted) -> list[Case]:
+    """The cases of a ledger in which our kernels and cuDNN have been timed, once for each sources of ours, with the
+    model's estimates for them.
     """
     rows: dict[tuple, dict[str, dict[str, str]]] = {}
     with open(path, encoding="utf-8") as file:
         for row in csv.DictReader(file):
             names = "cell", "dtype", "hidden_size", "batch_size", "time", "layers", "directions", "precision", "mode"
-            rows.setdefault((row["commit"], *(row[name] for name in names)), {})[row["provider"]] = row
+            rows.setdefault((row["sources"], *(row[name] for name in names)), {})[row["provider"]] = row
     found = []
-    for (commit, *key), by in rows.items():
+    for (sources, *key), by in rows.items():
         if "rnn_gpu" in by and "torch.nn" in by:
             cell, dtype, hidden_size, batch_size, time, layers, directions, precision, mode = key
             problem = cell, int(hidden_size), int(batch_size), int(directions), dtype
-            kernels, ours, theirs = OF_COMMIT[commit], 0.0, 0.0
+            passes = (False, True) if mode == "forward+backward" else (False,)
+            kernels = OF_SOURCES[sources]
+            with constants(kernels.chosen):
+                plans = [planning.plan(*problem, device, backward, precision or None) for backward in passes]
+            assert all(isinstance(p, Plan) for p in plans), plans
             with constants(kernels.constants):
-                for backward in (False, True) if mode == "forward+backward" else (False,):
-                    p = planning.plan(*problem, device, backward, precision or None)
-                    assert isinstance(p, Plan), p
-                    products = (3 if backward else 1) * planning.product_microseconds(p, device)
-                    ours += p.microseconds + products
+                ours, theirs = kernels.call[mode] / int(time), 0.0
+                for p in plans:
+                    products = (3 if p.backward else 1) * planning.product_microseconds(p, device)
+                    ours += predicted(p) + products
                     theirs += planning.cudnn_microseconds(p, device, int(layers)) + products
-            ours += kernels.call[mode] / int(time)
+            aligned = padded(int(hidden_size), dtype) == int(hidden_size)
+            known = aligned and layers == "1" and int(time) > 500 and all(p.shared + p.streamed == 0 for p in plans)
             times = float(by["rnn_gpu"]["step_us"]), float(by["torch.nn"]["step_us"])
-            found.append(Case(" ".join(key), commit, *times, int(layers) * ours, int(layers) * theirs))
+            found.append(Case(" ".join(key), kernels, known, *times, int(layers) * ours, int(layers) * theirs))
     return found
 
 
 def check(folder: str, predicted, most: float) -> tuple[list[str], bool]:
     """What the recordings of a folder say of the model, in lines, and whether it is good enough: no choice of a plan
-    loses more than `most`, at most 2 choices of `auto` are wrong, and none by more than a tenth, and of today's kernels
-    no case took so much more or less than estimated as MOST_OFF.
+    loses more than `most`, at most one choice of `auto` in 50 is wrong, and none by more than a quarter (cuDNN's own
+    times in bfloat16 differed by that much between two days), and of today's kernels no case is further from its
+    estimate than MOST_OFF.
     """
     lines, good, device = [], True, DEVICES["h200"]
     for name in sorted(os.listdir(folder)):
@@ -149,17 +169,18 @@ def check(folder: str, predicted, most: float) -> tuple[list[str], bool]:
             )
             good &= losses[worst] <= most
         elif name == "nvidia-h200.csv":
-            every = cases(path, device)
+            every = cases(path, device, predicted)
             wrong = sorted((case for case in every if case.loss > 0), key=lambda case: -case.loss)
             lines.append(f"{name}: `auto` chooses wrongly in {len(wrong)} of {len(every)} cases")
             lines += [f"  {case.loss:.1%}: {case.name}, {case.ours:.2f} against {case.theirs:.2f} us" for case in wrong]
-            good &= len(wrong) <= 2 and all(case.loss <= 0.1 for case in wrong)
-            new = [case for case in every if OF_COMMIT[case.commit] is OWN_WORDS]
+            good &= len(wrong) <= len(every) / 50 and all(case.loss <= 0.25 for case in wrong)
+            new = [case for case in every if case.kernels is OWN_WORDS and case.known]
             worst = max(new, key=lambda case: abs(case.off))
             middle = statistics.median(abs(case.off) for case in new)
             lines.append(
-                f"{name}: of {len(new)} cases of today's kernels half are within {middle:.0%} of the model, all within "
-                f"{abs(worst.off):.0%}: {worst.name}, {worst.ours:.2f} us, by the model {worst.our_estimate:.2f}"
+                f"{name}: of {len(new)} cases of today's kernels that the model knows it is within {middle:.0%} of "
+                f"half, within {abs(worst.off):.0%} of all: {worst.name}, {worst.ours:.2f} us, by the model "
+                f"{worst.our_estimate:.2f}"
             )
             good &= abs(worst.off) <= MOST_OFF
     return lines, good

@@ -684,6 +684,13 @@ def test_a_model_that_disagrees_with_what_was_recorded_is_found(wrong, capsys):
     assert "`auto` chooses wrongly in" in capsys.readouterr().out
 
 
+def test_a_model_that_puts_slow_plans_first_is_found(monkeypatch):
+    """Control: the same of the plans that were recorded."""
+    monkeypatch.setitem(recorded.REDUCED_POLLS.constants, "FORWARD_LATE", 0.1)
+    lines, good = recorded.check(str(ledger.RESULTS), lambda p: tune.predicted(p, DEVICES["h200"]), 0.08)
+    assert not good, "\n".join(lines)
+
+
 def test_quantiles_are_those_of_the_samples():
     """Catches an index one off, and a sample of one."""
     values = [float(v) for v in range(1, 22)]
