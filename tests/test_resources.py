@@ -122,7 +122,7 @@ MAIN = [
     ("lstm", "float16", None, 300, 8, 2),
     ("lstm", "bfloat16", None, 2048, 8, 1),
     ("rnn_relu", "float32", "tf32", 512, 8, 2),
-    ("gru", "bfloat16", None, 128, 64, 1),
+    ("gru", "bfloat16", None, 128, 16, 1),
     ("gru", "bfloat16", None, 1001, 8, 1),
     ("lstm", "float32", "ieee", 24, 8, 1),
     ("gru", "float32", "tf32", 768, 8, 1),
