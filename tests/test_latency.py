@@ -70,7 +70,7 @@ BOUNDS = {
     ("gru", False, 512, "bfloat16", None, 2, 8): 1.43,
     ("gru", False, 650, "bfloat16", None, 2, 8): 1.57,
     ("gru", False, 768, "bfloat16", None, 2, 8): 1.50,
-    ("gru", False, 1536, "bfloat16", None, 2, 16): 2.03,
+    ("gru", False, 1536, "bfloat16", None, 2, 16): 2.27,
     ("gru", False, 2048, "bfloat16", None, 2, 16): 2.76,
     ("gru", True, 256, "bfloat16", None, 1, 16): 0.63,
     ("gru", True, 512, "bfloat16", None, 1, 16): 0.88,
