@@ -606,7 +606,8 @@ def _weighed(
     estimate += f", cuDNN {theirs:.1f}{', for each layer' if together > 1 else ''}"
     if theirs < ours:
         return Choice("torch", estimate, groups[0], groups=groups)
-    least = planning.least_time(theirs - ours, problem[-1], training)
+    launches = len(groups) * (layers[0] // together)  # of all layers
+    least = planning.least_time((theirs - ours) * layers[0] / launches, problem[-1], training)
     return Choice("triton", estimate, groups[0], groups=groups, least_time=least)
 
 

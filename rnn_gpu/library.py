@@ -11,8 +11,8 @@ _library = torch.library.Library("rnn_gpu", "FRAGMENT")
 
 
 def operator(name: str, schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Make an operator of its body, for every device. The body runs below autograd, and neither changes its arguments
-    nor returns one of them, nor memory of theirs.
+    """Make an operator of its body, for every device, which neither changes its arguments nor returns one of them, nor
+    memory of theirs. PyTorch calls it where gradients are wanted, too: it is differentiable itself, or `no_derivative`.
     """
 
     def made(body: Callable) -> torch._ops.OpOverload:
@@ -26,6 +26,15 @@ def operator(name: str, schema: str) -> Callable[[Callable], torch._ops.OpOverlo
 def fake(name: str) -> Callable[[Callable], Callable]:
     """Say what an operator's results look like."""
     return torch.library.register_fake(f"rnn_gpu::{name}", lib=_library)
+
+
+def no_derivative(name: str, words: str) -> None:
+    """Let a backward through an operator raise a RuntimeError: without this PyTorch leaves its gradients out."""
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(words)
+
+    torch.library.register_autograd(f"rnn_gpu::{name}", refuse, lib=_library)
 
 
 def without_autocast(body: Callable) -> Callable:

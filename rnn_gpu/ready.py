@@ -23,10 +23,12 @@ MOST = 256  # calls that a layer remembers: of as many batch sizes
 # What of a layer a call depends on, beside its weights. Asked of the layer, and not noted where it is set: a class may
 # have them as properties, and torch.compile sets them without a word.
 options_of = operator.attrgetter(
-    "training", "num_layers", "bidirectional", "dropout", "memory", "clip", "return_cells", "zoneout",
-    "recurrent_dropout", "weight_dropout", "_watch",
+    "mode", "training", "input_size", "num_layers", "bias", "bidirectional", "dropout", "memory", "clip",
+    "return_cells", "zoneout", "recurrent_dropout", "weight_dropout", "_watch",
 )  # fmt: skip
-CHECKS = "check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size"  # torch.nn's
+CHECKS = frozenset(  # torch.nn's
+    ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size")
+)
 
 
 class Key(NamedTuple):
@@ -61,12 +63,12 @@ def _settings(dtype: torch.dtype) -> tuple[Any, ...]:
 
 def key_of(layer: Any, input: Any, hx: Any) -> Key | None:
     """The key of a call, or None for one that is not remembered: no plain tensors, states that torch.nn would refuse,
-    somebody who looks on.
+    somebody who looks on, a layer with checks of its own.
     """
     if type(input) is not Tensor or measured.automatic or not nobody_looks_on():
         return None
     shape, dtype, device = input.shape, input.dtype, input.device
-    if len(shape) != 3 or 0 in shape:
+    if len(shape) != 3 or 0 in shape or not CHECKS.isdisjoint(layer.__dict__):
         return None
     batch = shape[0] if layer.batch_first else shape[1]
     states: Sequence[Any] = ()
@@ -93,8 +95,8 @@ def remember(layer: Any, key: Key | None, weights: list[Tensor], call: Call, dro
         return
     if layer._torch_class is None or weights is not layer._flat_weights:  # a cell with other states; dropped weights
         return
-    if any(getattr(getattr(layer, name), "__func__", None) is not getattr(layer._torch_class, name) for name in CHECKS):
-        return  # somebody's own, who may want to look at every call
+    if any(getattr(type(layer), name, None) is not getattr(layer._torch_class, name, None) for name in CHECKS):
+        return  # a sub-class may want to look at every call
     least_time = 1
     if backends.current_backend() == "auto":
         least_time = backends.choose(layer, weights[0], key.batch, key.dtype).least_time

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import aten, backends, inductor
 from .call import Call, Inputs
 from .kernels.spec import CELLS, known, padded
-from .library import fake, operator, without_autocast
+from .library import fake, no_derivative, operator, without_autocast
 from .many_gradients import for_each_gradient
 from .operators import run_directly
 from .rows import Rows
@@ -216,6 +216,13 @@ def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
 def _whole(tensor: Tensor) -> Tensor:
     """Contiguous, at the beginning of its memory."""
     return tensor.contiguous() if tensor.storage_offset() == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+no_derivative(
+    "kernel_stack",
+    "Trying to backward through rnn_gpu.kernel_stack, which an exported program holds without its backward: train the "
+    "module that was exported (docs/limits.md).",
+)
 
 
 @fake("kernel_stack")

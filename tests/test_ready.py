@@ -255,6 +255,13 @@ def test_a_weight_of_another_size_or_type_is_seen():
             layer(input)
 
 
+def test_another_nonlinearity_is_seen():
+    """Catches: a mode that was set after the first call, as torch.nn's RNN reads it at every call."""
+    layer, input = layer_and_input("RNN")
+    layer.mode = "RNN_RELU"
+    assert torch.equal(layer(input)[0], copy.deepcopy(layer)(input)[0]) and layer(input)[0].min() == 0
+
+
 def test_states_of_a_gru_are_no_tuple():
     """Catches: a tuple of one state, which torch.nn's GRU does not take, and would from the second call on."""
     layer, input = layer_and_input("GRU")
@@ -281,6 +288,12 @@ def test_whoever_looks_at_every_call_is_asked():
     for _ in range(3):
         layer(torch.randn(3, 2, 5), (torch.zeros(1, 2, 7),) * 2)
     assert len(seen) == 6
+    seen.clear()
+    layer = rnn_gpu.LSTM(5, 7)
+    layer(torch.randn(3, 2, 5))
+    layer.check_input = lambda *a: seen.append(a)
+    layer(torch.randn(3, 2, 5))
+    assert len(seen) == 1
     seen.clear()
 
     class Looking(rnn_gpu.GRU):
