@@ -433,7 +433,7 @@ def forward_that_fails(problem: Problem, monkeypatch, plan, schedule: dict):
             run_forward(problem, plan, data(problem))
     steps = (problem.time + 2, problem.batch)  # a block of h0 before the first step and after the last
     (y,) = (t for t in poison.given if t.dim() == 3 and t.shape[0] == steps[0] * steps[1])
-    return str(error.value), y.unflatten(0, steps)[1:-1, ..., : problem.hidden_size]
+    return str(error.value), y.view(problem.dtype).unflatten(0, steps)[1:-1, ..., : problem.hidden_size]
 
 
 @pytest.mark.covering("cell", ("dtype", "precision"))

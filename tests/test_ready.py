@@ -58,6 +58,7 @@ def layer_and_input(name="LSTM", **options):
     return layer, input
 
 
+@pytest.mark.covering("name", "with_states")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("with_states", [False, True], ids=["zeros", "states"])
 def test_the_short_way_gives_the_same(name, with_states, monkeypatch):
