@@ -207,7 +207,8 @@ def test_exported_stacks_run_at_other_sizes(strict, tmp_path):
     program = torch.export.export(layer, (torch.randn(3, 2, 5),), dynamic_shapes={"input": dims}, strict=strict)
     torch.export.save(program, tmp_path / "layer.pt2")
     operators = [node for node in program.graph.nodes if "rnn_gpu" in str(node.target)]
-    assert len(operators) == (1 if INTERPRETED else 3)
+    # On PyTorch's kernels one a layer; in PyTorch 2.11, where an export is taken for a compiled graph, one a stack.
+    assert len(operators) == 1 or (len(operators) == 3 and not INTERPRETED)
     input = torch.randn(4, 6, 5)
     for loaded in (program, torch.export.load(tmp_path / "layer.pt2")):
         for actual, expected in zip(loaded.module()(input), layer(input), strict=True):
