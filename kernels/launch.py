@@ -341,7 +341,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 def _all_dense(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
     """Each contiguous: a bias may be a column, or one number for all units."""
-    return None if tensors is None else [tensor.contiguous().resolve_neg() for tensor in tensors]
+    return None if tensors is None else [_dense(tensor) for tensor in tensors]
 
 
 def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
@@ -395,8 +395,9 @@ def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
     return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
 
 
-_NO_MASKS: dict[str, Tensor | None] = dict.fromkeys(("passed", "dropped", "kept_h", "kept_c"))
-_NO_RATES: dict[str, float | None] = dict.fromkeys(("rate_h", "rate_c", "scale"))
+# What both kernels take for options of a layer and of a stack, tensors and numbers, where there are none.
+NO_MASKS: dict[str, Tensor | None] = dict.fromkeys(("passed", "dropped", "kept_h", "kept_c"))
+NO_RATES: dict[str, float | None] = dict.fromkeys(("rate_h", "rate_c", "scale"))
 
 
 def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dict, dict, bool]:
@@ -404,12 +405,10 @@ def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dic
     whether a part of the states is kept.
     """
     if rates == (None, None) and rows.dropped is rows.kept_h is rows.kept_c is None:
-        return _NO_MASKS, _NO_RATES, False
-    names = "dropped", "kept_h", "kept_c"
-    tensors: dict[str, Tensor | None] = {"passed": None}
-    tensors |= {name: None if (mask := getattr(rows, name)) is None else _aligned(mask) for name in names}
-    numbers = dict(rate_h=rates[0], rate_c=rates[1], scale=None)
-    return tensors, numbers, rows.kept_c is not None or rates[1] is not None
+        return NO_MASKS, NO_RATES, False
+    masks = {name: getattr(rows, name, None) for name in NO_MASKS}  # rows know of none that are passed
+    tensors = {name: None if mask is None else _aligned(mask) for name, mask in masks.items()}
+    return tensors, NO_RATES | dict(rate_h=rates[0], rate_c=rates[1]), rows.kept_c is not None or rates[1] is not None
 
 
 def go_on(

@@ -237,8 +237,13 @@ CLOCK = 1.8  # gigahertz of the H200 that was measured: other devices take longe
 
 # cuDNN, measured on the same H200 (cuDNN 9.19): a step of a layer with I = H, its products included. Without a
 # persistent kernel it launches several kernels a step, and that is what it takes, until the arithmetic takes longer.
-# Forward, backward, and for each unit.
-CUDNN_STEP = {"bfloat16": (12.5, 20.0, 0.0), "float16": (5.9, 10.3, 0.0022), "float32": (9.0, 18.0, 0.009)}
+# Forward and backward, and for each unit. (In bfloat16 the host sets the time: by the faster of two days' hosts, 22
+# cases up to 1536 units. On the other day a step took a fifth longer.)
+CUDNN_STEP = {
+    "bfloat16": ((12.7, 0.0011), (18.1, 0.0038)),
+    "float16": ((5.9, 0.0022), (10.3, 0.0022)),
+    "float32": ((9.0, 0.009), (18.0, 0.009)),
+}
 CUDNN_WORK = (8.4, 12.6)  # for each 1e9 operations of the recurrent product
 CUDNN_SMALL = (2.1, 2.3)  # its persistent kernel for few units
 # float16, one direction, B 16: units, forward, backward. (B 64 has no such kernel beyond 128 units.)
@@ -713,8 +718,8 @@ def cudnn_microseconds(p: Plan, device: Device, layers: int = 1) -> float:
     else:
         weights = spec.gates * p.hidden_size**2 * bytes_ * p.sets
         memory = 0.0 if weights <= device.l2_bytes else weights / device.memory_gigabytes_per_second / 1e3
-        *passes, unit = CUDNN_STEP[p.dtype]
-        took = max((passes[p.backward] + unit * p.hidden_size) * p.sets, CUDNN_WORK[p.backward] * product, memory)
+        step, unit = CUDNN_STEP[p.dtype][p.backward]
+        took = max((step + unit * p.hidden_size) * p.sets, CUDNN_WORK[p.backward] * product, memory)
     return max(took - (3 if p.backward else 1) * product_microseconds(p, device), took / 2)
 
 

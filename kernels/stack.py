@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from . import prepare
-from .launch import _aligned, _all_dense, _dense, _launch, _of_backward, _part, _prepare, _programs, _words
+from .launch import (
+    NO_MASKS,
+    NO_RATES,
+    _aligned,
+    _all_dense,
+    _dense,
+    _launch,
+    _of_backward,
+    _part,
+    _prepare,
+    _programs,
+    _words,
+)  # fmt: skip
 from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, itemsize, padded
-
-# What both kernels take of a single layer alone: masks of recurrent dropout and zoneout, and their rates.
-MASKS, NUMBERS = ("dropped", "kept_h", "kept_c"), dict(rate_h=None, rate_c=None)
 
 
 class Begun(NamedTuple):
@@ -41,6 +50,13 @@ class Passed(NamedTuple):
 
     mask: Tensor
     scale: float
+
+
+def _passed(passed: Passed | None) -> tuple[dict, dict]:
+    """What both kernels take for dropout between the layers, tensors and numbers, with nothing of a single layer."""
+    if passed is None:
+        return NO_MASKS, NO_RATES
+    return NO_MASKS | dict(passed=_aligned(passed.mask)), NO_RATES | dict(scale=passed.scale)
 
 
 def _weights_fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
@@ -160,15 +176,14 @@ def forward(
         parameters=None,
         y=y,
         fed=begun.fed,
-        passed=None if passed is None else _aligned(passed.mask),
         carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
         gates=gates,
         aux=aux,
         carry_n=c_n,
         h_n=h_n,
     )
-    others, numbers = dict.fromkeys(("shown", "h_0", "carries", *MASKS)), dict(scale=passed and passed.scale)
-    _launch(plan, x_part.device, rows, 0, tensors | others, **numbers, **NUMBERS)
+    masks, numbers = _passed(passed)
+    _launch(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries")) | masks, **numbers)
     y, fed = (
         None if buffer is None else _part(
             buffer, dtype, batch * size, (len(buffer), count, hidden_size), ((count + 2 * batch) * size, size, 1)
@@ -234,12 +249,10 @@ def backward(
         )  # fmt: skip
     sizes, given = (layers, batch), (d_y, d_h_n, d_c_n)
     tensors = _of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
-    tensors |= dict(
-        weight=transposed[0], weight_above=transposed[1], passed=None if passed is None else _aligned(passed.mask)
-    )
-    tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0", *MASKS))
-    numbers = dict(scale=passed and passed.scale, clip=None)
-    _launch(plan, y.device, rows, 0, tensors, **numbers, **NUMBERS)
+    tensors |= dict(weight=transposed[0], weight_above=transposed[1])
+    masks, numbers = _passed(passed)
+    tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0")) | masks
+    _launch(plan, y.device, rows, 0, tensors, **numbers, clip=None)
     width = cell.slots * size
     shape, stride = (layers, count, cell.slots, hidden_size), ((count + 2 * batch) * width, width, size, 1)
     return _part(d_gates, y.dtype, batch * width, shape, stride), tensors["d_carry_0"]

@@ -8,7 +8,7 @@ from . import aten, aten_stack, onnx, stack_operators
 from .call import Call, Inputs
 from .heads import by_heads
 from .kernels.spec import CELLS
-from .operators import EagerLayer, Layer, by_sets, run_directly, stacked
+from .operators import EagerLayer, Layer, by_sets, in_turn, run_directly, stacked
 from .projection import combined, projected
 from .rows import Rows
 from .second_order import reference_layer
@@ -30,9 +30,9 @@ def recurrent_stack(
     own = len(CELLS[call.cell].parameters)
     each = 2 + 2 * call.biases + call.projected + own  # weights of a layer and direction
     count = len(weights) // each
-    if call.route == "direct" and count == call.sets and not own and not call.projected:  # one layer: no more to do
-        kinds = [weights[i::each] for i in range(each)] + [None] * (4 - each)
-        inputs = Inputs(input, *kinds, None, None, h0, c0)
+    # One layer, asked for first: in a call of few steps what is below takes longer than they do.
+    if call.route == "direct" and count == call.sets and not own and not call.projected:
+        inputs = Inputs(input, *in_turn(weights, each), None, None, h0, c0)
         y, h_n, c_n, cells = _directly(inputs, drawn(call, rows, input, weights[1]), call)
         return y.flatten(1).contiguous(), h_n, c_n, cells.flatten(1) if call.cells else None
     if call.route == "opaque" and aten_stack.serves(call, rows, input, dropout if count > call.sets else 0.0):
@@ -52,8 +52,7 @@ def recurrent_stack(
     plain = not call.projected and not call.beyond_aten
     if call.route == "direct" and call.saving == "nothing" and plain and count > call.sets:
         whole = final_states(call, rows, input, weights, count)
-    h_n, c_n, cells, first = [], [], None, 0
-    frozen = 0
+    h_n, c_n, cells, first, frozen = [], [], None, 0, 0
     if call.route == "direct" and call.saving != "nothing" and not call.beyond_aten:
         frozen = frozen_layers((input, h0, c0), weights, each * call.sets)
     for layers in groups(call, weights[1].shape[1], input, rows, count // call.sets, dropout, frozen):

@@ -324,8 +324,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
         known = None if torch.compiler.is_compiling() else self._known_calls
-        if known and lengths is None and resets is None:
-            found = ready.again(self, known, input, hx)
+        if known and lengths is None and resets is None and (key := ready.key_of(self, input, hx)) is not None:
+            found = ready.again(self, known, key, input, hx)
             if found is not None:
                 return found
         if not isinstance(input, (Tensor, PackedSequence)):
@@ -353,9 +353,11 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
-        key = None if masked or torch.compiler.is_compiling() else ready.key_of(self, input, hx)
-        how = data, time, batch_size, dtype, packed, masked, drops, beyond, unknown
+        how, key = (data, time, batch_size, dtype, packed, masked, drops, beyond, unknown), None
         route = "reference" if self._watch else backends.route(self, *how)
+        if route == "kernels" and not masked and not torch.compiler.is_compiling():
+            key = ready.key_of(self, input, hx)
+            route = backends.route(self, *how)  # under what the key says, whatever has changed before it was made
         return self._by_route(route, input, hx, batch_size, dtype, lengths, resets, key)
 
     def _by_route(

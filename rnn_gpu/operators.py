@@ -655,8 +655,7 @@ class EagerLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, rows: Rows, input, start, h0, c0, parameters, *weights):
         """The input product, then the recurrence."""
-        by_kind = _by_kind(weights, call.sets)
-        inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
+        inputs = Inputs(input, *by_kind(weights, call.sets), None, start, h0, c0, parameters)
         y, h_n, c_n, gates, aux, carries = run_directly(inputs, rows, call)
         cells = None
         if call.cells:
@@ -672,14 +671,14 @@ class EagerLayer(torch.autograd.Function):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
         own = MASKS + 9
         *masks, y, gates, aux, carries, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:own]
-        call, rows, by_kind = ctx.call, Rows(*ctx.sizes, *masks), _by_kind(kept[own:], ctx.call.sets)
+        call, rows, weights = ctx.call, Rows(*ctx.sizes, *masks), by_kind(kept[own:], ctx.call.sets)
         by_input, *by_state, by_parameters = ctx.needs_input_grad[2:7]
         by_weight = ctx.needs_input_grad[7:]
-        need = by_input, *(kind is not None and any(kind) for kind in _by_kind(by_weight, call.sets))
+        need = by_input, *(kind is not None and any(kind) for kind in by_kind(by_weight, call.sets))
         need, y = (*need, False, *by_state, by_parameters), by_sets(y, call.sets)
         saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
         if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
-            kinds = [None if kind is None else stacked(kind) for kind in by_kind]
+            kinds = [None if kind is None else stacked(kind) for kind in weights]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
             if c0 is None and CELLS[call.cell].states:
                 c0 = y.new_zeros(call.sets, rows.batch, len(CELLS[call.cell].states) * y.shape[2])
@@ -689,7 +688,7 @@ class EagerLayer(torch.autograd.Function):
             run = lambda d_y, *d: gradients(call, need, by_sets(d_y, call.sets), *d, input, *rest)
             found = for_each_gradient(run, d_outputs)
         else:
-            inputs = Inputs(input, *by_kind, None, start, h0, c0, parameters)
+            inputs = Inputs(input, *weights, None, start, h0, c0, parameters)
             found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, saved)
         d_input, *d_kinds, _, d_start, d_h0, d_c0, d_parameters = found
         count = len(by_weight) // call.sets
@@ -702,10 +701,15 @@ def by_sets(rows: Tensor | None, sets: int) -> Tensor | None:
     return rows if rows is None or rows.dim() == 3 else rows.view(len(rows), sets, rows.shape[1] // sets)
 
 
-def _by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:
-    """weight_ih, weight_hh, bias_ih and bias_hh of all sets, one kind after another -> those of each kind, or None."""
+def by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:
+    """weight_ih, weight_hh, bias_ih and bias_hh of all sets or layers, a kind after another -> each kind's, or None."""
     kinds = [weights[first : first + sets] for first in range(0, len(weights), sets)]
     return kinds + [None] * (4 - len(kinds))
+
+
+def in_turn(weights: Sequence, each: int) -> list[Sequence | None]:
+    """The same from torch.nn's order: all weights of a layer and direction, `each` of them, then those of the next."""
+    return [weights[i::each] for i in range(each)] + [None] * (4 - each)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

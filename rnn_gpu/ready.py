@@ -106,10 +106,9 @@ def remember(layer: Any, key: Key | None, weights: list[Tensor], call: Call, dro
     known[key] = Ready(call, tuple(weight.shape for weight in weights), dropout, least_time)
 
 
-def again(layer: Any, known: dict[Key, Ready], input: Any, hx: Any) -> Any:
+def again(layer: Any, known: dict[Key, Ready], key: Key, input: Any, hx: Any) -> Any:
     """The results of a call that is like one of those known; or None: then it is looked at as if there were none."""
-    key = key_of(layer, input, hx)
-    ready = None if key is None else known.get(key)
+    ready = known.get(key)
     if ready is None:
         return None
     time, batch = (input.shape[1], key.batch) if layer.batch_first else (input.shape[0], key.batch)

@@ -18,7 +18,7 @@ from .call import Call, Inputs
 from .kernels.spec import CELLS, known, padded
 from .library import fake, no_derivative, operator, without_autocast
 from .many_gradients import for_each_gradient
-from .operators import run_directly
+from .operators import backward_directly, gradients_by_set, in_turn, run_directly
 from .rows import Rows
 from .second_order import second_gradients
 from .wavefront import frozen_layers, gradients, groups, run
@@ -109,16 +109,10 @@ class Group(NamedTuple):
 
 
 def _groups(call: Call, weight_hh: Sequence[Tensor], rows: Rows) -> list[Group]:
-    """As an eager call has them."""
+    """As an eager call has them that trains all its layers, or none."""
     sizes = groups(call, weight_hh[0].shape[1], weight_hh[0], rows, len(weight_hh), 0.0)
     ends = itertools.accumulate(sizes)
     return [Group(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _by_kind(weights: Sequence, biases: bool) -> list[Sequence | None]:
-    """weight_ih, weight_hh, bias_ih, bias_hh of all layers from torch.nn's order."""
-    each = 4 if biases else 2
-    return [weights[i::each] for i in range(each)] + [None] * (4 - each)
 
 
 def _in_a_row(group: Group, by_kind: Sequence) -> list:
@@ -156,7 +150,7 @@ def kernel_stack(input, h0, c0, weights, *how):
     """See `stack`; besides, each empty where it is not kept: y [L, R, H] of all layers, gates [L, R, G*H], aux."""
     call, rows = _taken(input, how)
     h_n, c_n, kept = _buffers(input, weights, call, rows)
-    by_kind, y = _by_kind(weights, call.biases), input
+    by_kind, y = in_turn(weights, 4 if call.biases else 2), input
     for group in _groups(call, by_kind[1], rows):
         inputs = Inputs(y, *map(group.of, by_kind), None, None, group.of(h0), group.of(c0))
         buffer, gates, aux = map(group.of, kept)
@@ -166,11 +160,8 @@ def kernel_stack(input, h0, c0, weights, *how):
             y, _, _, made, *_ = run(inputs, rows, call, None, group.of(h_n), group.of(c_n), buffer, to, aux)
             y = y[-1]
         else:
-            finals, of_one = (
-                (group.of(h_n), group.of(c_n)),
-                (_one_set(buffer), to if to is None else to[0], _one_set(aux)),
-            )
-            y, _, _, made, *_ = run_directly(inputs, rows, call, *finals, *of_one)
+            of_one = _one_set(buffer), None if to is None else to[0], _one_set(aux)
+            y, _, _, made, *_ = run_directly(inputs, rows, call, group.of(h_n), group.of(c_n), *of_one)
             y = y.flatten(1)
         if gates is not to:
             gates.copy_(made.view(gates.shape))
@@ -192,18 +183,26 @@ def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
     how, (y, gates, aux, need) = rest[:COUNT], rest[COUNT:]
     call, rows = _taken(input, how)
     (by_input, by_h0, by_c0, *by_weight), each = need, 4 if call.biases else 2
-    by_kind, wanted = _by_kind(weights, call.biases), _by_kind(by_weight, call.biases)
+    by_kind, wanted = in_turn(weights, each), in_turn(by_weight, each)
     gates = gates if call.saving == "full" and CELLS[call.cell].saves else None
     aux = aux if CELLS[call.cell].keeps_aux(call.saving) else None
     d_weights, d_states = [None] * len(weights), []
     for group in reversed(_groups(call, by_kind[1], rows)):
         first = group.first
         further = by_input or (first > 0 and (by_h0 or by_c0 or any(by_weight[: first * each])))
-        d_y, *found = gradients(
-            call, rows, None, None, (further, by_h0, by_c0, *_in_a_row(group, wanted)),
-            (d_y, group.of(d_h_n), group.of(d_c_n)), group.of(y), group.of(gates), group.of(aux), None,
-            y[first - 1] if first > 0 else input, group.of(h0), group.of(c0), *_in_a_row(group, by_kind),
-        )  # fmt: skip
+        below, states = y[first - 1] if first > 0 else input, (group.of(h0), group.of(c0))
+        d_outputs, kept = (d_y, group.of(d_h_n), group.of(d_c_n)), [group.of(one) for one in (y, gates, aux)]
+        if group.size > 1:
+            needed, given = (further, by_h0, by_c0, *_in_a_row(group, wanted)), _in_a_row(group, by_kind)
+            d_y, *found = gradients(call, rows, None, None, needed, d_outputs, *kept, None, below, *states, *given)
+        else:
+            needed = further, *(kind is not None and kind[first] for kind in wanted)
+            needed = *needed, False, False, by_h0, by_c0, False
+            inputs, empty = Inputs(below, *map(group.of, by_kind), None, None, *states), y.new_empty(0)
+            saved = *(empty if one is None else _one_set(one) for one in kept), empty
+            of_layer = gradients_by_set(backward_directly, call, needed, (*d_outputs, None), inputs, rows, saved)
+            d_y, *of_kinds, _, _, d_h0, d_c0, _ = of_layer
+            found = [d_h0, d_c0, *(d if d is None else d[0] for d in of_kinds)]
         d_states.insert(0, found[:2])
         for kind in range(each):
             d_weights[first * each + kind : group.last * each : each] = found[2 + kind * group.size :][: group.size]

@@ -11,9 +11,9 @@ from torch import Tensor
 from . import backends
 from .call import Call, Inputs
 from .kernels.plan import Plan
-from .kernels.spec import CELLS, padded
+from .kernels.spec import padded
 from .many_gradients import for_each_gradient
-from .operators import EagerLayer, gates_again, plan_of, products_by_set, remembered
+from .operators import EagerLayer, by_kind, plan_of, products_by_set, remembered
 from .rows import Rows
 
 
@@ -150,49 +150,34 @@ class EagerStack(torch.autograd.Function):
 
 def _by_kind(weights: Sequence, call: Call) -> list[Sequence | None]:
     """weight_ih, weight_hh, bias_ih, bias_hh of all layers, one kind after another -> those of each kind, or None."""
-    layers = len(weights) // (4 if call.biases else 2)
-    kinds = [weights[first : first + layers] for first in range(0, len(weights), layers)]
-    return kinds + [None] * (4 - len(kinds))
+    return by_kind(weights, len(weights) // (4 if call.biases else 2))
 
 
 def gradients(
     call: Call, rows: Rows, mask: Tensor | None, scale: float | None, need: Sequence[bool], d_outputs: tuple,
     y, gates, aux, fed, input, h0, c0, *weights,
 ):  # fmt: skip
-    """The gradients of input, h0, c0 and weights, None where not needed: the recurrence of all layers backwards, of one
-    or of several side by side, then the products of each.
+    """The gradients of input, h0, c0 and weights, None where not needed: the recurrence of all layers backwards, then
+    the products of each.
     """
-    from .kernels import launch, stack
+    from .kernels import stack
 
-    by_kind, cell, (d_y, d_h_n, d_c_n) = _by_kind(weights, call), CELLS[call.cell], d_outputs
+    kinds, (d_y, d_h_n, d_c_n) = _by_kind(weights, call), d_outputs
     by_input, by_h0, by_c0, *by_weight = need
     between = y if fed is None else fed
     layers = [  # each as what EagerLayer has: one set
-        Inputs(input if n == 0 else between[n - 1], *(_one(kind, n) for kind in (*by_kind, None, None, h0, c0)))
+        Inputs(input if n == 0 else between[n - 1], *(_one(kind, n) for kind in (*kinds, None, None, h0, c0)))
         for n in range(len(y))
     ]
-    if cell.saves and gates is None:
-        empty = y.new_empty(0)  # as the operators have what is not there
-        kept = [empty if aux is None else aux[n].unsqueeze(1) for n in range(len(y))]
-        pairs = [gates_again(one, rows, call, y[n, :, None], kept[n], empty) for n, one in enumerate(layers)]
-        gates = _of_layers([one for one, _ in pairs])
-        if aux is None and cell.planes:
-            aux = _of_layers([one for _, one in pairs])
-    weight_ih, weight_hh = by_kind[:2]
+    weight_ih, weight_hh = kinds[:2]
     plan = _plan(call, weight_hh, y, rows, mask is not None, True)
-    if len(y) == 1:
-        of_set = (None if one is None else one[0, :, None] for one in (gates, aux, y))
-        d_y = None if d_y is None else d_y.unsqueeze(1)
-        d_gates, d_carry_0, *_ = launch.backward(plan, d_y, d_h_n, d_c_n, weight_hh, *of_set, h0, c0, rows, 0)
-        d_gates = d_gates.transpose(0, 1)
-    else:
-        passed = None if mask is None else stack.Passed(mask, scale)
-        d_gates, d_carry_0 = stack.backward(
-            plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows, passed
-        )  # fmt: skip
-    found = []
+    passed = None if mask is None else stack.Passed(mask, scale)
+    d_gates, d_carry_0 = stack.backward(
+        plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows, passed
+    )  # fmt: skip
+    found, needs = [], _by_kind(by_weight, call)
     for n, one in enumerate(layers):
-        needed = [kind is not None and kind[n] for kind in _by_kind(by_weight, call)]
+        needed = [kind is not None and kind[n] for kind in needs]
         wanted = Inputs(by_input and n == 0, *needed, False, False, by_h0, False)
         states = _one(d_h_n, n), _one(d_carry_0, n)
         found.append(
@@ -207,11 +192,6 @@ def gradients(
     return found[0].input, d_h0, d_carry_0 if by_c0 else None, *d_weights[: len(weights)]
 
 
-def _of_layers(parts: Sequence[Tensor]) -> Tensor:
-    """[L, R, ...] from one of each layer, [R, 1, ...]; without a copy where there is one layer."""
-    return parts[0].transpose(0, 1) if len(parts) == 1 else torch.stack([one.squeeze(1) for one in parts])
-
-
 def _one(of_layers, n: int):
     """Of what there is of each layer, that of layer n, with the layers' axis; None of None."""
     return None if of_layers is None else of_layers[n : n + 1]
@@ -224,9 +204,9 @@ def _gradients_by_autograd(
     """The same as a graph: through the layers one after another, each made again."""
     # By views: a state or a weight may be made from another one, and what lies between is the graph outside.
     input, h0, c0, *weights = (t if t is None else t.view_as(t) for t in (input, h0, c0, *weights))
-    by_kind, y, finals = _by_kind(weights, call), input, []
-    for n in range(len(by_kind[1])):
-        of_layer = [kind[n] for kind in by_kind if kind is not None]
+    kinds, y, finals = _by_kind(weights, call), input, []
+    for n in range(len(kinds[1])):
+        of_layer = [kind[n] for kind in kinds if kind is not None]
         y = y.flatten(1) if n == 0 or mask is None else y.flatten(1) * mask[n - 1] * scale
         y, *final, _ = EagerLayer.apply(call, rows, y, None, _one(h0, n), _one(c0, n), None, *of_layer)
         finals.append(final)

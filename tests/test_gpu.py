@@ -8,6 +8,7 @@ The launchers first, for they hide nothing; then the layers as users call them.
 
 import copy
 import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 import rnn_gpu
-from rnn_gpu import backends, zoo
+from rnn_gpu import backends, wavefront, zoo
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import Plan
@@ -487,7 +488,6 @@ def test_layers_are_as_good_as_torch_nn(cell, dtype, precision, hidden_size, opt
         assert_close_to_oracle(tensor.cpu(), expected[key], peer[key].cpu(), f"{cell} {key}")
 
 
-@pytest.mark.unmet
 @pytest.mark.parametrize(("dtype", "precision"), [KINDS[0], KINDS[3]], ids=["fp32-ieee", "bf16"])
 @pytest.mark.parametrize(("heads", "hidden_size"), [(1, 256), (4, 512), (4, 64)])
 @pytest.mark.parametrize("cell", [*(layer.__name__ for layer in zoo.ZOO), "LSTM", "GRU", "wide"])
@@ -517,9 +517,10 @@ def stack_and_peers(cell, dtype, hidden_size, layers, **options):
 def forced_together(monkeypatch):
     """All layers of a stack in one launch, wherever there is such a plan, whatever the model says is faster."""
 
-    def one_launch(call, hidden_size, like, rows, layers, dropout):
+    def one_launch(call, hidden_size, like, rows, layers, dropout, frozen=0):
         return (layers,) if call.route == "direct" else (1,) * layers
 
+    assert inspect.signature(one_launch).parameters.keys() == inspect.signature(wavefront.groups).parameters.keys()
     monkeypatch.setattr("rnn_gpu.functional.groups", one_launch)
 
 
@@ -553,14 +554,13 @@ def test_layers_side_by_side_are_as_good_as_torch_nn(
 
 @pytest.mark.unmet
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-@pytest.mark.parametrize("kind", ["lengths", "resets", "lean"])
+@pytest.mark.parametrize("kind", ["lengths", "resets"])
 def test_stacks_of_sequences_that_end_early_or_start_anew(cell, kind, monkeypatch):
     """Catches a layer side by side with others that waits for a row which has ended, or keeps a state over a reset."""
     forced_together(monkeypatch)
     ours, exact, theirs = stack_and_peers(cell, torch.bfloat16, 128, 3)
-    ours.memory = "lean" if kind == "lean" else "full"
     theirs = copy.deepcopy(exact).to("cuda", torch.bfloat16)  # a layer of ours, since torch.nn's take no masks
-    given = dict(lengths=dict(lengths=torch.arange(9) * 3), resets=dict(resets=torch.rand(30, 9) < 0.2)).get(kind, {})
+    given = dict(lengths=torch.arange(9) * 3) if kind == "lengths" else dict(resets=torch.rand(30, 9) < 0.2)
     x = torch.randn(30, 9, 40)
 
     def results(layer, backend, like):

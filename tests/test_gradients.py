@@ -1,5 +1,6 @@
 """Gradients as autograd's users meet them: eval mode, twice, checkpoints, hooks, frozen parts, lean memory."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -9,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
 from rnn_gpu import backends, operators
-from rnn_gpu.call import Inputs
+from rnn_gpu.call import Call, Inputs
+from rnn_gpu.kernels.spec import CELLS
+from rnn_gpu.rows import Rows
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, outcome, pair, same
-from tests.tolerances import assert_close_to_oracle
+from tests.tolerances import assert_close_to_oracle, assert_same_mathematics
 
 pytestmark = ON_BOTH_BACKENDS
 
@@ -208,6 +211,27 @@ def test_lean_memory_with_masks(name):
         results[setting] = torch.autograd.grad(output.pow(2).sum(), [input, *layer.parameters()])
     for lean, full in zip(results["lean"], results["full"], strict=True):
         torch.testing.assert_close(lean, full)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 3])
+def test_biases_of_gates_apart_have_gradients_of_their_own(apart, monkeypatch):
+    """Catches: the hidden bias of a cell given the input's gradient, where all gates are apart or in another order."""
+    cell = dataclasses.replace(CELLS["gru"], apart=apart)
+    monkeypatch.setattr(operators, "CELLS", CELLS | {"gru": cell})
+    count, size, rows = 6, 5, Rows(3, 2)
+    d_gates = torch.randn(count, 2, cell.slots, size, dtype=torch.float64)
+    wanted = Inputs(*[name.startswith("bias") for name in Inputs._fields])
+    y = torch.zeros(count, 2, size, dtype=torch.float64)
+    found = operators.products_by_set(
+        Call("gru", 2, 2), wanted, None, Inputs(*[None] * len(Inputs._fields)), rows, y, d_gates, None, None, None
+    )
+    found = dict(zip(Inputs._fields, found, strict=True))
+    of_slot, order = d_gates.sum(0), [*range(3 - apart, 3), *range(3 - apart)]
+    for n in range(2):
+        hidden, inner = of_slot[n, :3], of_slot[n, cell.slots - 3 :]
+        by_gate = torch.stack([hidden[order.index(gate)] for gate in range(3)])
+        assert_same_mathematics(found["bias_hh"][n], by_gate.flatten(), "bias_hh")
+        assert_same_mathematics(found["bias_ih"][n], inner.flatten(), "bias_ih")
 
 
 def bytes_kept(run) -> int:

@@ -566,6 +566,11 @@ def test_auto_leaves_calls_of_few_steps_to_pytorch(monkeypatch):
             with rnn_gpu.backend("triton"):
                 assert routes(layer) == ["kernels"] * 3
     assert f"for T below {least} it takes torch" in rnn_gpu.explain(layer, 16, "h200")
+    together, alone = (
+        backends.kernels_for(rnn_gpu.LSTM(256, 256, layers), 16, torch.float32, planning.DEVICES["h200"], True)
+        for layers in (4, 1)
+    )
+    assert len(together.groups) == 1 and together.least_time < alone.least_time  # one launch saves the steps of four
     with_option = rnn_gpu.LSTM(64, 64, zoneout=0.1)
     assert backends.kernels_for(with_option, 16, torch.float32, planning.DEVICES["h200"], True).least_time == 1
 
