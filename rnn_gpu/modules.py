@@ -112,7 +112,8 @@ def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
         given = list(lengths)
         if any(isinstance(length, bool) for length in given):  # a mask
             raise TypeError
-        integers = [operator.index(length) for length in given]
+        # operator.index makes a constant of what torch.compile has as a symbol
+        integers = [length if isinstance(length, int) else operator.index(length) for length in given]
     except TypeError:
         raise TypeError(f"lengths should be a tensor or a list of integers, got: {lengths!r}") from None
     return torch.tensor(integers, dtype=torch.int64, device="cpu")

@@ -73,6 +73,16 @@ def test_one_graph_for_every_size(name, kwargs, mask):
     assert compiles == compiles[:1] * 3, "compiled again for another size"
 
 
+def test_lengths_in_a_list():
+    """Catches: lengths that are constants of the graph, which is then compiled anew for every other list."""
+    layer, input = rnn_gpu.GRU(4, 12), torch.randn(5, 3, 4)
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda lengths: layer(input, lengths=lengths)[0], fullgraph=True, backend=count)
+    for lengths in ([5, 2, 3], [3, 3, 4], [0, 1, 5], [2, 5, 5]):
+        torch.testing.assert_close(compiled(lengths), layer(input, lengths=lengths)[0])
+    assert count.frame_count == 2
+
+
 @pytest.mark.parametrize("name, kwargs, enforce_sorted", [("LSTM", STACK, False), ("GRU", {}, True)])
 def test_packed_sequence_made_outside_the_graph(name, kwargs, enforce_sorted):
     """Catches: a size that depends on the values of batch_sizes, which no graph can hold."""
