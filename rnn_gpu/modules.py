@@ -8,6 +8,7 @@ forward serves the "torch" backend.
 import inspect
 import numbers
 import operator
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypedDict, TypeVar, get_type_hints, overload
@@ -29,6 +30,7 @@ from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])  # h, or h and c
+Class = TypeVar("Class", bound=type)
 # What layers have beyond torch.nn, by default; as their constructors take it; and of a probability that of what.
 OPTIONS: dict[str, Any] = {
     "memory": None,
@@ -164,6 +166,22 @@ def _showing(options: type) -> Callable[[backends.Function], backends.Function]:
     return showing
 
 
+def _named(cls: Class) -> Class:
+    """Decorates a class of layers: the methods that users call bear its name, and with them Python's own errors about
+    their arguments, wherever they are inherited from.
+    """
+    for name in ("__init__", "forward"):
+        if name not in vars(cls):
+            method: Any = getattr(cls, name)
+            given = method.__code__, method.__globals__, name, method.__defaults__, method.__closure__
+            own: Any = types.FunctionType(*given)
+            own.__kwdefaults__, own.__annotations__ = method.__kwdefaults__, method.__annotations__
+            own.__dict__.update(vars(method))
+            own.__qualname__ = f"{cls.__qualname__}.{name}"
+            setattr(cls, name, own)
+    return cls
+
+
 def _divisor(name: str, value: int, of: str, whole: int) -> int:
     """The value; TypeError for what is no int, ValueError for what does not divide `whole`, in the words of torch.nn's
     layers.
@@ -220,7 +238,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if options.pop("proj_size", None) is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         for name in options.keys() - OPTIONS.keys():
-            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{type(self).__init__.__qualname__}() got an unexpected keyword argument {name!r}")
         heads, unknown = options.pop("heads", 1), self._torch_class is None  # to PyTorch
         others = heads != 1 or unknown  # weights of other shapes than torch.nn's
         RNNBase.__init__(self, mode, *sizes, device="meta" if others else device, dtype=dtype)
@@ -726,6 +744,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
                 )
 
 
+@_named
 class LSTM(_Layer[tuple[Tensor, Tensor]]):
     """Long short-term memory: torch.nn.LSTM by another name, with the time loop in one persistent GPU kernel.
 
@@ -783,6 +802,7 @@ class LSTM(_Layer[tuple[Tensor, Tensor]]):
         self._build("LSTM", sizes, device, dtype, options)
 
 
+@_named
 class GRU(_Layer[Tensor]):
     """Gated recurrent unit: torch.nn.GRU by another name, with the time loop in one persistent GPU kernel.
 
@@ -835,6 +855,7 @@ class GRU(_Layer[Tensor]):
         self._build("GRU", sizes, device, dtype, options)
 
 
+@_named
 class RNN(_Layer[Tensor]):
     """Elman network: torch.nn.RNN by another name, with the time loop in one persistent GPU kernel.
 

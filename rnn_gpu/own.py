@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .kernels.spec import CELLS, Cell, register
-from .modules import Options, _Layer, _showing
+from .modules import Options, _Layer, _named, _showing
 from .reference import check_step
 
 
@@ -123,4 +123,4 @@ def layer(cell: Cell) -> type[CellLayer]:
     doc = f"A layer of the cell {cell.name}: gates {gates}{own and f'; parameters {own[2:]}'}; state {states}.\n\n    "
     doc += (CellLayer.__doc__ or "").partition("\n\n    ")[2]
     namespace = dict(cell=CELLS[name], mode=name, __module__=module, __qualname__=cell.name, __doc__=doc)
-    return type(cell.name, (CellLayer,), namespace)
+    return _named(type(cell.name, (CellLayer,), namespace))

@@ -94,6 +94,21 @@ def test_bad_constructor_arguments_raise_as_in_torch_nn(name, args, kwargs):
         assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arguments_of_a_call_raise_as_in_torch_nn(name):
+    """Catches: errors that name a class of which no user knows."""
+    input, errors = torch.randn(2, 1, 3), []
+    for cls in (getattr(torch.nn, name), getattr(rnn_gpu, name)):
+        for made in (cls, type("Derived", (cls,), {})):
+            for args, kwargs in [((), {}), ((input, None, 2), {}), ((input,), {"length": 2})]:
+                with pytest.raises(TypeError) as error:
+                    made(3, 4)(*args, **kwargs)
+                errors.append(str(error.value))
+    assert errors[: len(errors) // 2] == errors[len(errors) // 2 :]
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'length'"):
+        made(3, 4, length=2)
+
+
 def test_rnn_takes_the_nonlinearity_fourth_by_position():
     """Catches: a shifted positional argument, which would read bias as the nonlinearity or the reverse."""
     layer = rnn_gpu.RNN(3, 4, 2, "relu", False)
