@@ -4,6 +4,7 @@ RNN_GPU_TEST_SEED=5 pytest ...    other random data everywhere; 0 unless set
 """
 
 import collections
+import itertools
 import os
 import random
 import zlib
@@ -17,11 +18,12 @@ from tests.interpreter import ARCH, ON_MACHINE, on_machine
 BASE_SEED = int(os.environ.get("RNN_GPU_TEST_SEED", "0"))
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 SEED = pytest.StashKey[int]()
-SAMPLE = 8  # of so many cases of a test, `make test` runs one on the machine
+SAMPLE = 8  # of so many cases of a test, `make test` runs one on the machine; the others are slow
 
 
 def pytest_addoption(parser):
     progress.add_option(parser)
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of N cases of a test run one, of each test")
 
 
 def pytest_configure(config):
@@ -62,17 +64,15 @@ def on_the_machine(item) -> bool:
     return bool(item.get_closest_marker("interpreted")) and not item.get_closest_marker("interpreter_only")
 
 
-def beyond_the_sample(items) -> list:
-    """The tests that only `make test-slow` runs on the machine: all but every SAMPLE-th case of each test, and one at
-    least.
-    """
+def beyond_the_sample(items, one_in: int) -> list:
+    """All but one of so many cases of each test, and but one at least."""
     by_test = collections.defaultdict(list)
     for item in items:
         by_test[item.nodeid.partition("[")[0]].append(item)
     rest = []
     for cases in by_test.values():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        rest += cases[-(-len(cases) // SAMPLE) :]
+        rest += cases[-(-len(cases) // one_in) :]
     return rest
 
 
@@ -93,7 +93,7 @@ def beyond_the_cover(items) -> list:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         reason = why_not(item)
         if reason is not None:
@@ -101,8 +101,16 @@ def pytest_collection_modifyitems(items):
     for item in beyond_the_cover([item for item in items if INTERPRETING or item.get_closest_marker("gpu")]):
         item.add_marker(pytest.mark.slow)
     if ON_MACHINE:
-        for item in beyond_the_sample([item for item in items if why_not(item) is None]):
+        for item in beyond_the_sample([item for item in items if why_not(item) is None], SAMPLE):
             item.add_marker(pytest.mark.slow)
+    is_slow = lambda item: item.get_closest_marker("slow") is not None
+    left_out = {
+        item
+        for some in (filter(is_slow, items), itertools.filterfalse(is_slow, items))
+        for item in beyond_the_sample(some, config.getoption("--one-in"))
+    }
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[*left_out])
     items.sort(key=lambda item: item.get_closest_marker("unmet") is None)  # time on a GPU may end before the tests do
 
 

@@ -1,7 +1,10 @@
-"""The progress that `make test` shows."""
+"""What `make test` shows of its progress, and the samples that shorter runs take."""
 
 import types
 
+import pytest
+
+from tests.conftest import beyond_the_sample
 from tests.progress import Progress
 
 
@@ -33,3 +36,13 @@ def test_what_is_skipped_is_told_in_one_line():
         progress.pytest_runtest_logreport(report("setup", "skipped", reason))
     progress.pytest_terminal_summary(types.SimpleNamespace(write_line=lines.append))
     assert lines == ["skipped: 2 (needs a CUDA device); 1 (could not import 'x')"]
+
+
+@pytest.mark.parametrize("one_in, left", [(1, 8), (3, 1 + 2 + 1), (100, 3)])
+def test_a_sample_keeps_a_case_of_each_test(one_in, left):
+    """Catches: a test that a sample leaves out whole, more or fewer cases than asked for."""
+    names = "a::one", *(f"a::some[{n}]" for n in range(4)), *(f"b::some[{n}]" for n in range(3))
+    items = [types.SimpleNamespace(nodeid=name) for name in names]
+    rest = beyond_the_sample(items, one_in)
+    kept = {item.nodeid.partition("[")[0] for item in items if item not in rest}
+    assert len(items) - len(rest) == left and kept == {"a::one", "a::some", "b::some"}
