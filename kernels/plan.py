@@ -222,7 +222,6 @@ FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.214
 FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.166, 0.144
 FORWARD_LATE = 0.00225
 FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.34, 0.093
-UNALIGNED = 1.6  # times the work on a tile where rows do not begin at 16 bytes: H 650 took 1.4 to 1.7
 AS_GOOD = 1.03  # times the best: what the model cannot tell apart
 # A lone program: its instructions by the formula below, and this for each (cycles an instruction and warp of a
 # multiprocessor, dependences included). LSTM, H 128, 16 bits, as above: 1.33 us forward, 3.02 backward; what exchanges
@@ -666,14 +665,12 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
     gates, chunks = CELLS[p.cell].gates, p.registers + p.shared + p.streamed
     tile_gates = gates if p.backward else -(-gates // p.gates_per_tile) * p.gates_per_tile
     matrices = 2 * chunks * (tile_gates * p.units // TILE_ROWS) * (p.rows // TILE_BATCH)
-    unaligned = 1 if padded(p.hidden_size, p.dtype) == p.hidden_size else UNALIGNED
     if p.backward:
         tile = BACKWARD_TILE + BACKWARD_MATRIX * matrices + BACKWARD_VECTOR * chunks * gates * (p.rows // TILE_BATCH)
-        tile = (tile + BACKWARD_EIGHT_WARPS * (p.warps > 4)) * unaligned
+        tile += BACKWARD_EIGHT_WARPS * (p.warps > 4)
         tile += (p.waits - 1) * POLL_CYCLES / CLOCK / 1e3
     else:
-        tile = FORWARD_TILE + FORWARD_MATRIX * matrices
-        tile = (tile + FORWARD_EIGHT_WARPS * (p.warps > 4)) * unaligned
+        tile = FORWARD_TILE + FORWARD_MATRIX * matrices + FORWARD_EIGHT_WARPS * (p.warps > 4)
     # A stack's further wait, for what has been there for a step. Neither it nor its product hides behind the way of the
     # own state: counted in full, two layers are within 3 % of what an H200 took.
     tile += p.layered * p.waits * POLL_CYCLES / CLOCK / 1e3

@@ -22,7 +22,16 @@ from .call import COUNT, MASKS, Call, Inputs, Weights, taken
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
 from .many_gradients import for_each_gradient, in_a_batch
-from .products import full_product
+from .products import (
+    beside_zeros,
+    full_product,
+    input_product,
+    of_weight,
+    to_multiply,
+    with_gaps,
+    with_room,
+    without_gaps,
+)
 from .rows import Rows, first_rows, past_the_end, rows_before, rows_of_batch, starts_anew
 from .second_order import save_for_second, second_backward
 
@@ -481,7 +490,10 @@ def products_by_set(
 ) -> tuple[Tensor | list[Tensor] | None, ...]:  # fmt: skip
     """The same from what the recurrence backwards gave, as launch.backward does; y [R, N, H]."""
     cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
-    (count, sets, _), size = y.shape, cell.gates * y.shape[2]
+    (count, sets, size), gates = y.shape, cell.gates
+    if directly((y, d_gates)):  # elsewhere a compiler may lay them out in another way, and pads products itself
+        d_gates, y = with_gaps(d_gates), y if rows.dropped is not None else with_gaps(y)
+    wide, width = d_gates.shape[3], y.shape[2]  # H or HS: rows of a gate, and columns of y
     of_set = (lambda tensor, n: tensor.flatten(1)) if sets == 1 else (lambda tensor, n: tensor[:, n].flatten(1))
     by_gate = cell.slot_of_gate
     before, after = rows_before(rows, count), slice(rows.batch, count)
@@ -489,10 +501,13 @@ def products_by_set(
     found = {key: None for key in Inputs._fields}
     for key in ("weight_ih", "weight_hh", "start", "h0"):
         found[key] = [] if getattr(wanted, key) else None
+    if wanted.input or wanted.weight_ih:
+        columns = inputs.input.shape[1]
+        x = to_multiply(inputs.input, gates * size)
     for n in range(sets):
-        hidden = inner = slots = of_set(d_gates, n)  # [R, E*H]; a copy only where H is padded
-        if cell.slots > cell.gates:
-            hidden, inner = slots[:, :size], slots[:, slots.shape[-1] - size :]
+        hidden = inner = slots = of_set(d_gates, n)  # [R, E*HS]
+        if cell.slots > gates:
+            hidden, inner = slots[:, : gates * wide], slots[:, slots.shape[-1] - gates * wide :]
         first = d_first = state = None
         if wanted.start or wanted.h0 or (wanted.weight_hh and h0 is not None):
             first = first_rows(rows, count, call.backwards(n))
@@ -505,10 +520,10 @@ def products_by_set(
             if rows.dropped is not None and state is not None:
                 state = (state * rows.dropped[n]).to(state.dtype)
         if wanted.input:
-            weight = inputs.weight_ih[n]
+            weight = with_room(inputs.weight_ih[n], gates, wide, x.shape[1])
             found["input"] = inner @ weight if n == 0 else torch.addmm(found["input"], inner, weight)
         if wanted.weight_ih:
-            found["weight_ih"].append(inner.t() @ inputs.input)
+            found["weight_ih"].append(of_weight(inner.t() @ x, gates, size, columns))
         if wanted.weight_hh:
             later, earlier = (before, after) if call.backwards(n) else (after, before)
             d_later, h_earlier = hidden[later], of_set(y, n)[earlier]
@@ -520,11 +535,12 @@ def products_by_set(
             if state is None:
                 product = d_later.t() @ h_earlier
             else:
-                product = torch.addmm(d_first.t() @ state, d_later.t(), h_earlier)
-            found["weight_hh"].append(_reordered(product, by_gate))
+                product = torch.addmm(d_first.t() @ beside_zeros(state, width), d_later.t(), h_earlier)
+            found["weight_hh"].append(_reordered(of_weight(product, gates, size, size), by_gate))
         if wanted.start:
-            found["start"].append(inner[first])
+            found["start"].append(without_gaps(inner[first], 1, gates, size))
         if wanted.h0:
+            d_first = without_gaps(d_first, 1, gates, size)
             # In full: one step's product, whose error in tf32 no sum over steps makes small.
             d_h0 = full_product(d_first, _reordered(inputs.weight_hh[n], cell.slot_order))
             d_h0 = d_h0 if rows.dropped is None else (d_h0 * rows.dropped[n]).to(h0.dtype)
@@ -535,14 +551,15 @@ def products_by_set(
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
             found["h0"].append(d_h0)
     if wanted.bias_ih or wanted.bias_hh:
-        summed = d_gates.sum(0).flatten(1)  # [N, E*H], all slots of both biases at once
-        inner = summed[:, summed.shape[1] - size :] if cell.slots > cell.gates else summed
+        summed = without_gaps(d_gates.sum(0).flatten(1), 1, cell.slots, size)  # all slots of both biases at once
+        inner = summed[:, summed.shape[1] - gates * size :]
         if wanted.bias_hh:  # memory of its own: gradients are changed in place
-            width = y.shape[2]
-            pieces = [summed[:, piece.start * width : piece.stop * width] for piece in pieces_of(by_gate)]
+            pieces = [summed[:, piece.start * size : piece.stop * size] for piece in pieces_of(by_gate)]
             found["bias_hh"] = [*(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].clone())]
         if wanted.bias_ih:
             found["bias_ih"] = [*inner]
+    if wanted.input and found["input"].shape[1] > columns:
+        found["input"] = found["input"][:, :columns]
     for key in ("start", "h0"):
         found[key] = None if found[key] is None else torch.stack(found[key]) if sets > 1 else found[key][0].unsqueeze(0)
     if wanted.c0 and cell.states:
@@ -628,7 +645,7 @@ def run_directly(
     plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
     weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), launch.sent(inputs.h0, rows)
     begun = launch.begin(plan, rows, input.shape[0], sent, *weights, y=y)
-    gates = _product(input, begun.weight_ih, begun.bias, gates)
+    gates = input_product(input, begun.weight_ih, begun.bias, gates)
     if inputs.start is not None:
         add_start(gates.unflatten(1, (call.sets, -1)), inputs.start, rows, call)
     states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
@@ -636,13 +653,6 @@ def run_directly(
     how = *how, h_n, c_n, *more
     y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, flat=True, aux=aux)
     return y, h_n, c_n, gates, *kept
-
-
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """input @ weight.T + bias; out: where to write it, or a new tensor."""
-    if out is None:
-        return torch.nn.functional.linear(input, weight, bias)
-    return torch.mm(input, weight.t(), out=out) if bias is None else torch.addmm(bias, input, weight.t(), out=out)
 
 
 class EagerLayer(torch.autograd.Function):

@@ -14,6 +14,7 @@ from .kernels.plan import Plan
 from .kernels.spec import padded
 from .many_gradients import for_each_gradient
 from .operators import EagerLayer, by_kind, plan_of, products_by_set, remembered
+from .products import input_product
 from .rows import Rows
 
 
@@ -106,7 +107,7 @@ def run(
     plan = _plan(call, inputs.weight_hh, inputs.input, rows, passed is not None, False)
     begun = stack.begin(plan, rows, inputs.input.shape[0], inputs.h0, *weights, passed is not None, y)
     bias = None if begun.bias is None else begun.bias[0]
-    x_part = torch.nn.functional.linear(inputs.input, inputs.weight_ih[0], bias)
+    x_part = input_product(inputs.input, inputs.weight_ih[0], bias)
     return stack.forward(plan, begun, x_part, inputs.h0, inputs.c0, rows, call.saving, h_n, c_n, passed, gates, aux)
 
 

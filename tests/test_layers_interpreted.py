@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_gpu
-from rnn_gpu import autotuning, backends, measured, operators
+from rnn_gpu import autotuning, backends, measured, operators, products
 from tests import contract
 from tests.interpreter import concurrent_programs
 from tests.layers import STATES, assert_saved_tensors_may_be_strided, draw, outcome, pair, same
@@ -62,8 +62,11 @@ def test_float32(name, kwargs, exchange):
 @pytest.mark.covering("name", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_sixteen_bits(name, dtype):
-    """Catches: a product, carry or gradient that loses more than torch.nn does in the same type."""
+def test_sixteen_bits(name, dtype, monkeypatch):
+    """Catches: a product, carry or gradient that loses more than torch.nn does in the same type; columns of wider rows
+    that come out, or are added.
+    """
+    monkeypatch.setattr(products, "WORTH", 0)  # as of large products, whose rows begin at multiples of 16 bytes
     ours, oracle = pair(name, 6, 33, dtype=dtype, bidirectional=True)
     assert_like_torch_nn(ours, oracle, time=5, batch=4, dtype=dtype)
 
