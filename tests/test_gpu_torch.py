@@ -5,6 +5,7 @@ import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import rnn_gpu
+from rnn_gpu import products
 from tests.layers import same
 from tests.tolerances import assert_close_to_oracle
 
@@ -174,6 +175,19 @@ def test_double_backward(name):
     expected, peers = second(exact, input.cpu().double(), "torch"), second(peer, input.cpu(), "torch")
     for a, e, p in zip(actual, expected, peers, strict=True):
         assert_close_to_oracle(a.cpu(), e, p)
+
+
+@pytest.mark.unmet
+@pytest.mark.parametrize("name", NAMES)
+def test_products_of_odd_sizes(name, monkeypatch):
+    """Catches: columns of wider rows that are not zeros as cuBLAS reads them, or that come out."""
+    monkeypatch.setattr(products, "WORTH", 0)
+    layer = getattr(rnn_gpu, name)(30, 65, num_layers=2, bidirectional=True).to("cuda", torch.bfloat16)
+    peer, exact = same(layer, torch.bfloat16).cuda(), same(layer, torch.float64)
+    input = torch.randn(TIME, BATCH, 30, device="cuda", dtype=torch.bfloat16)
+    expected, peers = trained(exact, exact, input.cpu().double()), trained(peer, peer, input)
+    for a, e, p in zip(trained(layer, layer, input), expected, peers, strict=True):
+        assert_close_to_oracle(a.cpu(), e, p.cpu())
 
 
 @pytest.mark.parametrize("name", NAMES)
