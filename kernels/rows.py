@@ -1,7 +1,8 @@
-"""Where the rows of the steps lie: what host and kernels agree on."""
+"""Where the rows of the steps lie, and dropout between layers: what host and kernels agree on."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,21 @@ class Rows(NamedTuple):
     def ragged(self) -> bool:
         """Whether rows end early or start anew: the plan leaves registers for the masks."""
         return self.lengths is not None or self.resets is not None
+
+
+class Passed(NamedTuple):
+    """Dropout between the layers of a stack. mask: bool [L-1, R, H], which units each sees of the one below, as many
+    times as large as those are fewer. p: the probability that one is not seen, less than 1.
+    """
+
+    mask: Tensor
+    p: float
+
+    @property
+    def scale(self) -> float:
+        """How many times as large."""
+        return 1 / (1 - self.p)
+
+    def on(self, layer: int, rows: Tensor) -> Tensor:
+        """What the next layer sees of a layer's rows [R, H]; or the gradients of those from the gradients of that."""
+        return torch.ops.aten.native_dropout_backward(rows, self.mask[layer], self.scale)  # rows * mask * scale

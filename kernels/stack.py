@@ -26,7 +26,7 @@ from .launch import (
     _words,
 )  # fmt: skip
 from .plan import Plan
-from .rows import Rows
+from .rows import Passed, Rows
 from .spec import CELLS, itemsize, padded
 
 
@@ -45,18 +45,11 @@ class Begun(NamedTuple):
     fed: Tensor | None
 
 
-class Passed(NamedTuple):
-    """Dropout between the layers: which units each sees of the one below, int8 [L-1, R, H], so many times as large."""
-
-    mask: Tensor
-    scale: float
-
-
 def _passed(passed: Passed | None) -> tuple[dict, dict]:
     """What both kernels take for dropout between the layers, tensors and numbers, with nothing of a single layer."""
     if passed is None:
         return NO_MASKS, NO_RATES
-    return NO_MASKS | dict(passed=_aligned(passed.mask)), NO_RATES | dict(scale=passed.scale)
+    return NO_MASKS | dict(passed=_aligned(passed.mask).view(torch.int8)), NO_RATES | dict(scale=passed.scale)
 
 
 def _weights_fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
@@ -146,15 +139,14 @@ def forward(
     passed: Passed | None = None,
     gates: Tensor | None = None,
     aux: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """All steps of all layers forward, after `begin`.
 
     x_part [R, G*H]: the first layer's, biases included; it stays as it is. h0, c0 [L, B, H], None for zeros. saving:
     "nothing", "lean" or "full", as launch.forward has it. h_n, c_n, gates, aux: where to write those, or new tensors.
     passed: dropout, as `begin` was told.
-    -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None, fed [L-1,
-    R, H], the inputs of all but the first layer where they are not y, or None; the kernels have layers of y, aux and
-    fed R + 2B rows apart.
+    -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None; the kernels
+    have layers of y and aux R + 2B rows apart.
     """
     assert rows.time > 0 and x_part.is_contiguous()
     cell, (layers, hidden_size), y = CELLS[plan.cell], (plan.layers, plan.hidden_size), begun.y
@@ -184,13 +176,8 @@ def forward(
     )
     masks, numbers = _passed(passed)
     _launch(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries")) | masks, **numbers)
-    y, fed = (
-        None if buffer is None else _part(
-            buffer, dtype, batch * size, (len(buffer), count, hidden_size), ((count + 2 * batch) * size, size, 1)
-        )
-        for buffer in (y, begun.fed)
-    )  # fmt: skip
-    return y, h_n, c_n, gates, aux, fed
+    shape, stride = (layers, count, hidden_size), ((count + 2 * batch) * size, size, 1)
+    return _part(y, dtype, batch * size, shape, stride), h_n, c_n, gates, aux
 
 
 def backward(

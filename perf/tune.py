@@ -247,7 +247,7 @@ class Stack:
         if p.backward:
             kind = p.dtype, _device(device), False, p.precision
             own = planning.plan(p.cell, size, batch, 1, *kind, layers=p.layers)
-            y, _, _, gates, aux, _ = data._forward(own, "full")
+            y, _, _, gates, aux = data._forward(own, "full")
             data.saved = gates, aux, y
         return data
 

@@ -546,7 +546,9 @@ def together_of(module: torch.nn.RNNBase, training: bool) -> int:
 
 def drops_between(module: torch.nn.RNNBase, training: bool) -> bool:
     """Whether there is dropout between layers that may run side by side."""
-    return module.training and module.dropout > 0 and together_of(module, training) > 1
+    if not module.training or module.dropout == 0:  # no value of a comparison, which Dynamo may have as a symbol
+        return False
+    return together_of(module, training) > 1
 
 
 def beyond_aten(module: Any) -> bool:
@@ -635,7 +637,7 @@ def _log_once(module: torch.nn.RNNBase, choice: Choice) -> None:
 @torch.compiler.assume_constant_result
 def _why_not_compiled(
     problem: Sizes, kind: str, index: int, ragged: bool, wanted: str, layers: tuple[int, int] = (1, 1),
-    beyond: bool = False, together: int = 1,
+    beyond: bool = False, together: int = 1, drops: bool = False,
 ) -> str:  # fmt: skip
     """Why the kernels do not serve a layer, or "": asked once while torch.compile traces, for any batch and length.
 
@@ -646,7 +648,7 @@ def _why_not_compiled(
     if missing := triton_missing() or (triton_untested() if wanted == "auto" else None):
         return missing
     device = device_of(torch.device(kind, index) if index >= 0 else kind)
-    choice = _weighed(problem, device, training=True, ragged=ragged, layers=layers, together=together)
+    choice = _weighed(problem, device, True, ragged, layers=layers, together=together, drops=drops)
     return "" if choice.name == "triton" or (choice.plans and (beyond or wanted == "triton")) else choice.reason
 
 
@@ -670,9 +672,8 @@ def choose(
     if torch.compiler.is_compiling():
         where = -1 if input.device.index is None else input.device.index
         problem = _problem(module, 1, dtype)
-        # As stack_operators.py serves them.
-        together = 1 if drops_between(module, training) else together_of(module, training)
-        how = ragged, wanted, (module.num_layers, heads_of(module)), beyond_aten(module), together
+        together = together_of(module, training), drops_between(module, training)
+        how = ragged, wanted, (module.num_layers, heads_of(module)), beyond_aten(module), *together
         reason = _why_not_compiled(problem, input.device.type, where, *how)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")

@@ -40,8 +40,7 @@ def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...], 
     if max(sizes) == 1:
         return "layers: one after another: side by side their weights do not stay on the chip, or a step takes longer"
     launches = ", ".join(f"{size} side by side" if size > 1 else "1 by itself" for size in sizes)
-    text = f"layers: {launches}, each a step behind the one below"
-    return text + (" (compiled with dropout, one after another)" if layer.training and layer.dropout > 0 else "")
+    return f"layers: {launches}, each a step behind the one below"
 
 
 def _projection_line(layer: torch.nn.RNNBase, plans: tuple[Plan, ...]) -> str:

@@ -7,23 +7,26 @@ from torch.nn import functional
 from . import aten, aten_stack, onnx, stack_operators
 from .call import Call, Inputs
 from .heads import by_heads
+from .kernels.rows import Passed
 from .kernels.spec import CELLS
 from .operators import EagerLayer, Layer, by_sets, in_turn, run_directly, stacked
 from .projection import combined, projected
 from .rows import Rows
 from .second_order import reference_layer
-from .wavefront import frozen_layers, groups, side_by_side
+from .wavefront import drawn_between, frozen_layers, groups, side_by_side
 
 
 def recurrent_stack(
-    call: Call, rows: Rows, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], dropout: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    call: Call, rows: Rows, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], dropout: float,
+    passed: Passed | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Run the layers that `weights` are of.
 
     input [R, I]; h0 [L*D, B, H] (projected: [L*D, B, P]), c0 [L*D, B, K*H] for cells with states, else None, or both
     None for zeros; weights in the order of torch.nn: for each layer and direction weight_ih, weight_hh and, if
     call.biases, bias_ih, bias_hh, if call.projected, weight_hr, and the cell's parameters. All of one dtype: float32,
-    float16 or bfloat16 on the kernels, any floating one elsewhere. dropout: between layers.
+    float16 or bfloat16 on the kernels, any floating one elsewhere. dropout: between layers; passed: the same, drawn
+    before.
     -> output [R, D*H] (projected: [R, D*P]), h_n like h0, c_n like c0, and, if call.cells, c of every step of the last
     layer [R, D*H], else None.
     """
@@ -42,7 +45,8 @@ def recurrent_stack(
         return y, h_n, c_n if CELLS[call.cell].states else None, None
     if stack_operators.serves(call, count // call.sets, dropout):
         c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0
-        how = *rows[2:5], rows.time, call.cell, call.biases, call.saving, *call.limits
+        mask = drawn_between(input, weights[1].shape[1], count, dropout)
+        how = *rows[2:5], mask, rows.time, dropout, call.cell, call.biases, call.saving, *call.limits
         y, h_n, c_n = stack_operators.stack(h0, c0, *how, input, *weights)
         return y, h_n, c_n if CELLS[call.cell].states else None, None
     if h0 is None and call.route != "direct":
@@ -83,7 +87,9 @@ def recurrent_stack(
         h_n.append(h)
         c_n.append(c)
         input = y.flatten(1)
-        if dropout > 0 and sets.stop < count:
+        if passed is not None and sets.stop < count:
+            input = passed.on(sets.stop - 1, input)
+        elif dropout > 0 and sets.stop < count:
             input = functional.dropout(input, dropout)
     if whole is not None:
         return input.contiguous(), *whole, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backends
 from .call import Call, Inputs
 from .kernels.plan import Plan
+from .kernels.rows import Passed
 from .kernels.spec import padded
 from .many_gradients import for_each_gradient
 from .operators import EagerLayer, by_kind, plan_of, products_by_set, remembered
@@ -73,7 +74,8 @@ def side_by_side(
     one tensor of each layer, h0 and c0 [L, B, H]. dropout: between them. h_n, c_n: where to write those, or new
     tensors.
     """
-    passed = drawn_between(inputs, dropout) if dropout > 0 else None
+    mask = drawn_between(inputs.input, inputs.weight_hh[0].shape[1], len(inputs.weight_hh), dropout)
+    passed = None if mask is None else Passed(mask, dropout)
     if call.saving == "nothing":
         y, h_n, c_n, *_ = run(inputs, rows, call, passed, h_n, c_n)
         return y[-1].clone(), h_n, c_n  # a copy, so that the other layers' memory is free again
@@ -81,25 +83,23 @@ def side_by_side(
     return EagerStack.apply(call, rows, passed, inputs.input, inputs.h0, inputs.c0, *weights)
 
 
-def drawn_between(inputs: Inputs, dropout: float):
-    """What each layer sees of the one below (`stack.Passed`), by the random numbers that functional.dropout takes."""
-    from .kernels.stack import Passed
-
-    (count, _), size, layers = inputs.input.shape, inputs.weight_hh[0].shape[1], len(inputs.weight_hh)
-    mask = inputs.input.new_empty((layers - 1, count, size), dtype=torch.bool)
+def drawn_between(input: Tensor, hidden_size: int, layers: int, dropout: float) -> Tensor | None:
+    """The mask of `Passed`, None without dropout, by the random numbers that functional.dropout takes between layers
+    one after another: in eager mode, and as a part of a graph.
+    """
+    if dropout == 0:
+        return None
     # As the output of a layer lies (kernels/launch.py): the stream on a GPU depends on it.
-    ones = inputs.input.new_ones((count, padded(size, backends.name_of(inputs.input.dtype))))[:, :size]
-    for of_layer in mask:
-        of_layer.copy_(torch.native_dropout(ones, dropout, True)[1])
-    return Passed(mask.view(torch.int8), 1 / (1 - dropout))
+    ones = input.new_ones((input.shape[0], padded(hidden_size, backends.name_of(input.dtype))))[:, :hidden_size]
+    return torch.stack([torch.native_dropout(ones, dropout, True)[1] for _ in range(layers - 1)])
 
 
 def run(
-    inputs: Inputs, rows: Rows, call: Call, passed=None, h_n: Tensor | None = None, c_n: Tensor | None = None,
-    y: Tensor | None = None, gates: Tensor | None = None, aux: Tensor | None = None,
+    inputs: Inputs, rows: Rows, call: Call, passed: Passed | None = None, h_n: Tensor | None = None,
+    c_n: Tensor | None = None, y: Tensor | None = None, gates: Tensor | None = None, aux: Tensor | None = None,
 ):  # fmt: skip
-    """The same, all that kernels/stack.py gives: y [L, R, H], h_n, c_n, gates [L, R, G*H], aux [L, R, HS] and fed. y: a
-    buffer for it; gates, aux: where to write those; or new tensors.
+    """The same, all that kernels/stack.py gives: y [L, R, H], h_n, c_n, gates [L, R, G*H] and aux [L, R, HS]. passed:
+    dropout. y: a buffer for it; gates, aux: where to write those; or new tensors.
     """
     from .kernels import stack
 
@@ -122,14 +122,14 @@ class EagerStack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call: Call, rows: Rows, passed, input, h0, c0, *weights):
+    def forward(ctx, call: Call, rows: Rows, passed: Passed | None, input, h0, c0, *weights):
         """The first layer's input product, then the recurrence of all."""
         inputs = Inputs(input, *_by_kind(weights, call), None, None, h0, c0)
-        y, h_n, c_n, gates, aux, fed = run(inputs, rows, call, passed)
+        y, h_n, c_n, gates, aux = run(inputs, rows, call, passed)
         output = y[-1].clone()  # whoever keeps it does not keep the other layers' outputs
-        mask, ctx.scale = (None, None) if passed is None else passed
+        mask, ctx.p = (None, 0.0) if passed is None else passed
         # The output knows whether a user has changed it in place, which is an error as it is for a layer alone.
-        ctx.save_for_backward(*rows[2:5], output, y, gates, aux, fed, mask, input, h0, c0, *weights)
+        ctx.save_for_backward(*rows[2:5], output, y, gates, aux, mask, input, h0, c0, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
@@ -139,13 +139,13 @@ class EagerStack(torch.autograd.Function):
         """The gradients that are needed; layer by layer where a graph of the backward is made, since a layer alone has
         derivatives of its backward.
         """
-        *masks, _, y, gates, aux, fed, mask, input, h0, c0 = (kept := ctx.saved_tensors)[:12]
-        given = input, h0, c0, *kept[12:]
-        how = ctx.call, Rows(*ctx.sizes, *masks), mask, ctx.scale, ctx.needs_input_grad[3:]
+        *masks, _, y, gates, aux, mask, input, h0, c0 = (kept := ctx.saved_tensors)[:11]
+        given, passed = (input, h0, c0, *kept[11:]), None if mask is None else Passed(mask, ctx.p)
+        how = ctx.call, Rows(*ctx.sizes, *masks), passed, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             run = lambda *d: _gradients_by_autograd(*how, d, *given)
         else:
-            run = lambda *d: gradients(*how, d, y, gates, aux, fed, *given)
+            run = lambda *d: gradients(*how, d, y, gates, aux, *given)
         return None, None, None, *for_each_gradient(run, d_outputs)
 
 
@@ -155,8 +155,8 @@ def _by_kind(weights: Sequence, call: Call) -> list[Sequence | None]:
 
 
 def gradients(
-    call: Call, rows: Rows, mask: Tensor | None, scale: float | None, need: Sequence[bool], d_outputs: tuple,
-    y, gates, aux, fed, input, h0, c0, *weights,
+    call: Call, rows: Rows, passed: Passed | None, need: Sequence[bool], d_outputs: tuple, y, gates, aux, input, h0, c0,
+    *weights,
 ):  # fmt: skip
     """The gradients of input, h0, c0 and weights, None where not needed: the recurrence of all layers backwards, then
     the products of each.
@@ -165,32 +165,27 @@ def gradients(
 
     kinds, (d_y, d_h_n, d_c_n) = _by_kind(weights, call), d_outputs
     by_input, by_h0, by_c0, *by_weight = need
-    between = y if fed is None else fed
-    layers = [  # each as what EagerLayer has: one set
-        Inputs(input if n == 0 else between[n - 1], *(_one(kind, n) for kind in (*kinds, None, None, h0, c0)))
-        for n in range(len(y))
-    ]
     weight_ih, weight_hh = kinds[:2]
-    plan = _plan(call, weight_hh, y, rows, mask is not None, True)
-    passed = None if mask is None else stack.Passed(mask, scale)
+    plan = _plan(call, weight_hh, y, rows, passed is not None, True)
     d_gates, d_carry_0 = stack.backward(
         plan, d_y, d_h_n, d_c_n, weight_ih, weight_hh, gates, aux, y, h0, c0, rows, passed
     )  # fmt: skip
     found, needs = [], _by_kind(by_weight, call)
-    for n, one in enumerate(layers):
+    for n in range(len(y)):
+        one = Inputs(below(n, input, y, passed), *(_one(kind, n) for kind in (*kinds, None, None, h0, c0)))  # as a set
         needed = [kind is not None and kind[n] for kind in needs]
         wanted = Inputs(by_input and n == 0, *needed, False, False, by_h0, False)
         states = _one(d_h_n, n), _one(d_carry_0, n)
-        found.append(
-            Inputs(
-                *products_by_set(
-                    call, wanted, states[0], one, rows, y[n, :, None], d_gates[n, :, None], states[1], None, None
-                )
-            )
-        )
+        of_recurrence = d_gates[n, :, None], states[1], None, None
+        found.append(Inputs(*products_by_set(call, wanted, states[0], one, rows, y[n, :, None], *of_recurrence)))
     d_weights = [d if d is None else d[0] for kind in list(zip(*found, strict=True))[1:5] for d in kind]
     d_h0 = torch.cat([one.h0 for one in found]) if by_h0 else None
     return found[0].input, d_h0, d_carry_0 if by_c0 else None, *d_weights[: len(weights)]
+
+
+def below(n: int, input: Tensor, y: Sequence[Tensor], passed: Passed | None) -> Tensor:
+    """What layer n sees: the input, or the outputs [R, H] of the layer below. y: of all layers."""
+    return input if n == 0 else y[n - 1] if passed is None else passed.on(n - 1, y[n - 1])
 
 
 def _one(of_layers, n: int):
@@ -199,16 +194,15 @@ def _one(of_layers, n: int):
 
 
 def _gradients_by_autograd(
-    call: Call, rows: Rows, mask: Tensor | None, scale: float | None, need: Sequence[bool], d_outputs: tuple,
-    input, h0, c0, *weights,
-):  # fmt: skip
+    call: Call, rows: Rows, passed: Passed | None, need: Sequence[bool], d_outputs: tuple, input, h0, c0, *weights
+):
     """The same as a graph: through the layers one after another, each made again."""
     # By views: a state or a weight may be made from another one, and what lies between is the graph outside.
     input, h0, c0, *weights = (t if t is None else t.view_as(t) for t in (input, h0, c0, *weights))
     kinds, y, finals = _by_kind(weights, call), input, []
     for n in range(len(kinds[1])):
         of_layer = [kind[n] for kind in kinds if kind is not None]
-        y = y.flatten(1) if n == 0 or mask is None else y.flatten(1) * mask[n - 1] * scale
+        y = y.flatten(1) if n == 0 or passed is None else passed.on(n - 1, y.flatten(1))
         y, *final, _ = EagerLayer.apply(call, rows, y, None, _one(h0, n), _one(c0, n), None, *of_layer)
         finals.append(final)
     finals = [None if kind[0] is None else torch.cat(kind) for kind in zip(*finals, strict=True)]

@@ -521,7 +521,8 @@ def forced_together(monkeypatch):
         return (layers,) if call.route == "direct" else (1,) * layers
 
     assert inspect.signature(one_launch).parameters.keys() == inspect.signature(wavefront.groups).parameters.keys()
-    monkeypatch.setattr("rnn_gpu.functional.groups", one_launch)
+    for module in ("functional", "stack_operators"):
+        monkeypatch.setattr(f"rnn_gpu.{module}.groups", one_launch)
 
 
 @pytest.mark.unmet
@@ -582,9 +583,10 @@ def test_stacks_of_sequences_that_end_early_or_start_anew(cell, kind, monkeypatc
 
 
 @pytest.mark.unmet
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_dropout_between_layers_side_by_side_is_that_of_one_by_one(cell, monkeypatch, tf32):
-    """Catches masks that a GPU draws in another order than layer after layer would."""
+def test_dropout_between_layers_side_by_side_is_that_of_one_by_one(cell, graph, monkeypatch, tf32):
+    """Catches masks that a GPU draws in another order than layer after layer would, in a graph, too."""
     ours, _, _ = stack_and_peers(cell, torch.float32, 100, 3, dropout=0.4)
     input, states = draw(ours, 30, 9)
     given = input.cuda(), tuple(state.cuda() for state in states)
@@ -602,6 +604,8 @@ def test_dropout_between_layers_side_by_side_is_that_of_one_by_one(cell, monkeyp
             found[precision] = results()
     tf32("ieee")
     forced_together(monkeypatch)
+    if graph:
+        ours.compile(fullgraph=True, backend="aot_eager")  # inductor draws otherwise
     for key, tensor in results().items():
         assert_close_to_oracle(
             tensor.cpu(), found["ieee"][key].double().cpu(), found["tf32"][key].cpu(), f"{cell} {key}"

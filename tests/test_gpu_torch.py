@@ -1,5 +1,7 @@
 """On a GPU: the layers inside torch.compile, CUDA graphs, torch.func and autograd."""
 
+import itertools
+
 import pytest
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -81,6 +83,19 @@ def test_compile(name, kwargs, mode):
         torch.compiler.cudagraph_mark_step_begin()
         for actual, e in zip(trained(run, layer, scale * input), expected, strict=True):
             torch.testing.assert_close(actual, e)  # inductor may round the products around the loop otherwise
+
+
+@pytest.mark.unmet
+def test_dropout_in_a_graph_that_is_replayed():
+    """Catches: the masks of the capture in every replay."""
+    layer, input = made("LSTM", num_layers=3, dropout=0.5)
+    run = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    found = []
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        found.append([one.clone() for one in trained(run, layer, input)])
+    for first, second in itertools.combinations(found, 2):
+        assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
 def test_compile_with_masks():

@@ -95,6 +95,14 @@ def launches(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def compiler():
+    """One that counts what it compiles, and forgets all."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
 def cut_plan(call, hidden_size, dtype, rows, backward, layers, waits=None, registers=None, shared=None, **changes):
     """The planner's plan with changes; registers, shared: chunks of both sources, as far as there are so many."""
     name, precision = str(dtype).removeprefix("torch."), backends.precision_of(str(dtype).removeprefix("torch."))
@@ -289,15 +297,23 @@ def test_rows_that_end_early_or_start_anew(cell, kind, how, together, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("cell", "kind"),
-    sample(itertools.product(["lstm", "gru", "rnn_tanh"], ["dense", "packed"]), ("lstm", "packed")),
-)
-def test_dropout_between_the_layers(cell, kind, together):
+    ("cell", "kind", "how"),
+    sample(
+        itertools.product(["lstm", "gru", "rnn_tanh"], ["dense", "packed"], ["eager", (3,), (1, 2), (2, 1)]),
+        ("lstm", "packed", "eager"), ("rnn_tanh", "dense", (3,)), ("gru", "packed", (1, 2)),
+    ),
+)  # fmt: skip
+def test_dropout_between_the_layers(cell, kind, how, together, launches, compiler, monkeypatch):
     """Catches: a mask drawn otherwise than one after another would, masks of another layer or step, forgotten where the
     gradient passes or where a layer's input is multiplied with its gradients; a state that waits for a row of nobody.
+    In a graph: the same, whatever the groups; a mask that is drawn again, or applied twice between two groups.
     """
     together(dict(units=16))
-    ours, oracle = stacked(cell, 20, 3, dropout=0.5)
+    ours, oracle = stacked(cell, 20, 3, dropout=0.4)
+    sizes = (3,) if how == "eager" else how
+    if how != "eager":
+        monkeypatch.setattr(stack_operators, "groups", lambda *_: sizes)
+        ours.compile(fullgraph=True, backend=compiler)
     lengths = torch.tensor([4, 1, 3, 4, 2])
     input, states = torch.randn(4, 5, 5), states_of(ours, 5, torch.float32)
 
@@ -311,10 +327,11 @@ def test_dropout_between_the_layers(cell, kind, together):
 
     expected = outcome_of_run(run, oracle, input.double(), states)
     peer = same(ours, torch.float32)
-    peer.dropout = 0.5
+    peer.dropout = 0.4
     peer = outcome_of_run(run, peer, input, states)
     with concurrent_programs(11, torn=True):
         actual = outcome_of_run(run, ours, input, states, "triton")
+    assert launches == [*((n, False) for n in sizes), *((n, True) for n in reversed(sizes))]
     for index, (a, e, p) in enumerate(zip(actual, expected, peer, strict=True)):
         assert_close_to_oracle(a, e, p, f"result {index}")
     with concurrent_programs(12), torch.no_grad(), rnn_gpu.backend("triton"):
@@ -478,20 +495,23 @@ def test_a_graph_of_the_backward_counts_every_path_once(together):
 )
 def test_frozen_layers_keep_nothing_and_have_no_backward(cell, how, together, launches, monkeypatch):
     """Catches: gates that are saved, or a launch that walks backwards, for layers below all that need a gradient;
-    gradients of the layers above that miss what these gave.
+    gradients of the layers above that miss what these gave,
+    or dropout between them.
     """
     together(dict(units=16))
-    monkeypatch.setattr("rnn_gpu.functional.groups", lambda *_: (2, 1))
+    monkeypatch.setattr("rnn_gpu.functional.groups", lambda *_: (2, 2))
     saving, forward = [], stack.forward
     monkeypatch.setattr(stack, "forward", lambda *given: (saving.append(given[6]), forward(*given))[1])
-    layer, oracle = stacked(cell, 20, 3)
+    layer, oracle = stacked(cell, 20, 4)
     peer, (input, hx) = same(layer, torch.float32), draw(layer, 3, 2)
     for one in (layer, oracle, peer):
+        one.dropout = 0.4
         for name, weight in one.named_parameters():
-            weight.requires_grad_(name.endswith("l2"))
+            weight.requires_grad_(name.endswith(("l2", "l3")))
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if how == "compiled" else layer
 
     def found(module, input, hx):
+        torch.manual_seed(7)
         output, final = module(input, as_hx(hx))
         trained = [weight for weight in layer_of[module].parameters() if weight.requires_grad]
         loss = output.pow(2).sum() + sum(state.sum() for state in as_tuple(final))
@@ -500,7 +520,7 @@ def test_frozen_layers_keep_nothing_and_have_no_backward(cell, how, together, la
     layer_of = {run: layer, oracle: oracle, peer: peer}
     with rnn_gpu.backend("triton"):
         actual = found(run, input, hx)
-    assert saving == ["nothing"] and launches == [(2, False), (1, False), (1, True)]
+    assert saving == ["nothing", "full"] and launches == [(2, False), (2, False), (2, True)]
     expected = found(oracle, input.double(), [state.double() for state in hx])
     for a, e, p in zip(actual, expected, found(peer, input, hx), strict=True):
         assert_close_to_oracle(a, e, p)
@@ -567,26 +587,18 @@ def test_the_plan_chooses_groups_and_a_setting_takes_them_back(launches, monkeyp
 # ---- In compiled and exported graphs ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def compiler():
-    """One that counts what it compiles, and forgets all."""
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
-    ("cell", "memory", "size", "dtype"),
+    ("cell", "memory", "size", "dtype", "dropout"),
     [
-        ("lstm", "full", 20, torch.float32),
-        ("gru", "lean", 20, torch.float32),
-        ("rnn_tanh", "full", 7, torch.float16),
-        *(pytest.param(cell, "lean", 7, torch.bfloat16, marks=SLOW) for cell in ("lstm", "rnn_tanh")),
-        *(pytest.param(cell, "full", 7, torch.float16, marks=SLOW) for cell in ("lstm", "gru")),
+        ("lstm", "full", 20, torch.float32, 0.0),
+        ("gru", "lean", 20, torch.float32, 0.4),
+        ("rnn_tanh", "full", 7, torch.float16, 0.0),
+        *(pytest.param(cell, "lean", 7, torch.bfloat16, 0.0, marks=SLOW) for cell in ("lstm", "rnn_tanh")),
+        *(pytest.param(cell, "full", 7, torch.float16, 0.4, marks=SLOW) for cell in ("lstm", "gru")),
     ],
 )
 def test_one_graph_whose_operator_chooses_the_groups(
-    cell, memory, size, dtype, together, launches, compiler, monkeypatch
+    cell, memory, size, dtype, dropout, together, launches, compiler, monkeypatch
 ):
     """Catches: a graph that is compiled again because other layers run side by side, tensors of one group taken for
     another's, gates of an odd layer written where no kernel can; other results in inference.
@@ -596,9 +608,11 @@ def test_one_graph_whose_operator_chooses_the_groups(
     if memory == "lean":
         cut = dict.fromkeys(cut, (1, 1, 1))
     monkeypatch.setattr(stack_operators, "groups", lambda call, size, like, rows, layers, dropout: cut[rows.batch])
-    ours, oracle = stacked(cell, size, 3, dtype)
+    ours, oracle = stacked(cell, size, 3, dtype, dropout=dropout)
     ours.memory = memory
     peer = same(ours, dtype)
+    peer.dropout = dropout
+    drawn = lambda run, *given: (torch.manual_seed(7), run(*given))[1]
     ours.compile(fullgraph=True, dynamic=True, backend=compiler)
     compiles = []
     for time, (batch, sizes) in enumerate(cut.items(), 2):
@@ -606,28 +620,28 @@ def test_one_graph_whose_operator_chooses_the_groups(
             launches.clear()
             input, hx = draw(peer, time, batch)
             input, hx = input.to(dtype), tuple(state.to(dtype) for state in hx)
-            actual = outcome(ours, input, hx, "triton")
+            actual = drawn(outcome, ours, input, hx, "triton")
             assert launches == [*((n, False) for n in sizes), *((n, True) for n in reversed(sizes))]
-        expected, rounded = outcome(oracle, input, hx, "torch"), outcome(peer, input, hx, "torch")
+        expected, rounded = (drawn(outcome, one, input, hx, "torch") for one in (oracle, peer))
         for key, value in expected.items():
             assert_close_to_oracle(actual[key], value, rounded[key], key)
         compiles.append(compiler.frame_count)
     assert compiles == compiles[:1] * 4, "compiled again for another size"
     with torch.no_grad(), rnn_gpu.backend("triton"), concurrent_programs(6):
-        output, final = ours(input, as_hx(hx))
+        output, final = drawn(ours, input, as_hx(hx))
     assert torch.equal(output, actual["output"]) and torch.equal(as_tuple(final)[-1], actual[f"final{len(hx) - 1}"])
 
 
 def test_a_graph_takes_the_groups_of_an_eager_call(launches, compiler):
-    """Catches: layers that run side by side in eager mode alone, or where the plan takes them one by one; a layer by
-    itself where there is dropout between the layers in training.
+    """Catches: layers that run side by side in eager mode alone, or where the plan takes them one by one; more than a
+    launch forward and one backward because of dropout between them.
     """
     layer, _ = stacked("lstm", 20, 3, dropout=0.5)
     input, _ = draw(layer, 2, 3)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     with rnn_gpu.backend("triton"), backends.always_exchange():
-        compiled(input)
-        assert launches == [(1, False)] * 3
+        compiled(input)[0].sum().backward()
+        assert launches == [(3, False), (3, True)]
         layer.eval()
         for most in (None, 2):
             with rnn_gpu.max_programs(most):
@@ -683,7 +697,10 @@ def test_the_operators_of_a_stack_keep_the_rules_of_torch_library(cell, together
     of_layers = [[of_cell.gates * H, I] for I in (4, H)], [of_cell.gates * H, H], [of_cell.gates * H]
     weights = [torch.randn(*size) for first in of_layers[0] for size in (first, of_layers[1], *[of_layers[2]] * 2)]
     for lengths, saving in ((None, "full"), (torch.tensor([3, 1], dtype=torch.int32), "lean"), (None, "nothing")):
-        how = lengths, None, None, T, cell, True, saving, 0, False
+        mask = None if saving == "lean" else torch.rand(L - 1, T * B, H) < 0.5
+        how = stack_operators.How(
+            lengths, None, None, mask, T, 0.5, cell, biases=True, saving=saving, max_programs=0, alone=False
+        )
         given = torch.randn(T * B, 4), h0, c0, weights, *how
         torch.library.opcheck(torch.ops.rnn_gpu.kernel_stack.default, given)
         if saving == "nothing":
@@ -701,26 +718,30 @@ class LooksOn(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=SLOW)])
-def test_the_operators_are_differentiable_twice(cell, together):
-    """Catches: a second derivative that is wrong, or none; gradients of many at once that are mixed up."""
-    layer, oracle = stacked(cell, 9, 2)
+@pytest.mark.parametrize(("cell", "dropout"), [("lstm", 0.0), ("gru", 0.5)])
+def test_the_operators_are_differentiable_twice(cell, dropout, together):
+    """Catches: a second derivative that is wrong, or none, or with another mask; gradients of many at once that are
+    mixed up.
+    """
+    layer, oracle = stacked(cell, 9, 2, dropout=dropout)
     input, hx = draw(layer, 3, 2)
-    lengths = torch.tensor([3, 1])
+    masks = {} if dropout else dict(lengths=torch.tensor([3, 1]))  # with which the oracle takes one row at a time
 
     def penalty(module, input, hx, backend):
+        torch.manual_seed(7)
         leaves = [tensor.clone().requires_grad_() for tensor in (input, *hx)]
         with rnn_gpu.backend(backend), LooksOn():
-            if backend == "triton":
-                output, final = module(leaves[0], as_hx(tuple(leaves[1:])), lengths=lengths)
+            if backend == "triton" or not masks:
+                output, final = module(leaves[0], as_hx(tuple(leaves[1:])), **masks)
                 final = as_tuple(final)
             else:
-                output, *final = one_at_a_time(module, leaves[0], leaves[1:], lengths)
+                output, *final = one_at_a_time(module, leaves[0], leaves[1:], **masks)
         loss = output.pow(2).sum() + sum(state.sum() for state in final)
         gradients = torch.autograd.grad(loss, leaves, create_graph=True)
         return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), [*leaves, *module.parameters()])
 
     expected, peer = penalty(oracle, input.double(), [s.double() for s in hx], "torch"), same(layer, torch.float32)
+    peer.dropout = dropout
     peer = penalty(peer, input, hx, "torch")
     for a, e, p in zip(penalty(layer, input, hx, "triton"), expected, peer, strict=True):
         assert_close_to_oracle(a, e, p)
@@ -745,18 +766,20 @@ def test_an_empty_batch(together):
 
 
 def test_a_transform_inside_a_graph(compiler):
-    """Catches: an operator that a transform does not know, or gradients that stop at it."""
-    layer, _ = stacked("gru", 9, 2)
+    """Catches: an operator that a transform does not know, gradients that stop at it, dropout by another mask."""
+    layer, _ = stacked("gru", 9, 2, dropout=0.5)
     parameters = {name: value.detach() for name, value in layer.named_parameters()}
 
     def loss(parameters, input):
         return torch.func.functional_call(layer, parameters, (input,))[0].pow(2).sum()
 
-    run = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    run = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")
     inputs = torch.randn(2, 3, 2, 5)
     with rnn_gpu.backend("triton"):
+        torch.manual_seed(7)
         found = torch.compile(run, fullgraph=True, backend=compiler)(parameters, inputs)
         for v, input in enumerate(inputs):
+            torch.manual_seed(7)
             expected = torch.autograd.grad(layer(input)[0].pow(2).sum(), list(layer.parameters()))
             for actual, right in zip(found.values(), expected, strict=True):
                 torch.testing.assert_close(actual[v], right)
