@@ -7,6 +7,7 @@ itself is unrolled over time by torch.compile and torch.export, fails there in f
 Shapes as in operators.py, and P, the size of a projected state: H where there is no projection.
 """
 
+import functools
 import itertools
 import warnings
 import weakref
@@ -128,8 +129,9 @@ def _stretches(time, batch, lengths, offsets, resets, backwards):
 
 
 # What a forward keeps for its backward, such as autograd's (inputs, results), by a number. The number stands in a
-# tensor that whoever may ask for the backward saves beside the inputs; when its memory goes, so does what is kept here.
-_kept: dict[int, Any] = {}
+# tensor that whoever may ask for the backward saves beside the inputs; when its memory goes, so does what is kept here,
+# by the weak reference beside it.
+_kept: dict[int, tuple[Any, weakref.ref]] = {}
 _numbers = itertools.count(1)
 
 
@@ -137,8 +139,7 @@ def kept(what: Any) -> Tensor:
     """The tensor, int64 [1], that stands for it."""
     number = next(_numbers)
     token = torch.full((1,), number, dtype=torch.int64, device="cpu")
-    _kept[number] = what
-    weakref.finalize(token.untyped_storage(), _kept.pop, number, None)
+    _kept[number] = what, weakref.ref(token.untyped_storage(), functools.partial(_kept.pop, number))
     return token
 
 
@@ -146,7 +147,7 @@ def taken_back(token: Tensor) -> Any:
     """What it stands for, which is then kept no more: autograd frees what it has used as it goes, and memory that was
     used a moment ago is fast. None where it stands for nothing, or was asked before; the forward has to run again then.
     """
-    return _kept.pop(token.item(), None) if token.numel() else None
+    return _kept.pop(token.item(), (None,))[0] if token.numel() else None
 
 
 def same_memory(given: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> bool:

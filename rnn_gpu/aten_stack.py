@@ -88,52 +88,60 @@ def _by_onednn(input: Tensor, weights: Sequence[Tensor], how: tuple) -> bool:
 
 
 LSTM = 2  # oneDNN's number for it
+ONEDNN_BACKWARD = torch.ops.aten.mkldnn_rnn_layer_backward.default
 
 
-def _of_set(states: Tensor | None, i: int) -> Tensor | None:
+def _of_set(states: Tensor | None, i: int, sets: int) -> Tensor | None:
     """Those of a layer and direction, [1, B, ...]."""
-    return states if states is None else states[i : i + 1].contiguous()
+    if states is None or (sets == 1 and states.is_contiguous()):
+        return states
+    return states[i : i + 1].contiguous()
 
 
 def _onednn(input, h0, c0, weights, how) -> tuple[Tensor, Tensor, Tensor, list]:
-    """y [T, B, D*H], h_n, c_n, and of each layer and direction what its backward needs."""
+    """y [T, B, D*H], h_n, c_n, and of each layer and direction what its backward needs. h0, c0: None for zeros."""
     _, _, layers, directions, _ = how
-    size, saved = h0.shape[2], []
-    for layer in range(layers):
-        for i in range(layer * directions, (layer + 1) * directions):
-            four, states, reverse = weights[4 * i : 4 * i + 4], (_of_set(h0, i), _of_set(c0, i)), i % directions == 1
-            found = torch.mkldnn_rnn_layer(input, *four, *states, reverse, [], LSTM, size, 1, True, False, False, True)
-            saved.append((input, states, found))
-        last = [found[0] for *_, found in saved[-directions:]]
-        input = last[0] if directions == 1 else torch.cat(last, -1)
+    sets, size, saved = layers * directions, weights[1].shape[1], []
+    states = (input.new_zeros(1, input.shape[1], size),) * 2 if h0 is None else None
+    for i in range(sets):
+        of_set = states or (_of_set(h0, i, sets), _of_set(c0, i, sets))
+        four, reverse = weights[4 * i : 4 * i + 4], i % directions == 1
+        found = torch.mkldnn_rnn_layer(input, *four, *of_set, reverse, [], LSTM, size, 1, True, False, False, True)
+        saved.append((input, of_set, found))
+        if directions == 1:
+            input = found[0]
+        elif reverse:
+            input = torch.cat((saved[-2][2][0], found[0]), -1)
     # memory of their own: a compiler that sees no further use of a result may write over it
-    y, (h_n, c_n) = input.clone() if directions == 1 else input, ([found[k] for *_, found in saved] for k in (1, 2))
-    return y, *(one[0].clone() if len(saved) == 1 else torch.cat(one) for one in (h_n, c_n)), saved
+    if sets == 1:
+        return found[0].clone(), found[1].clone(), found[2].clone(), saved
+    y = input.clone() if directions == 1 else input
+    return y, *(torch.cat([found[k] for *_, found in saved]) for k in (1, 2)), saved
 
 
 def _onednn_backward(gradients, given, weights, how, saved, need) -> list[Tensor | None]:
     """The gradients of input, h0, c0 and weights. given: input and states, which a compiler may have made again."""
     _, _, layers, directions, _ = how
-    (d_y, *d_final), size, found = gradients, saved[0][1][0].shape[2], {}
-    backward = torch.ops.aten.mkldnn_rnn_layer_backward.default
-    for layer in reversed(range(layers)):
-        of_layer = range(layer * directions, (layer + 1) * directions)
-        for i in of_layer:
-            input, states, (*results, workspace) = saved[i]
-            input, reverse = given[0] if layer == 0 else input, i % directions == 1
-            states = states if given[1] is None else [_of_set(state, i) for state in given[1:]]
-            d_own = d_y if directions == 1 or d_y is None else d_y[..., size:] if reverse else d_y[..., :size]
-            d_own = d_own if d_own is None else d_own.contiguous()
-            found[i] = backward(
-                input, *weights[4 * i : 4 * i + 4], *states, *results, d_own, *(_of_set(d, i) for d in d_final),
-                reverse, LSTM, size, 1, True, True, False, [], False, workspace,
-            )  # fmt: skip
-        d_y = found[of_layer[0]][0] if directions == 1 else found[of_layer[0]][0] + found[of_layer[1]][0]
+    (d_y, d_h_n, d_c_n), sets, size, found = gradients, layers * directions, weights[1].shape[1], [None] * len(saved)
+    for i in reversed(range(sets)):
+        input, states, (*results, workspace) = saved[i]
+        input, reverse = given[0] if i < directions else input, i % directions == 1
+        states = states if given[1] is None else [_of_set(state, i, sets) for state in given[1:]]
+        d_own = d_y if directions == 1 or d_y is None else d_y[..., size:] if reverse else d_y[..., :size]
+        d_own = d_own if d_own is None else d_own.contiguous()
+        found[i] = ONEDNN_BACKWARD(
+            input, *weights[4 * i : 4 * i + 4], *states, *results, d_own, _of_set(d_h_n, i, sets),
+            _of_set(d_c_n, i, sets), reverse, LSTM, size, 1, True, True, False, [], False, workspace,
+        )  # fmt: skip
+        if directions == 1:
+            d_y = found[i][0]
+        elif not reverse:
+            d_y = found[i][0] + found[i + 1][0]
     d_states = [None, None]
     if need[1] or need[2]:
-        d_states = [torch.cat([found[i][k].view(1, -1, size) for i in range(len(saved))]) for k in (5, 6)]
+        d_states = [torch.cat([one[k].view(1, -1, size) for one in found]) for k in (5, 6)]
     # of both biases it is one tensor, and gradients are changed in place
-    d_weights = [d for i in range(len(saved)) for d in (*found[i][1:4], found[i][3].clone())]
+    d_weights = [d for one in found for d in (one[1], one[2], one[3], one[3].clone())]
     return [d_y, *d_states, *d_weights]
 
 
@@ -144,26 +152,26 @@ def _aten(input, h0, c0, weights, how, trained: bool) -> tuple[Tensor, ...]:
     return aten.FUNCTION[cell](input, states, weights, biases, layers, 0.0, trained, directions == 2, False)
 
 
-def _forward(given: tuple, how: tuple, trained: bool) -> tuple[tuple[Tensor, ...], object]:
+def _forward(given: tuple, how: tuple, trained: bool) -> tuple[Sequence[Tensor], object]:
     """Results, and what a backward needs, if one may follow."""
     input, h0, c0, *weights = given
     steps = input.view(how[-1], input.shape[0] // how[-1], input.shape[1])
+    if trained and _by_onednn(input, weights, how):
+        # below autograd, but not without gradients: then it leaves nothing for a backward
+        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+            *results, saved = _onednn(steps.contiguous(), h0, c0, weights, how)
+        return results, saved
     if h0 is None:
         h0, c0 = _zeros(input, weights, how)
     if not trained:
         return _aten(steps, h0, c0, weights, how, False), None
-    if _by_onednn(input, weights, how):
-        # below autograd, but not without gradients: then it leaves nothing for a backward
-        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
-            *results, saved = _onednn(steps.contiguous(), h0, c0, weights, how)
-        return tuple(results), saved
     # An operator's body runs below autograd; this one needs it.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_() for t in (input, *given[1:3], *weights)]
         steps = leaves[0].view(steps.shape)
         states = (h0, c0) if leaves[1] is None else leaves[1:3]
         results = _aten(steps, *states, leaves[3:], how, True)
-    return tuple(r.detach().clone() for r in results), (leaves, results)
+    return [r.detach().clone() for r in results], (leaves, results)
 
 
 @operator("aten_stack", f"({GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")

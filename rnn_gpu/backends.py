@@ -257,6 +257,8 @@ def route(
         if drops or module.has_another_forward():
             raise RuntimeError(f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}")
         return "reference" if unknown else "torch.nn"
+    if tracing and (_backend == "torch" or (_backend == "auto" and input.device.type != "cuda")):
+        return "opaque"  # with nothing else read, which a compiled graph would look at in every call
     choice = choose(module, input, batch_size, dtype, packed or masked)
     long_enough = tracing or masked or drops or _backend != "auto" or time >= choice.least_time
     kernels = choice.name == "triton" and long_enough

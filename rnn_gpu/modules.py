@@ -102,14 +102,12 @@ def _sequences(packed: PackedSequence, hx) -> int:
     return int(packed.batch_sizes[0])
 
 
-def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+def _lengths(lengths: Tensor | Sequence[int]) -> Tensor:
     """Lengths as a tensor; a list becomes one on the CPU. TypeError for anything else than integers."""
     if isinstance(lengths, Tensor):
         if lengths.dtype not in INTEGERS:
             raise TypeError(f"lengths should be an integer tensor, got: {lengths.dtype}")
         return lengths
-    if lengths is None:
-        return None
     try:
         given = list(lengths)
         if any(isinstance(length, bool) for length in given):  # a mask
@@ -134,11 +132,11 @@ def _check_range(lengths: Tensor, time: int) -> None:
         raise RuntimeError(f"Expected lengths between 0 and {time}, got {least if least < 0 else most}")
 
 
-def _check_resets(resets: Tensor | None) -> None:
+def _check_resets(resets: Tensor) -> None:
     """TypeError where resets are no tensor of bools."""
-    if not (resets is None or isinstance(resets, Tensor)):
+    if not isinstance(resets, Tensor):
         raise TypeError(f"resets should be a tensor, got: {type(resets).__name__}")
-    if resets is not None and resets.dtype != torch.bool:
+    if resets.dtype != torch.bool:
         raise TypeError(f"resets should be a bool tensor, got: {resets.dtype}")
 
 
@@ -342,7 +340,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
-        known = None if torch.compiler.is_compiling() else self._known_calls
+        compiling = torch.compiler.is_compiling()
+        known = None if compiling else self._known_calls
         if known and lengths is None and resets is None and (key := ready.key_of(self, input, hx)) is not None:
             found = ready.again(self, known, key, input, hx)
             if found is not None:
@@ -368,13 +367,13 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         masked = lengths is not None or resets is not None
         if packed and masked:
             raise ValueError("lengths and resets are for padded input, got a PackedSequence")
-        if measured.automatic and self._watch is None and not torch.compiler.is_compiling():
+        if not compiling and measured.automatic and self._watch is None:
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
         how, key = (data, time, batch_size, dtype, packed, masked, drops, beyond, unknown), None
         route = "reference" if self._watch else backends.route(self, *how)
-        if route == "kernels" and not masked and not torch.compiler.is_compiling():
+        if route == "kernels" and not masked and not compiling:
             key = ready.key_of(self, input, hx)
             route = backends.route(self, *how)  # under what the key says, whatever has changed before it was made
         return self._by_route(route, input, hx, batch_size, dtype, lengths, resets, key)
@@ -484,9 +483,10 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         Kept for the next call where they are the layer's own parameters. Others, of a parametrization or put in by
         `torch.func.functional_call`, are this call's alone: a transform's tensors must not outlive it.
         """
-        named = self._named_weights()
-        if self._are_read(named):
-            return self._flat_weights
+        named, read = self._named_weights(), self._flat_weights
+        same = len(read) == len(named) and all(w is other for w, other in zip(named, read, strict=True))
+        if same or self._are_read(named):
+            return read
         if all(isinstance(weight, torch.nn.Parameter) for weight in named):
             self._keep(named)
         return named
@@ -527,8 +527,10 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str, key=None):
         """Dense input, on any route but torch.nn's own forward."""
-        lengths = _lengths(lengths)
-        _check_resets(resets)
+        if lengths is not None:
+            lengths = _lengths(lengths)
+        if resets is not None:
+            _check_resets(resets)
         name = self._torch_class.__name__ if self._torch_class is not None else type(self).__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if name == "RNN" else ""
@@ -586,7 +588,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         step [R, D*H], and the tuple of final states.
         """
         weights = self._weights()
-        if not torch.jit.is_tracing():  # which warns of every size that is compared
+        if torch._C._get_tracing_state() is None:  # torch.jit.trace warns of every size that is compared
             self._check_weights(weights)
         states, weights = states or (), self._dropped(weights)
         self._check_devices(input, states, weights)
@@ -625,7 +627,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training, heads=heads,
         )  # fmt: skip
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
-        ready.remember(self, key, weights, call, dropout)
+        if key is not None:
+            ready.remember(self, key, weights, call, dropout)
         outputs = (output,) if cells is None else (output, cells)
         if self._states > 2 and cells is not None:
             of_states = cells.unflatten(1, (sets, self._states - 1, self.hidden_size)).unbind(2)

@@ -85,11 +85,11 @@ def key_of(layer: Any, input: Any, hx: Any) -> Key | None:
     return Key(batch, shape[2], dtype, device, needs, options_of(layer), _settings(dtype))
 
 
-def remember(layer: Any, key: Key | None, weights: list[Tensor], call: Call, dropout: float) -> None:
+def remember(layer: Any, key: Key, weights: list[Tensor], call: Call, dropout: float) -> None:
     """Keep how the call of a key went, if it was one that `again` knows; and if nobody has changed meanwhile what it
     depends on.
     """
-    if key is None or call.route != "direct" or call.beyond_aten or call.projected or call.heads > 1:
+    if call.route != "direct" or call.beyond_aten or call.projected or call.heads > 1:
         return
     if key[-2:] != (options_of(layer), _settings(key.dtype)) or key.needs != (call.saving != "nothing"):
         return
