@@ -2,8 +2,9 @@
 after another, as only the sizes of a call can tell. So the body chooses, and the graph is the same for all sizes.
 
 The products are in the body, too: outside, the gate gradients of all layers would have to be there at the same time
-where the layers run one after another. T steps, B rows of the batch, R rows of all steps, I input features, L layers, G
-gates, H hidden units, HS = padded H.
+where the layers run one after another. What is drawn at random is not: the operators are given the mask of dropout
+between the layers. T steps, B rows of the batch, R rows of all steps, I input features, L layers, G gates, H hidden
+units, HS = padded H.
 """
 
 import itertools
@@ -23,6 +24,22 @@ from .operators import backward_directly, gradients_by_set, in_turn, run_directl
 from .rows import Rows
 from .second_order import second_gradients
 from .wavefront import below, frozen_layers, gradients, groups, run
+
+
+class Group(NamedTuple):
+    """Layers first, first + 1, ..., last - 1 of a stack: those of one launch, or all below a gradient."""
+
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        """How many layers."""
+        return self.last - self.first
+
+    def of(self, tensors):
+        """Those of its layers, of what there is of each; None of None."""
+        return None if tensors is None else tensors[self.first : self.last]
 
 
 class How(NamedTuple):
@@ -47,25 +64,9 @@ class How(NamedTuple):
         """Dropout between the layers."""
         return None if self.mask is None else Passed(self.mask, self.p)
 
-    def within(self, group: "Group") -> "How":
+    def within(self, group: Group) -> "How":
         """The same for a group of the layers alone."""
         return self._replace(mask=None if self.mask is None else self.mask[group.first : group.last - 1])
-
-
-class Group(NamedTuple):
-    """Layers first, first + 1, ..., last - 1 of a stack: those of one launch, or all below a gradient."""
-
-    first: int
-    last: int
-
-    @property
-    def size(self) -> int:
-        """How many layers."""
-        return self.last - self.first
-
-    def of(self, tensors):
-        """Those of its layers, of what there is of each; None of None."""
-        return None if tensors is None else tensors[self.first : self.last]
 
 
 COUNT, MASKS = len(How._fields), 4  # the first are tensors
