@@ -247,7 +247,10 @@ def route(
     tracing = torch.compiler.is_compiling()
     if tracing and torch.onnx.is_in_onnx_export():
         if module.has_another_forward():
-            raise RuntimeError(f"torch.onnx.export cannot export {module.beyond_torch()}: ONNX has no such operator")
+            raise RuntimeError(
+                f"torch.onnx.export cannot export {module.beyond_torch()}: ONNX has no such operator; call "
+                "model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
+            )
         return "reference" if unknown else "onnx"
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # the old one, dynamo=False
         if masked:
@@ -255,7 +258,10 @@ def route(
                 "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"
             )
         if drops or module.has_another_forward():
-            raise RuntimeError(f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}")
+            raise RuntimeError(
+                f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}: use dynamo=True for heads, "
+                "call model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
+            )
         return "reference" if unknown else "torch.nn"
     if tracing and (_backend == "torch" or (_backend == "auto" and input.device.type != "cuda")):
         return "opaque"  # with nothing else read, which a compiled graph would look at in every call
