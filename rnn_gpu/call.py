@@ -59,6 +59,7 @@ class Call(NamedTuple):
     training: bool = False
     heads: int = 1  # K: then weight_hh is [N, G*H, H/K] (heads.py); for the kernels alone
     watch: Callable[[int, Tensor], Tensor] | None = None  # on the route "reference": sees every h (reference.py)
+    precision: str | None = None  # of float32 products when a direct call began; None: as PyTorch's switches say then
 
     @property
     def options(self) -> tuple:

@@ -625,6 +625,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             cell, sets, reversed_sets, *how, cells=self.return_cells, clip=clip, watch=self._watch,
             zoneout=(zoneout[1], zoneout[0] if self._states > 1 else 0.0) if any(zoneout) else None,
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training, heads=heads,
+            precision=backends.precision_of(backends.name_of(dtype)) if route == "direct" else None,
         )  # fmt: skip
         output, h_n, c_n, cells = recurrent_stack(call, rows, input, h0, c0, weights, dropout)
         if key is not None:

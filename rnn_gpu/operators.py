@@ -49,7 +49,9 @@ def plan_of(
     call: Call, hidden_size: int, like: Tensor, batch: int, backward: bool, ragged: bool, layers: int = 1
 ) -> Plan:
     """The plan of one pass, of so many layers side by side; RuntimeError where there is none."""
-    precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
+    precision = call.precision
+    if precision is None and like.dtype == torch.float32:
+        precision = backends.precision_of("float32")
     place = hidden_size, like.dtype, like.device, batch, call.sets, ragged, layers
     key: tuple = call.cell, backward, call.limits, precision, *place
     if not backward:
@@ -59,7 +61,7 @@ def plan_of(
         cell = known(call.cell)
         name, device = backends.name_of(like.dtype), backends.device_of(like.device)
         problem = call.cell, hidden_size, batch, call.sets, name, device, backward, ragged
-        plan = backends.plan_for(*problem, call.limits, saving=call.saving, layers=layers)
+        plan = backends.plan_for(*problem, call.limits, precision, call.saving, layers)
         if isinstance(plan, str):
             raise RuntimeError(f"rnn_gpu: no plan for {cell.name}: {plan}")
         if like.device.index is not None or like.device.type != "cuda":
@@ -491,7 +493,8 @@ def products_by_set(
     """The same from what the recurrence backwards gave, as launch.backward does; y [R, N, H]."""
     cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
     (count, sets, size), gates = y.shape, cell.gates
-    if directly((y, d_gates)):  # elsewhere a compiler may lay them out in another way, and pads products itself
+    plain = directly((y, d_gates))  # else a compiler may lay them out in another way, and pads products itself
+    if plain:
         d_gates, y = with_gaps(d_gates), y if rows.dropped is not None else with_gaps(y)
     wide, width = d_gates.shape[3], y.shape[2]  # H or HS: rows of a gate, and columns of y
     of_set = (lambda tensor, n: tensor.flatten(1)) if sets == 1 else (lambda tensor, n: tensor[:, n].flatten(1))
@@ -502,8 +505,8 @@ def products_by_set(
     for key in ("weight_ih", "weight_hh", "start", "h0"):
         found[key] = [] if getattr(wanted, key) else None
     if wanted.input or wanted.weight_ih:
-        columns = inputs.input.shape[1]
-        x = to_multiply(inputs.input, gates * size)
+        x, columns = inputs.input, inputs.input.shape[1]
+        x = to_multiply(x, gates * size) if plain else x
     for n in range(sets):
         hidden = inner = slots = of_set(d_gates, n)  # [R, E*HS]
         if cell.slots > gates:
@@ -559,7 +562,7 @@ def products_by_set(
         if wanted.bias_ih:
             found["bias_ih"] = [*inner]
     if wanted.input and found["input"].shape[1] > columns:
-        found["input"] = found["input"][:, :columns]
+        found["input"] = found["input"][:, :columns].contiguous()
     for key in ("start", "h0"):
         found[key] = None if found[key] is None else torch.stack(found[key]) if sets > 1 else found[key][0].unsqueeze(0)
     if wanted.c0 and cell.states:
@@ -591,8 +594,9 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        """See `layer_gradients`."""
-        return layer_gradients(*arguments)
+        """See `layer_gradients`. No view: users change gradients in place, which is an error for a view from here."""
+        found = layer_gradients(*arguments)
+        return tuple(one.clone() if one is not None and one._is_view() else one for one in found)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -23,8 +23,8 @@ MOST = 256  # calls that a layer remembers: of as many batch sizes
 # What of a layer a call depends on, beside its weights. Asked of the layer, and not noted where it is set: a class may
 # have them as properties, and torch.compile sets them without a word.
 options_of = operator.attrgetter(
-    "mode", "training", "input_size", "num_layers", "bias", "bidirectional", "dropout", "memory", "clip",
-    "return_cells", "zoneout", "recurrent_dropout", "weight_dropout", "_watch",
+    "mode", "training", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "bidirectional",
+    "dropout", "memory", "clip", "return_cells", "zoneout", "recurrent_dropout", "weight_dropout", "_watch",
 )  # fmt: skip
 CHECKS = frozenset(  # torch.nn's
     ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size")

@@ -9,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
-from rnn_gpu import backends, operators
+from rnn_gpu import backends, operators, products, wavefront
 from rnn_gpu.call import Call, Inputs
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
-from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, outcome, pair, same
+from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, STATES, outcome, pair, same
 from tests.tolerances import assert_close_to_oracle, assert_same_mathematics
 
 pytestmark = ON_BOTH_BACKENDS
@@ -93,6 +93,39 @@ def test_a_gradient_penalty_trains(name):
         penalty.backward()
         optimizer.step()
     assert penalties[-1] < 0.5 * penalties[0]
+
+
+@on_the_kernels
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_contiguous_and_may_be_changed_in_place(name, monkeypatch):
+    """Catches: gradients that are views of something larger, which code before the layer, or after it, cannot use."""
+    monkeypatch.setattr(products, "WORTH", 0)
+    layer, input = getattr(rnn_gpu, name)(3, 5), leaf(TIME, BATCH, 3)
+    states = tuple(leaf(1, BATCH, 5) for _ in range(STATES[name]))
+    seen = []
+    for create_graph in (False, True):
+        given = input.sin()
+        given.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+        output, _ = layer(given, states if len(states) > 1 else states[0])
+        for gradient in torch.autograd.grad(output.sum(), [input, *states], create_graph=create_graph):
+            gradient.mul_(2)
+    assert seen == [True, True]
+
+
+@on_the_kernels
+def test_a_backward_keeps_to_the_precision_of_its_forward(monkeypatch):
+    """Catches: a backward planned by a switch that has changed, for groups of layers that have no such plan."""
+    planned = []
+    made = operators.plan_of
+    for module in (operators, wavefront):
+        monkeypatch.setattr(module, "plan_of", lambda *a: planned.append(found := made(*a)) or found)
+    layer = rnn_gpu.LSTM(3, 5, num_layers=2)
+    for _ in range(2):  # the second call is like the first
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+        output, _ = layer(torch.randn(TIME, BATCH, 3))
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+        output.sum().backward()
+    assert {(plan.backward, plan.precision) for plan in planned} == {(False, "tf32"), (True, "tf32")}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
