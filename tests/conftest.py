@@ -7,6 +7,7 @@ import collections
 import itertools
 import os
 import random
+import sys
 import zlib
 
 import pytest
@@ -126,10 +127,14 @@ def _on_the_machine(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """The same seed for the same test, whatever runs before it and in whichever process."""
+    """The same seed for the same test, and nothing compiled, whatever runs before it and in whichever process: layers
+    share their code, of which torch.compile makes only so many graphs.
+    """
     seed = item.stash[SEED] = zlib.crc32(f"{BASE_SEED} {item.nodeid}".encode())
     torch.manual_seed(seed)
     random.seed(seed)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.hookimpl(hookwrapper=True)

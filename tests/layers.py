@@ -24,13 +24,11 @@ ON_BOTH_BACKENDS = [pytest.mark.interpreted] if INTERPRETED else []
 @contextlib.contextmanager
 def exchanging_in_full():
     """The backend of this run, several programs, and products in full, to be compared with PyTorch's on a CPU."""
-    torch._dynamo.reset()
     before = torch._C._get_cudnn_allow_tf32()
     torch._C._set_cudnn_allow_tf32(False)  # what torch.backends.cudnn.allow_tf32 sets; torch.export reads it back
     with rnn_gpu.backend(BACKEND), backends.always_exchange():
         yield
     torch._C._set_cudnn_allow_tf32(before)
-    torch._dynamo.reset()
 
 
 STATES = {"LSTM": 2, "GRU": 1, "RNN": 1}

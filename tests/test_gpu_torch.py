@@ -19,8 +19,7 @@ TIME, BATCH, INPUT, HIDDEN = 12, 8, 32, 256
 
 @pytest.fixture(autouse=True)
 def on_the_kernels():
-    """Backend "triton", nothing compiled before, and no wait that did not end."""
-    torch._dynamo.reset()
+    """Backend "triton", and no wait that did not end."""
     with rnn_gpu.backend("triton"):
         yield
     rnn_gpu.check()

@@ -138,7 +138,6 @@ def test_options_that_a_compiled_function_sets_are_seen():
     layer(input)
     expected = compiled(input)
     assert torch.equal(layer(input)[0], layer(input)[0]) and torch.equal(layer(input)[0], expected)
-    torch._dynamo.reset()
 
 
 def test_what_changes_during_a_call_is_not_taken_for_its_beginning():

@@ -22,12 +22,10 @@ TIME, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
 
 @pytest.fixture(autouse=True)
 def one_backend(monkeypatch):
-    """The backend of this run, several programs, full products, nothing compiled before."""
+    """The backend of this run, several programs, full products."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    torch._dynamo.reset()
     with rnn_gpu.backend(BACKEND), backends.always_exchange():
         yield
-    torch._dynamo.reset()
 
 
 def layer_of(name, **kwargs):
