@@ -187,6 +187,21 @@ def test_a_race_in_global_memory_within_a_program_is_a_fault():
             launch(code.replace("$", ""), [zeros()], warps=2, seed=seed)
 
 
+def test_warps_that_stand_together_part():
+    """Catches warps in lockstep: each stores, then looks at the other's place, and either may be far ahead."""
+    code = """
+    .reg .b32 other, x; mad.wide.u32 offset, tid, 4, %rd0; st.volatile.global.b32 [offset], 7;
+    xor.b32 other, tid, 32; mad.wide.u32 offset, other, 4, %rd0; ld.volatile.global.b32 x, [offset];
+    mad.wide.u32 offset, tid, 4, %rd1; st.global.b32 [offset], x;
+    """
+    seen = set()
+    for seed in range(60):
+        out = zeros()
+        launch(code, [zeros(), out], warps=2, seed=seed)
+        seen.add((out[0].item(), out[32].item()))
+    assert seen == {(7, 7), (7, 0), (0, 7)}
+
+
 def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
     """Catches a wait_group that is left out, and one that leaves a group too many."""
     code = """

@@ -2,9 +2,9 @@
 
 Warps of a launch are rows, program after program. Those that stand at the same instruction step as one: a register is
 an array [warps, 32], an instruction one operation of numpy. The schedule draws which programs may run, picks one place
-among those where their warps stand, and lets all of them there go on: to the next access of global memory that others
-can notice, and past it as often as not; to a barrier that waits for others; to a branch where they part. What a program
-stores becomes visible a little at a time, between two such draws.
+among those where their warps stand, and lets all of them there go on, or only some: to the next access of global memory
+that others can notice, and past it as often as not; to a barrier that waits for others; to a branch where they part.
+What a program stores becomes visible a little at a time, between two such draws.
 
 Lanes of a warp may part, too. Then each has a place of its own, those at one place go on to the next branch or label,
 mostly the ones that are furthest behind, and what a whole warp does waits until all lanes are there.
@@ -47,15 +47,16 @@ class Schedule:
 
     delay: the chance of a stored element to become visible at each draw. slow: numbers of programs that run, and whose
     stores arrive, a hundredth as often. stop: the chance to stop before an access of global memory that others can
-    notice. budget: instructions that a warp may take. patience: draws for which all warps may only wait, with nothing
-    under way. races: whether to look for races. leave_out: indices (x, y, z) of programs that never run, or a function
-    of the kernel's name and the index.
+    notice. part: the chance that only some of the warps that stand together go on. budget: instructions that a warp may
+    take. patience: draws for which all warps may only wait, with nothing under way. races: whether to look for races.
+    leave_out: indices (x, y, z) of programs that never run, or a function of the kernel's name and the index.
     """
 
     seed: int = 0
     delay: float = 0.3
     slow: tuple[int, ...] = ()
     stop: float = 0.1
+    part: float = 0.2
     budget: int = 2_000_000
     patience: int = 20_000
     races: bool = True
@@ -204,8 +205,11 @@ class Launch:
             some = fast if random.random() < 0.99 else ready
         # a place where many stand, or where those stand who are furthest behind
         leader = some[random.integers(some.size)] if random.random() < 0.5 else some[np.argmin(self.count[some])]
-        same = (self.at[some] == self.at[leader]) & (self.parted[some] == self.parted[leader])
-        return some[same]
+        some = some[(self.at[some] == self.at[leader]) & (self.parted[some] == self.parted[leader])]
+        if self.warps > 1 and some.size > 1 and random.random() < self.schedule.part:  # warps of a program part, too
+            ahead = random.random(some.size) < random.uniform(0.05, 1.0)
+            some = some[ahead] if ahead.any() else some
+        return some
 
     def settle(self, rows: np.ndarray) -> None:
         """Decide for warps whose lanes have parted where each goes on: together, where all lanes are at one place."""
