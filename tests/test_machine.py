@@ -2,6 +2,7 @@
 planted in those of this library. (Single instructions: test_machine_instructions.py)
 """
 
+import contextlib
 import re
 
 import pytest
@@ -175,6 +176,28 @@ def test_threads_without_one_are_a_fault(distance, barrier, after, why):
             launch(code, [zeros()], warps=2, shared=256, seed=seed)
 
 
+@pytest.mark.parametrize("missing", [None, "before", "behind"])
+def test_atomics_on_shared_memory_race_with_loads_and_stores_alone(missing):
+    """Catches a barrier left out before or behind atomics, and a false alarm of one atomic at another."""
+    before, behind = ("" if missing == which else "bar.sync 0;" for which in ("before", "behind"))
+    why = "wrote this shared memory|read before it is written" if missing == "before" else "an atomic of another thread"
+    for seed in range(3):
+        out = zeros()
+        with contextlib.nullcontext() if missing is None else pytest.raises(Fault, match=why):
+            launch(
+                f"""
+                .reg .pred p; .reg .b32 x; setp.eq.u32 p, tid, 0; @p st.shared.b32 [global_smem], 0; {before}
+                atom.shared.add.u32 x, [global_smem], 1; red.shared.add.u32 [global_smem], tid; {behind}
+                ld.shared.b32 x, [global_smem]; mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], x;
+                """,
+                [out],
+                warps=2,
+                shared=16,
+                seed=seed,
+            )
+            assert (out == 64 + 63 * 32).all()
+
+
 def test_a_race_in_global_memory_within_a_program_is_a_fault():
     """Catches a store that another warp reads with no barrier between."""
     code = """
@@ -230,6 +253,7 @@ def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
         ("shl.b32 x, tid, 2; st.shared.b32 [x+4], tid;", "store at byte 128 of 128"),
         ("mov.b32 x, 2; st.shared.b32 [x], tid;", "misaligned store of 4 bytes"),
         ("atom.global.add.u32 x, [%rd0+128], 1;", "atomic outside of argument 0"),
+        ("red.global.add.v2.f32 [%rd0+4], {x, y};", "misaligned atomic of 8 bytes"),
         ("ld.shared.b32 x, [global_smem];", "read before it is written"),
         ("setp.lt.u32 p, tid, 5; @p bar.sync 0;", "lanes of a warp"),
         ("setp.lt.u32 p, tid, 5; @p bra AWAY; bar.sync 0; AWAY:", "only some lanes"),

@@ -878,6 +878,65 @@ def test_atomics(name, kind):
         assert sorted(np.diff(steps).tolist()) == sorted(values.tolist())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global f32",
+        "global v2.f32",
+        "global v4.f32",
+        "global noftz.f16",
+        "global noftz.v8.f16",
+        "global noftz.v2.bf16",
+        "global noftz.f16x2",
+        "global noftz.v4.bf16x2",
+        "shared f32",
+        "shared noftz.bf16x2",
+    ],
+)
+def test_atomic_sums(name):
+    """Catches elements exchanged or added to others, sums rounded in another way, and denormals flushed or kept where
+    hardware does not.
+    """
+    space, what = name.split()
+    kind = what.split(".")[-1]
+    element = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind.removesuffix("x2")]
+    width, count = (2 if kind in ("f16", "bf16") else 4), next((int(n) for n in "248" if f"v{n}" in what), 1)
+    elements = width * count // element.itemsize
+    integers = {2: torch.int16, 4: torch.int32}[element.itemsize]
+    draw = torch.Generator().manual_seed(1)
+    given = []
+    for _ in range(2):  # every bit pattern, denormals, and numbers of like size
+        numbers = torch.randint(-(2**31), 2**31, (32, elements), generator=draw).to(integers).view(element)
+        numbers[8:16] = (torch.randn(8, elements, generator=draw) * torch.finfo(element).tiny / 2).to(element)
+        numbers[16:] = torch.randn(16, elements, generator=draw).to(element)
+        given.append(numbers)
+    place, old = given[0].clone(), torch.zeros_like(given[0])
+    x, y, d = (", ".join(f"{letter}{i}" for i in range(count)) for letter in "xyd")
+    access = f"v{count}.b{8 * width}" if count > 1 else f"b{8 * width}"
+    at, before, after = "[offset]", "", ""
+    if space == "shared":
+        at, before = "[there]", f"st.shared.{access} [there], {{{y}}}; bar.sync 0;"
+        after = f"bar.sync 0; ld.shared.{access} {{{y}}}, [there]; st.global.{access} [offset], {{{y}}};"
+    launch(
+        f"""
+        .reg .b{8 * width} x<{count}>, y<{count}>, d<{count}>; .reg .b32 there; mul.lo.u32 there, tid, {width * count};
+        mad.wide.u32 offset, tid, {width * count}, %rd1; ld.global.{access} {{{x}}}, [offset];
+        mad.wide.u32 offset, tid, {width * count}, %rd0; ld.global.{access} {{{y}}}, [offset]; {before}
+        atom.{space}.gpu.relaxed.add.{what} {{{d}}}, {at}, {{{x}}}; {after}
+        mad.wide.u32 offset, tid, {width * count}, %rd2; st.global.{access} [offset], {{{d}}};
+        """,
+        [place, given[1], old],
+        shared=32 * width * count,
+    )
+    assert torch.equal(old.view(integers), given[0].view(integers))
+    flushes = name.startswith("global") and kind == "f32"
+    kept = lambda v: torch.where(v.abs() < torch.finfo(element).tiny, torch.copysign(v * 0, v), v) if flushes else v
+    expected = kept(kept(given[0]) + kept(given[1]))
+    torch.testing.assert_close(place, expected, atol=0, rtol=0, equal_nan=True)
+    signed = expected == expected
+    assert torch.equal(place.signbit()[signed], expected.signbit()[signed])
+
+
 def test_compare_and_swap_and_exchange():
     """Catches a swap that happens for several, or for none."""
     place, old = torch.zeros(2, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
@@ -925,6 +984,9 @@ def test_asynchronous_copies():
     ("code", "named"),
     [
         ("bfind.u32 x, x;", "bfind.u32"),
+        ("atom.shared.add.v2.f32 {x, x}, [x], {x, x};", "atom.shared.add.v2.f32"),
+        ("red.global.add.f16x2 [%rd0], x;", "add of f16, without noftz"),
+        ("red.global.max.f32 [%rd0], x;", "max of f32"),
         ("add.cc.u32 x, x, x;", "add.cc.u32"),
         ("ld.b32 x, [%rd0];", "ld.b32 x"),
         ("bar.sync 1, 64;", "bar.sync 1, 64"),

@@ -84,6 +84,19 @@ def product_kernel(
 
 
 @triton.jit
+def column_sums_kernel(x, y, BLOCK: tl.constexpr):
+    """Each program adds its row of x."""
+    at = tl.arange(0, BLOCK)
+    tl.atomic_add(y + at, tl.load(x + tl.program_id(0) * BLOCK + at))
+
+
+@triton.jit
+def histogram_kernel(x, y, COUNT: tl.constexpr, BINS: tl.constexpr):
+    """How often each number stands in x."""
+    tl.store(y + tl.arange(0, BINS), tl.histogram(tl.load(x + tl.arange(0, COUNT)), BINS))
+
+
+@triton.jit
 def layer_norm_kernel(x, y, weight, bias, columns, eps, BLOCK: tl.constexpr):
     """Each program a row, in pieces of BLOCK."""
     row = tl.program_id(0)
@@ -140,10 +153,11 @@ def test_a_softmax(arch):
 )
 def test_a_matrix_product(arch, split, dtype, stages, warps):
     """Catches fragments, swizzled shared memory, asynchronous copies and atomics that come out wrong."""
-    M, N, K = 45, 40, 100
-    a, b, c = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype), torch.zeros(M, N)
-    with on_machine(arch, seed=2):
+    M, N, K = 45, 40 if split == 1 else 48, 100  # atomics are vectors where 16 divides a row
+    a, b, c, texts = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype), torch.zeros(M, N), []
+    with on_machine(arch, seed=2, edit=lambda ptx: texts.append(ptx) or ptx):
         product_kernel[(2, 2, split)](a, b, c, M, N, K, 32, 32, 32, split, num_warps=warps, num_stages=stages)
+    assert (re.search(r"atom\S*\.v[24]\.f32", texts[0]) is not None) == (split > 1 and arch >= 90)
     tolerance = 2e-2 if dtype == torch.float32 else 1e-4  # tf32, which cuts operands
     torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
 
@@ -192,6 +206,34 @@ def test_control_a_product_that_is_not_waited_for_is_found(edit, said):
     a, b, c = torch.randn(64, 96).half(), torch.randn(96, 64).half(), torch.zeros(64, 64)
     with pytest.raises(Fault, match=said), on_machine(90, seed=2, edit=edit):
         product_kernel[(1, 1, 1)](a, b, c, 64, 64, 96, 64, 64, 32, 1, num_warps=4, num_stages=1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "form"),
+    [
+        (80, torch.float32, "add.f32"),
+        (80, torch.float16, "add.noftz.f16x2"),
+        (90, torch.float32, "add.v4.f32"),
+        (90, torch.bfloat16, "add.noftz.v8.bf16"),
+        (100, torch.float16, "add.noftz.v8.f16"),
+    ],
+)
+def test_sums_by_atomics(arch, dtype, form):
+    """Catches sums that vectors and pairs of atomics lose or add to a neighbour."""
+    x, y, texts = torch.randint(-9, 9, (5, 1024)).to(dtype), torch.ones(1024, dtype=dtype), []
+    with on_machine(arch, seed=4, edit=lambda ptx: texts.append(ptx) or ptx):
+        column_sums_kernel[(5,)](x, y, 1024)
+    assert f".{form} " in texts[0]
+    assert torch.equal(y, x.sum(0) + 1)  # all of them whole numbers
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_histogram(arch):
+    """Catches atomics on shared memory that lose a number."""
+    x, y = torch.randint(0, 128, (512,), dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
+    with on_machine(arch, seed=5):
+        histogram_kernel[(1,)](x, y, 512, 128)
+    assert torch.equal(y, x.bincount(minlength=128).int())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .decode import Decoder, Instruction, instruction
 from .parse import WIDTH, Statement, split
-from .values import SIGNED, UNSIGNED, stored, typed
+from .values import SIGNED, UNSIGNED, flush, is_float, stored, typed
 
 STRONG = ("volatile", "relaxed", "acquire", "release", "mmio")
 HINTS = (
@@ -84,13 +84,9 @@ def st(d: Decoder, s: Statement) -> Instruction:
     strong, releases = s.has(*STRONG), s.has("release")
 
     def store(run, mask):
-        shape = run.warps, 32
-        values = np.stack(
-            [np.broadcast_to(run.frame[i].astype(UNSIGNED[width], copy=False), shape) for i in sources], -1
-        )
         if releases:
             run.fence(mask)
-        run.store(space, run.address(base, offset), values, mask, strong, releases)
+        run.store(space, run.address(base, offset), run.vector(sources, width), mask, strong, releases)
 
     return d.act(store, tells=space == "global")
 
@@ -135,34 +131,46 @@ _ATOMIC = {
 
 @instruction(
     "atom red",
-    "global add and or xor min max exch cas inc dec relaxed acquire release acq_rel gpu sys cta noftz L2::cache_hint",
+    "global shared add and or xor min max exch cas inc dec relaxed acquire release acq_rel gpu sys cta noftz v2 v4 v8 "
+    "L2::cache_hint",
 )
 def atom(d: Decoder, s: Statement) -> Instruction:
-    """9.7.13.6, 9.7.13.7: lane by lane, in random order. With no order named they are relaxed."""
+    """9.7.13.6, 9.7.13.7: lane by lane and element by element, in random order; of vectors and pairs each element is
+    atomic, the whole is not. Sums of float32 in global memory flush what is below the normal numbers, those in shared
+    memory and those of 16 bits (`.noftz`) do not. With no order named they are relaxed.
+    """
     operands = ["_", *s.operands] if s.op[0] == "red" else list(s.operands)
-    what, kind, width = s.one_of(*_ATOMIC, "cas"), s.op[-1], WIDTH[s.op[-1]]
-    if kind.endswith("x2") or len(vector(operands[2])) > 1:
-        raise ValueError("vectors")
+    what, space, width = s.one_of(*_ATOMIC, "cas"), space_of(s), WIDTH[s.op[-1]]
+    kind = s.op[-1].removesuffix("x2")  # of an element; a register holds one, or two
+    floating = is_float(kind)
+    if floating and (what != "add" or s.has("noftz") != (WIDTH[kind] == 2)):
+        raise ValueError(f"{what} of {kind}, {'with' if s.has('noftz') else 'without'} noftz")
+    registers = [vector(text) for text in operands[2 : 4 if what == "cas" else 3]]
+    count = int((s.one_of("v2", "v4", "v8") or "v1")[1:])
+    if any(len(names) != count for names in registers) or (count > 1 and (space == "shared" or not floating)):
+        raise ValueError("a vector")
     base, offset = d.address(operands[1])
-    sources = [d.source(text, width) for text in operands[2 : 4 if what == "cas" else 3]]
-    target = d.target(operands[0])
+    sources = [[d.source(name, width) for name in names] for names in registers]
+    targets = [d.target(name) for name in vector(operands[0])]
     acquires, releases = s.has("acquire", "acq_rel"), s.has("release", "acq_rel")
+    flushed = flush if kind == "f32" and space == "global" else lambda x: x
 
     def step(given):
         def change(i, old):
-            old = np.array(old, UNSIGNED[width])
             if what == "cas":
                 return given[1][i] if old == given[0][i] else old
-            now = np.array(given[0][i], UNSIGNED[width])
-            return stored(np.asarray(_ATOMIC[what](typed(old[None], kind), typed(now[None], kind))), kind)[0]
+            before, mine = (flushed(typed(np.array([x], UNSIGNED[WIDTH[kind]]), kind)) for x in (old, given[0][i]))
+            return stored(flushed(np.asarray(_ATOMIC[what](before, mine))), kind)[0]
 
         return change
 
     def act(run, mask):
         if releases:
             run.fence(mask)
-        values = [np.broadcast_to(run.frame[i].astype(UNSIGNED[width], copy=False), (run.warps, 32)) for i in sources]
-        run.put(target, run.atomic(run.address(base, offset), values, width, step, mask, acquires, releases), mask)
+        values = [run.vector(slots, width).view(UNSIGNED[WIDTH[kind]]) for slots in sources]
+        old = run.atomic(space, run.address(base, offset), values, step, mask, acquires, releases)
+        for i, target in enumerate(targets):
+            run.put(target, np.ascontiguousarray(old).view(UNSIGNED[width])[..., i], mask)
 
     return d.act(act, asks=True, tells=True)
 

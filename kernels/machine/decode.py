@@ -41,7 +41,7 @@ class Instruction:
     writes: tuple[int, ...] = ()
     together: bool = False  # all lanes of a warp must execute it together
     asks: bool = False  # what it reads from memory may have come from another program just now
-    tells: bool = False  # writes global memory
+    tells: bool = False  # writes memory that others may ask for
     holds: frozenset[int] = frozenset()  # registers that nothing else may touch until they have been waited for
     touches: tuple[int, ...] = ()  # registers of its own that another instruction `holds`
     spins: bool = False  # a branch back to polls, over nothing that tells: the loop of a wait
@@ -169,8 +169,8 @@ class Code:
         self._find_held()
 
     def _grain(self, space: str) -> int:
-        widths = [WIDTH[s.op[-1]] for s in self.kernel.statements if s.has(space) and s.op[0] in ("st", "atom", "red")]
-        return min(widths, default=4)
+        found = (s for s in self.kernel.statements if s.has(space) and s.op[0] in ("st", "atom", "red"))
+        return min((WIDTH[s.op[-1].removesuffix("x2")] for s in found), default=4)  # of a pair, its elements
 
     def _find_waits(self) -> None:
         for at, found in enumerate(self.code):
@@ -256,7 +256,7 @@ class Code:
                         changed = True
         found = set()
         for x in self.code:
-            if x.tells:
+            if x.tells and x.statement.has("global"):
                 base = x.reads[0]
                 found |= from_parameters.get(base, set(self.kernel.parameters))
         return found

@@ -44,6 +44,12 @@ class Lanes:
         """A part of them."""
         return Lanes(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
+    def elements(self, width: int, count: int) -> "Lanes":
+        """One for each element of their vectors."""
+        each = self.some(np.repeat(np.arange(self.which.size), count))
+        each.address = each.address + width * np.tile(np.arange(count), self.which.size)
+        return each
+
 
 class Shadow:
     """Who wrote and who read each grain of memory last. 0: nobody.
@@ -126,6 +132,7 @@ class SharedMemory:
         self.room = -(-size // 16) * 16
         self.data = np.zeros(self.room * programs, np.uint8)
         self.shadow = Shadow(self.room * programs, grain, fine) if races else None
+        self.atomics: Shadow | None = None  # whose atomics, as readers, once there was one
         self.held: np.ndarray | None = None  # how many products on their way read each grain, once there was one
 
     def hold(self, address: np.ndarray, program: int) -> np.ndarray:
@@ -168,6 +175,7 @@ class SharedMemory:
                 on_its_way = (keys[odd] == IN_FLIGHT).any()
                 why = "an asynchronous copy to it was not waited for" if on_its_way else "and no barrier since"
                 run.fail_at(f"race: {_thread(keys[odd][0])} wrote this shared memory, {why}", lanes.which[odd.any(1)])
+            self._check_atomics(run, lanes, places)
             self.shadow.note_read(places, lanes)
         return _elements(self.data.view(VECTOR[size])[offset // size], width, count)
 
@@ -179,26 +187,48 @@ class SharedMemory:
         if self.races:
             shadow = self.shadow
             places = shadow.places(offset, size)
-            _, odd = shadow.writers_at_odds(places, lanes)
-            if odd.any():
-                run.fail_at(
-                    "race: another thread wrote this shared memory, and no barrier since", lanes.which[odd.any(1)]
-                )
-            odd = shadow.readers_at_odds(places, lanes)
-            if odd.any():
-                run.fail_at(
-                    "race: another thread reads this shared memory, and no barrier since", lanes.which[odd.any(1)]
-                )
-            if self.held is not None and (used := self.held[places] > 0).any():
-                run.fail_at(
-                    "a store to shared memory that a product reads which was not waited for", lanes.which[used.any(1)]
-                )
+            self._check_write(run, lanes, places)
+            self._check_atomics(run, lanes, places)
             lost = shadow.note_write(places, lanes)
             if in_flight:
                 shadow.written[places] = IN_FLIGHT
         self._put(offset, values)
         if self.races and lost is not None:
             _check_lost(run, lanes, lost, shadow.written[places], values, self._get(offset, values), "shared memory")
+
+    def _check_write(self, run, lanes: Lanes, places: np.ndarray) -> None:
+        _, odd = self.shadow.writers_at_odds(places, lanes)
+        if odd.any():
+            run.fail_at("race: another thread wrote this shared memory, and no barrier since", lanes.which[odd.any(1)])
+        odd = self.shadow.readers_at_odds(places, lanes)
+        if odd.any():
+            run.fail_at("race: another thread reads this shared memory, and no barrier since", lanes.which[odd.any(1)])
+        if self.held is not None and (used := self.held[places] > 0).any():
+            run.fail_at(
+                "a store to shared memory that a product reads which was not waited for", lanes.which[used.any(1)]
+            )
+
+    def _check_atomics(self, run, lanes: Lanes, places: np.ndarray) -> None:
+        if self.atomics is not None and (odd := self.atomics.readers_at_odds(places, lanes)).any():
+            why = "race: an atomic of another thread changed this shared memory, and no barrier since"
+            run.fail_at(why, lanes.which[odd.any(1)])
+
+    def atomic(self, run, lanes: Lanes, width: int, function) -> np.ndarray:
+        """As in global memory. Atomics are no race among themselves, only with plain loads and stores."""
+        offset = self._offset(run, lanes, width, "atomic")
+        if self.races:
+            places = self.shadow.places(offset, width)
+            if not self.shadow.written[places].all():
+                unwritten = (self.shadow.written[places] == 0).any(1)
+                run.fail_at("shared memory is read before it is written", lanes.which[unwritten])
+            self._check_write(run, lanes, places)
+            self.atomics = self.atomics or Shadow(self.data.size, self.shadow.grain, self.shadow.fine)
+            self.atomics.note_read(places, lanes)
+        old, view, at = np.zeros(offset.size, UNSIGNED[width]), self.data.view(UNSIGNED[width]), offset // width
+        for i in run.random.permutation(offset.size):
+            old[i] = view[at[i]]
+            view[at[i]] = function(i, old[i])
+        return old
 
     def land(self, lanes: Lanes, size: int) -> None:
         """An asynchronous copy of these lanes has been waited for."""

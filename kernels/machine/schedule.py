@@ -498,13 +498,26 @@ class Run:
                 self.launch.memory.order.release(program, there)
         self.launch.memory.store(self, lanes, values, strong)
 
-    def atomic(self, address, values, width, step, mask, acquires, releases) -> np.ndarray:
-        """-> what was there before, [warps, 32]."""
-        lanes = self.lanes(address, mask)
-        change = step([v.ravel()[lanes.which] for v in values])
-        old = np.zeros(32 * self.warps, UNSIGNED[width])
-        old[lanes.which] = self.launch.memory.atomic(self, lanes, width, change, acquires, releases)
-        return old.reshape(self.warps, 32)
+    def vector(self, slots: list[int], width: int) -> np.ndarray:
+        """Registers side by side, [warps, 32, registers]."""
+        found = [np.broadcast_to(self.frame[i].astype(UNSIGNED[width], copy=False), (self.warps, 32)) for i in slots]
+        return np.stack(found, -1)
+
+    def atomic(self, space, address, values, step, mask, acquires, releases) -> np.ndarray:
+        """Operands [warps, 32, count], each of their elements for itself -> what was there before, as many."""
+        lanes, (*_, count), width = self.lanes(address, mask), values[0].shape, values[0].itemsize
+        which = lanes.which
+        if (odd := lanes.address % (count * width) != 0).any():
+            self.fail_at(f"a misaligned atomic of {count * width} bytes", which[odd])
+        change = step([v.reshape(-1, count)[which].ravel() for v in values])
+        lanes = lanes.elements(width, count)
+        if space == "shared":
+            found = self.launch.shared.atomic(self, lanes, width, change)
+        else:
+            found = self.launch.memory.atomic(self, lanes, width, change, acquires, releases)
+        old = np.zeros((32 * self.warps, count), UNSIGNED[width])
+        old[which] = found.reshape(-1, count)
+        return old.reshape(self.warps, 32, count)
 
     def fence(self, mask: np.ndarray | None) -> None:
         """All that these programs have stored becomes visible."""
