@@ -234,7 +234,7 @@ def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
     """
     launch(code.replace("$", "cp.async.wait_group 1;"), [zeros(128)], shared=512)
     for wait in ("", "cp.async.wait_group 2;"):
-        with pytest.raises(Fault, match="not waited for"):
+        with pytest.raises(Fault, match=r"^race: an asynchronous copy to this .* was not waited for\n"):
             launch(code.replace("$", wait), [zeros(128)], shared=512)
 
 
@@ -327,6 +327,8 @@ def test_contexts_open_and_close(monkeypatch):
         assert running()
     assert not running()
     with pytest.raises(TypeError, match="unexpected"), on_machine(speed=3):
+        pass
+    with pytest.raises(ValueError, match="arch to be 80, 90, 100 or 120, but got 130"), on_machine(arch=130):
         pass
 
 

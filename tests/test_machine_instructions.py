@@ -619,9 +619,9 @@ def test_integers_become_floats_and_other_integers():
         values = [signed(x, int(kind[1:])) if kind[0] == "s" else x for x in given]
         expected = bits_of([round_exactly(Fraction(v), "f32", "rn") for v in values], "f32")
         assert_bits(value_of(f"cvt.rn.f32.{kind} $0, $1;", "f32", (kind, np.array(given, np.uint64))), expected)
-    for kind, mode in itertools.product(("s32", "u32"), ("rz", "rm", "rp")):
-        given = integers(32, 4)
-        values = [signed(x, 32) if kind[0] == "s" else x for x in given]
+    for kind, mode in itertools.product(("s32", "u32", "s64", "u64"), ("rz", "rm", "rp")):
+        given = integers(int(kind[1:]), 4)
+        values = [signed(x, int(kind[1:])) if kind[0] == "s" else x for x in given]
         expected = bits_of([round_exactly(Fraction(v), "f32", mode) for v in values], "f32")
         assert_bits(value_of(f"cvt.{mode}.f32.{kind} $0, $1;", "f32", (kind, np.array(given, np.uint64))), expected)
     for to, kind in itertools.product(
@@ -984,6 +984,7 @@ def test_asynchronous_copies():
     ("code", "named"),
     [
         ("bfind.u32 x, x;", "bfind.u32"),
+        ("cvt.rz.f64.s64 d, d;", "64-bit integers as float64"),
         ("atom.shared.add.v2.f32 {x, x}, [x], {x, x};", "atom.shared.add.v2.f32"),
         ("red.global.add.f16x2 [%rd0], x;", "add of f16, without noftz"),
         ("red.global.max.f32 [%rd0], x;", "max of f32"),

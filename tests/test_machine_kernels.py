@@ -7,13 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from rnn_gpu.kernels.machine import Fault, on_machine
+from rnn_gpu.kernels.machine import ARCHITECTURES, Fault, on_machine
 from rnn_gpu.kernels.plan import DEVICES
 from tests.problems import Problem, assert_right, plans, run
 
 pytestmark = [pytest.mark.compiled]
-
-ARCHITECTURES = (80, 90, 100)
 
 
 # ---- Our kernels as they are planned ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .values import (
     flush,
     halves,
     is_float,
+    odd_sum,
     rounded,
     to_eighth,
     typed,
@@ -93,6 +94,8 @@ def _converter(s: Statement, to: str, kind: str):
     """A function: numbers of `kind` -> bits of `to`, as wide as it."""
     mode = s.one_of("rna", *DIRECTED) or "rn"
     whole = ROUNDINGS.get(s.one_of(*ROUNDINGS))
+    if to == "f64" and kind in ("s64", "u64") and mode != "rn":
+        raise ValueError("64-bit integers as float64 in this rounding")
     if not is_float(to):
         return lambda x: _to_integer(x, kind, to, whole, s)
     if (to, kind, s.op[1]) == ("bf16", "f32", "rn") and len(s.op) == 4:
@@ -106,9 +109,11 @@ def _converter(s: Statement, to: str, kind: str):
         if mode == "rn" and to in FLOATS and not s.has("sat", "relu", "satfinite"):
             y = x.astype(FLOATS[to])
         else:
-            if x.dtype.itemsize == 8 and x.dtype.kind in "iu" and mode != "rn":
-                raise ValueError("64-bit integers in this rounding")
-            y = x.astype(np.float64)
+            if x.dtype.itemsize == 8 and x.dtype.kind in "iu":  # more digits than float64 has: rounded to odd
+                upper, lower = x >> x.dtype.type(32), x & x.dtype.type(0xFFFFFFFF)
+                y = odd_sum(np.ldexp(upper.astype(np.float64), 32), lower.astype(np.float64))
+            else:
+                y = x.astype(np.float64)
             if s.has("sat"):
                 y = np.fmin(np.fmax(y, 0), 1)
             if s.has("relu"):

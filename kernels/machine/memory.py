@@ -171,10 +171,12 @@ class SharedMemory:
             keys, odd = self.shadow.writers_at_odds(places, lanes)
             if not keys.all():
                 run.fail_at("shared memory is read before it is written", lanes.which[(keys == 0).any(1)])
+            if (flying := keys == IN_FLIGHT).any():
+                why = "race: an asynchronous copy to this shared memory was not waited for"
+                run.fail_at(why, lanes.which[flying.any(1)])
             if odd.any():
-                on_its_way = (keys[odd] == IN_FLIGHT).any()
-                why = "an asynchronous copy to it was not waited for" if on_its_way else "and no barrier since"
-                run.fail_at(f"race: {_thread(keys[odd][0])} wrote this shared memory, {why}", lanes.which[odd.any(1)])
+                why = f"race: {_thread(keys[odd][0])} wrote this shared memory, and no barrier since"
+                run.fail_at(why, lanes.which[odd.any(1)])
             self._check_atomics(run, lanes, places)
             self.shadow.note_read(places, lanes)
         return _elements(self.data.view(VECTOR[size])[offset // size], width, count)
