@@ -88,6 +88,60 @@ def test_what_was_released_and_acquired_may_be_loaded_plainly():
         ) == (1, 42)
 
 
+# All threads of program 0 store a word, its first one sets a flag that the first one of program 1 waits for. Thread
+# $READER of that one keeps word $WORD.
+HAND_ON = """
+.reg .pred p; .reg .b32 program, flag, data;
+mov.u32 program, %ctaid.x; setp.ne.u32 p, program, 0; @p bra READ;
+mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset+128], 42; $BEFORE
+setp.ne.u32 p, tid, 0; @p bra END; $SET.b32 [%rd0], 1; bra END;
+READ: setp.ne.u32 p, tid, 0; @p bra SEEN;
+AGAIN: ld.acquire.gpu.global.b32 flag, [%rd0]; setp.eq.u32 p, flag, 0; @p bra AGAIN;
+SEEN: $AFTER setp.ne.u32 p, tid, $READER; @p bra END; $LOAD.b32 data, [%rd0+128+4*$WORD]; st.global.b32 [%rd1], data;
+END:
+"""
+
+
+def handed_on(seed: int, before: str, word: int, after: str = "", reader: int = 0, delay: float = 0.3, **parts: str):
+    """What thread `reader` of program 1 saw."""
+    known = dict(set="st.release.gpu.global", load="ld.global", before=before, after=after, reader=str(reader))
+    code = HAND_ON.replace("128+4*$WORD", str(128 + 4 * word))
+    for name, text in (known | parts).items():
+        code = code.replace(f"${name.upper()}", text)
+    out = zeros(1)
+    launch(code, [zeros(128), out], grid=2, warps=2, seed=seed, delay=delay)
+    return out.item()
+
+
+@pytest.mark.parametrize(
+    ("before", "word", "after", "reader", "ordered"),
+    [
+        ("", 0, "", 0, True),
+        ("", 1, "", 0, False),
+        ("bar.warp.sync -1;", 1, "", 0, True),
+        ("bar.warp.sync -1;", 32, "", 0, False),
+        ("bar.sync 0;", 32, "", 0, True),
+        ("bar.sync 0;", 32, "", 32, False),
+        ("bar.sync 0;", 32, "bar.sync 0;", 32, True),
+    ],
+)
+def test_threads_release_and_acquire_for_themselves_and_what_is_behind_a_barrier(before, word, after, reader, ordered):
+    """Catches a missing barrier before a lock is let go, or after it is taken."""
+    for seed in range(5):
+        if ordered:
+            assert handed_on(seed, before, word, after, reader) == 42
+        else:
+            with pytest.raises(Fault, match=r"a plain load of argument 0, which program .* writes"):
+                handed_on(seed, before, word, after, reader)
+
+
+def test_a_fence_orders_what_its_thread_stored_and_what_is_before_a_barrier():
+    """Catches fences that make visible what other warps are still storing."""
+    parts = dict(set="fence.acq_rel.gpu; st.relaxed.gpu.global", load="ld.volatile.global", delay=0.02)
+    assert {handed_on(seed, "bar.sync 0;", 32, **parts) for seed in range(20)} == {42}
+    assert {handed_on(seed, "", 32, **parts) for seed in range(20)} == {0, 42}
+
+
 def test_a_program_sees_its_own_stores_at_once():
     """Catches a delay where there must be none, in part of an element too."""
     for seed in range(5):

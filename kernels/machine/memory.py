@@ -1,10 +1,11 @@
 """Memory as PTX's model allows it to be (PTX ISA 8), and what checks each access.
 
 Global memory. What a program stores is seen by itself at once, by others late, element by element, in any order
-(`commit` makes some of it visible); an aligned element is never torn, a vector is. A fence, or a release, makes all of
-it visible. A weak load (plain, `.ca`, `.cg`, `.nc`) of what another program writes in the launch is a fault, whichever
-comes first: it may be served from a cache for ever. A strong one (volatile, relaxed, acquire) is not. Programs that
-hand data on with atomics that release and acquire are known (`Order`), and what is ordered so may be loaded plainly.
+(`commit` makes some of it visible); an aligned element is never torn, a vector is. A fence, or a release, of a thread
+makes visible what it has stored itself, and what a barrier ordered before: no more of its program. A weak load (plain,
+`.ca`, `.cg`, `.nc`) of what another program writes in the launch is a fault, whichever comes first: it may be served
+from a cache for ever. A strong one (volatile, relaxed, acquire) is not. Threads that hand data on by release and
+acquire are known (`Order`), and what is ordered so may be loaded plainly.
 
 Within a program. Two threads may touch the same bytes, one of them writing, only with a barrier between them:
 `bar.sync` for threads of different warps, that or `bar.warp.sync` for lanes of one warp. Shared memory must be written
@@ -17,6 +18,7 @@ because a writer is at odds with one of them if with any; where warps have barri
 of all are kept besides.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +41,10 @@ class Lanes:
     program: np.ndarray  # 1, 2, ...
     key: np.ndarray  # int32, barriers of the program * 1024 + thread
     fine: np.ndarray  # int64, barriers << 30 | barriers of the warp << 10 | thread
+
+    def threads(self) -> tuple[list[int], list[int]]:
+        """Their programs and fine keys."""
+        return self.program.tolist(), self.fine.tolist()
 
     def some(self, chosen: np.ndarray) -> "Lanes":
         """A part of them."""
@@ -91,6 +97,16 @@ class Shadow:
             odd &= other_warp | self._late_in_warp(self.written_fine[places], lanes)
         return keys, odd
 
+    def last_writer(self, places: np.ndarray) -> np.ndarray:
+        """Fine keys."""
+        return self.written_fine[places] if self.fine else _fine(self.written[places])
+
+    def last_readers(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fine keys of the last one, and of the first one since the same barrier."""
+        last = self.last_fine[places] if self.fine else _fine(self.last[places])
+        latest = _fine(self.last[places])  # the last of all threads since the last barrier of all
+        return np.where((latest ^ last) & 0x3E0 == 0, last, latest), _fine(self.first[places] ^ 1023)
+
     def readers_at_odds(self, places: np.ndarray, lanes: Lanes) -> np.ndarray:
         """Which places another thread has read that no barrier separates from the lane."""
         last, first = self.last[places], self.first[places] ^ 1023
@@ -122,6 +138,12 @@ class Shadow:
             self.written_fine[places] = lanes.fine[:, None]
         lost = self.written[places] != lanes.key[:, None]
         return lost if lost.any() else None
+
+
+def _fine(keys: np.ndarray) -> np.ndarray:
+    """Keys as fine ones, before any barrier of a warp."""
+    keys = keys.astype(np.int64)
+    return keys >> 10 << 30 | keys & 1023
 
 
 class SharedMemory:
@@ -272,49 +294,89 @@ class Segment:
 
 
 @dataclass
+class Known:
+    """Accesses that are known to be over: of programs those before one of their barriers, of warps (program, warp)
+    those before one of theirs, too, of threads (program, thread) those up to a time of `Order`.
+    """
+
+    barriers: np.ndarray  # [programs + 1]
+    warps: dict[tuple[int, int], int] = field(default_factory=dict)
+    threads: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def join(self, other: "Known") -> None:
+        """Know what `other` does."""
+        np.maximum(self.barriers, other.barriers, out=self.barriers)
+        for mine, more in ((self.warps, other.warps), (self.threads, other.threads)):
+            for key, value in more.items():
+                mine[key] = max(mine.get(key, 0), value)
+
+    def covers(self, program: int, last: int, first: int, time: int) -> bool:
+        """Whether all accesses of a program up to the fine key `last` are among them; since the barrier before, they
+        are of the threads from that of `first` to that of `last`, and not later than `time`.
+        """
+        if self.barriers[program] > last >> 30:
+            return True
+        thread, warp = last & 1023, (last & 1023) >> 5
+        if (first & 1023) >> 5 == warp and self.warps.get((program, warp), 0) > last >> 10:
+            return True
+        return first & 1023 == thread and self.threads.get((program, thread), 0) >= time
+
+
 class Order:
-    """What programs know of each other by release and acquire: vector clocks."""
+    """What threads know of those of other programs by release and acquire. Threads are given by their fine keys."""
 
-    programs: int
-    known: dict[int, np.ndarray] = field(
-        default_factory=dict
-    )  # program -> the clock of each other one that it has seen
-    released: dict[int, np.ndarray] = field(default_factory=dict)  # address -> the clocks that who acquires there gets
-    clock: dict[int, int] = field(default_factory=dict)
+    def __init__(self, programs: int):
+        self.programs, self.time = programs, 1  # counts instructions that release
+        self.released: dict[int, Known] = {}  # address -> what who acquires there gets to know
+        self.acquired: dict[int, dict[int, Known]] = {}  # program -> fine key of a thread -> what it got to know
 
-    def of(self, program: int) -> int:
-        """The clock of a program, 1 at first."""
-        return self.clock.get(program, 1)
+    def release(self, program: int, thread: int, address: int) -> None:
+        """A thread releases at an address: what it knows, and what it and barriers before it have ordered."""
+        there = self.released.setdefault(address, self._nothing())
+        for known in self.known(program, thread):
+            there.join(known)
+        own = self._nothing()
+        own.barriers[program] = thread >> 30
+        own.warps[program, (thread & 1023) >> 5] = thread >> 10
+        own.threads[program, thread & 1023] = self.time
+        there.join(own)
 
-    def release(self, program: int, address: int) -> None:
-        """`program` releases at an address."""
-        mine = self.known.setdefault(program, np.zeros(self.programs + 1, np.int32))
-        mine[program] = self.of(program)
-        there = self.released.setdefault(address, np.zeros(self.programs + 1, np.int32))
-        np.maximum(there, mine, out=there)
-        self.clock[program] = self.of(program) + 1
+    def acquire(self, program: int, thread: int, address: int) -> None:
+        """A thread acquires at an address; others of its program know of it behind their next barrier."""
+        if address not in self.released:
+            return
+        here = self.acquired.setdefault(program, {})
+        for other in [other for other in here if 0 < other >> 30 < thread >> 30]:  # all of the program know it now
+            here.setdefault(0, self._nothing()).join(here.pop(other))
+        here.setdefault(thread, self._nothing()).join(self.released[address])
 
-    def acquire(self, program: int, address: int) -> None:
-        """`program` acquires at an address."""
-        if address in self.released:
-            mine = self.known.setdefault(program, np.zeros(self.programs + 1, np.int32))
-            np.maximum(mine, self.released[address], out=mine)
-
-    def clocks(self, programs: np.ndarray) -> np.ndarray:
-        """The clock of each."""
-        if not self.clock:
-            return np.ones_like(programs)
-        return np.array([self.of(int(p)) for p in programs], np.int32)
-
-    def unordered(self, program: np.ndarray, other: np.ndarray, clock: np.ndarray) -> np.ndarray:
-        """Which accesses of `other` at its `clock` the `program` cannot know to be over."""
-        if not self.known:
-            return np.ones(program.shape, bool)
-        seen = [
-            o != MANY and p in self.known and self.known[p][o] >= c
-            for p, o, c in zip(program.tolist(), other.tolist(), clock.tolist())
+    def known(self, program: int, thread: int) -> list[Known]:
+        """What a thread knows: what it, or others before a barrier, acquired."""
+        return [
+            known
+            for other, known in self.acquired.get(program, {}).items()
+            if other >> 30 < thread >> 30
+            or (other & 1023 == thread & 1023)
+            or ((other ^ thread) & 0x3E0 == 0 and other >> 10 < thread >> 10)
         ]
-        return ~np.array(seen, bool)
+
+    def _nothing(self) -> Known:
+        return Known(np.zeros(self.programs + 1, np.int64))
+
+    def unordered(self, lanes: tuple[np.ndarray, np.ndarray], other, last, first, time) -> np.ndarray:
+        """Which accesses of the programs `other` (`Known.covers`) the threads (program, fine key) cannot know to be
+        over; all [n].
+        """
+        odd = np.ones(other.shape, bool)
+        if not self.acquired:
+            return odd
+        knows: dict[tuple[int, int], list[Known]] = {}
+        access = (*lanes, other, last, first, time)
+        for i, (program, thread, o, *what) in enumerate(zip(*(a.tolist() for a in access), strict=True)):
+            if (program, thread) not in knows:
+                knows[program, thread] = self.known(program, thread)
+            odd[i] = o == MANY or not any(known.covers(o, *what) for known in knows[program, thread])
+        return odd
 
 
 class GlobalMemory:
@@ -324,7 +386,8 @@ class GlobalMemory:
         self.grain, self.races, self.programs = grain, races, programs
         self.segments: list[Segment] = []
         self.order = Order(programs)
-        self.pending: list[tuple] = []  # segment, offsets, width, programs, whether a part is visible
+        # segment, offsets, width, who stored, which of these each offset is of, whether a part is visible
+        self.pending: list[tuple] = []
         self.version = 0  # counts what became visible
         if programs >= 1 << (8 * grain - 1):
             raise Fault(f"{programs} programs are too many for a kernel that stores {grain} bytes")
@@ -385,14 +448,40 @@ class GlobalMemory:
         found = np.where(mine, late, _elements(raw, segment.grain, size // segment.grain))
         return np.ascontiguousarray(found).view(VECTOR[size])[:, 0]
 
+    def _unordered(self, lanes: Lanes, places: np.ndarray, foreign: np.ndarray, other, last, first, time) -> np.ndarray:
+        """The `foreign` among the accesses at these places, all [lanes, grains], that are not known to be over."""
+        if not foreign.any():
+            return foreign
+        some = [np.broadcast_to(x[:, None], places.shape)[foreign] for x in (lanes.program, lanes.fine)]
+        found = foreign.copy()
+        found[foreign] = self.order.unordered(some, *(x[foreign] for x in (other, last, first, time)))
+        return found
+
+    def _other_writers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
+        """Where another program has written last, and the lane does not know that to be over."""
+        writer = segment.program[places]
+        foreign = (writer != 0) & (writer != lanes.program[:, None])
+        if not foreign.any():
+            return foreign
+        last = segment.shadow.last_writer(places)
+        return self._unordered(lanes, places, foreign, writer, last, last, segment.clock[places])
+
+    def _other_readers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
+        """The same where one has loaded plainly since the last store."""
+        program, last, first = lanes.program[:, None], segment.last[places], segment.first[places]
+        first = np.where(first > 0, MANY - first, 0)
+        foreign = (last != 0) & ((last != program) | (first != program))
+        if not foreign.any():
+            return foreign
+        reader = np.where(last != program, last, first)
+        reader = np.where((last != first) & (last != program) & (first != program), MANY, reader)
+        keys = segment.shadow.last_readers(places)
+        return self._unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
+
     def _check_load(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
         program = lanes.program[:, None]
         writer = segment.program[places]
-        foreign = (writer != 0) & (writer != program)
-        if foreign.any():
-            foreign[foreign] = self.order.unordered(
-                np.broadcast_to(program, places.shape)[foreign], writer[foreign], segment.clock[places][foreign]
-            )
+        foreign = self._other_writers(segment, lanes, places)
         if foreign.any():
             who = _program(run, writer[foreign][0])
             run.fail_at(f"a plain load of {segment.name}, which {who} in this launch", lanes.which[foreign.any(1)])
@@ -403,11 +492,17 @@ class GlobalMemory:
                 f"race: {_thread(keys[odd][0])} wrote this of {segment.name}, and no barrier since",
                 lanes.which[odd.any(1)],
             )
-        segment.shadow.note_read(places, lanes)
+        shadow = segment.shadow
+        if self.order.acquired:  # readers that are known to be over are none
+            earlier = segment.last[places]
+            over = (earlier != 0) & (earlier != program) & ~self._other_readers(segment, lanes, places)
+            for readers in (segment.last, segment.first, shadow.last, shadow.first):
+                readers[places[over]] = 0
+        shadow.note_read(places, lanes)
         number = np.broadcast_to(program, places.shape).ravel()
         at = places.ravel()
         segment.last[at] = np.maximum(segment.last[at], number)
-        segment.read_clock[at] = self.order.clocks(lanes.program).repeat(places.shape[1])
+        segment.read_clock[at] = self.order.time
         at, mirrored = at[::-1], MANY - number[::-1]
         segment.first[at] = np.maximum(segment.first[at], mirrored)
 
@@ -436,7 +531,8 @@ class GlobalMemory:
                 there = _elements(late[at], width, count)
                 _check_lost(run, some, lost, segment.shadow.written[places], values[here], there, segment.name)
             elements = offset[:, None] + width * np.arange(count)
-            self.pending.append((segment, elements.ravel() // width, width, np.repeat(some.program, count), False))
+            of = np.repeat(np.arange(offset.size), count)
+            self.pending.append((segment, elements.ravel() // width, width, some, of, False))
 
     def prepare(self, run, segment: Segment, lanes: Lanes) -> None:
         """Before anything is written to a segment."""
@@ -444,23 +540,12 @@ class GlobalMemory:
             run.fail_at(f"a store to {segment.name}, which no address of this kernel's stores is made of", lanes.which)
 
     def _check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
-        program = np.broadcast_to(lanes.program[:, None], places.shape)
-        writer = segment.program[places]
-        foreign = (writer != 0) & (writer != program)
-        if foreign.any():
-            foreign[foreign] = self.order.unordered(program[foreign], writer[foreign], segment.clock[places][foreign])
+        program, writer, last = lanes.program[:, None], segment.program[places], segment.last[places]
+        foreign = self._other_writers(segment, lanes, places)
         if foreign.any():
             who = _program(run, writer[foreign][0])
             run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[foreign.any(1)])
-        last, first = segment.last[places], segment.first[places]
-        first = np.where(first > 0, MANY - first, 0)
-        foreign = (last != 0) & ((last != program) | (first != program))
-        if foreign.any():
-            reader = np.where(last != program, last, first)
-            reader = np.where((last != first) & (last != program) & (first != program), MANY, reader)
-            foreign[foreign] = self.order.unordered(
-                program[foreign], reader[foreign], segment.read_clock[places][foreign]
-            )
+        foreign = self._other_readers(segment, lanes, places)
         if foreign.any():
             run.fail_at(f"a store to {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
         shadow = segment.shadow
@@ -473,9 +558,10 @@ class GlobalMemory:
             )
 
     def _note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
-        before, program = segment.program[places], lanes.program[:, None]
-        segment.program[places] = np.where((before != 0) & (before != program), MANY, program) if strong else program
-        segment.clock[places] = self.order.clocks(lanes.program)[:, None]
+        program = lanes.program[:, None]
+        several = strong and self._other_writers(segment, lanes, places)
+        segment.program[places] = np.where(several, MANY, program)
+        segment.clock[places] = self.order.time
         for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
             readers[places] = 0  # whoever is ordered behind this store is so behind those loads
         lost = segment.program[places] != program
@@ -486,17 +572,37 @@ class GlobalMemory:
 
     def commit(self, chance: np.ndarray, random) -> None:
         """Make each element that is pending visible with the chance of its program ([programs + 1])."""
+        self._show(lambda lanes: chance[lanes.program], random)
+
+    def fence(self, lanes: Lanes, random) -> None:
+        """Make visible what the threads of these lanes have stored, and what barriers ordered before."""
+        thread = lanes.fine & 1023
+        barriers = np.zeros(self.programs + 1, np.int64)
+        warps, threads = np.zeros((barriers.size, 32), np.int64), np.zeros((barriers.size, 1024), bool)
+        barriers[lanes.program], warps[lanes.program, thread >> 5] = lanes.fine >> 30, lanes.fine >> 10
+        threads[lanes.program, thread] = True
+
+        def covered(lanes: Lanes) -> np.ndarray:
+            program, fine, thread = lanes.program, lanes.fine, lanes.fine & 1023
+            before = (fine >> 30 < barriers[program]) | (fine >> 10 < warps[program, thread >> 5])
+            return (before | threads[program, thread]).astype(float)
+
+        self._show(covered, random)
+
+    def _show(self, chance_of: Callable[[Lanes], np.ndarray], random) -> None:
+        """Make each element that is pending visible with the chance of the lane that stored it."""
         kept = []
-        for segment, at, width, programs, rest in self.pending:
-            now = random.random(at.size) < chance[programs]
+        for segment, at, width, lanes, of, rest in self.pending:
+            chance = chance_of(lanes)[of]
+            now = random.random(at.size) < chance
             if rest and at.size <= 16 and now.any():  # the last of them together: a launch has thousands of such rests
-                now[:] = True
+                now = chance > 0
             if now.any():
                 self.version += 1
                 self._land(segment, at[now], width)
             if not now.all():
                 left = ~now
-                kept.append((segment, at[left], width, programs[left], True))
+                kept.append((segment, at[left], width, lanes, of[left], True))
         self.pending = kept
 
     def _land(self, segment: Segment, at: np.ndarray, width: int) -> None:
@@ -517,16 +623,18 @@ class GlobalMemory:
                 self.commit(np.ones(self.programs + 1), run.random)
             view = segment.view(width)
             numbers = np.arange(old.size)[here]
+            programs, threads = some.threads()
             for i in run.random.permutation(numbers.size):
-                program, address, place = int(some.program[i]), int(some.address[i]), int(offset[i]) // width
+                thread, address, place = (programs[i], threads[i]), int(some.address[i]), int(offset[i]) // width
                 old[numbers[i]] = view[place]
                 if acquires:
-                    self.order.acquire(program, address)
+                    self.order.acquire(*thread, address)
                 if releases:
-                    self.order.release(program, address)
+                    self.order.release(*thread, address)
                 view[place] = function(numbers[i], view[place])
             if self.races and not segment.loose:
                 self._note_store(run, segment, some, segment.shadow.places(offset, width), True)
+        self.order.time += releases
         self.version += 1
         return old
 

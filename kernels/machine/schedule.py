@@ -476,8 +476,8 @@ class Run:
         else:
             values = launch.memory.load(self, lanes, width, count, strong)
             if acquires:
-                for program, there in zip(lanes.program.tolist(), lanes.address.tolist()):
-                    launch.memory.order.acquire(program, there)
+                for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
+                    launch.memory.order.acquire(*thread)
         if mask is None:
             return values.reshape(self.warps, 32, count)
         out = np.zeros((32 * self.warps, count), UNSIGNED[width])
@@ -493,10 +493,12 @@ class Run:
         if space == "shared":
             self.launch.shared.store(self, lanes, values)
             return
+        memory = self.launch.memory
+        memory.store(self, lanes, values, strong)
         if releases:
-            for program, there in zip(lanes.program.tolist(), lanes.address.tolist()):
-                self.launch.memory.order.release(program, there)
-        self.launch.memory.store(self, lanes, values, strong)
+            for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
+                memory.order.release(*thread)
+            memory.order.time += 1
 
     def vector(self, slots: list[int], width: int) -> np.ndarray:
         """Registers side by side, [warps, 32, registers]."""
@@ -520,11 +522,8 @@ class Run:
         return old.reshape(self.warps, 32, count)
 
     def fence(self, mask: np.ndarray | None) -> None:
-        """All that these programs have stored becomes visible."""
-        rows = self.rows if mask is None else self.rows[mask.any(1)]
-        chance = np.zeros(len(self.launch.index) + 1)
-        chance[self.launch.program[rows] + 1] = 1
-        self.launch.memory.commit(chance, self.random)
+        """What these threads have stored, and what barriers ordered before, becomes visible."""
+        self.launch.memory.fence(self.lanes(np.zeros((self.warps, 32), np.int64), mask), self.random)
 
     def warp_barrier(self) -> None:
         """What the lanes of these warps did before is ordered before what they do next."""
