@@ -26,6 +26,7 @@ from .products import (
     beside_zeros,
     full_product,
     input_product,
+    is_large,
     of_weight,
     to_multiply,
     with_gaps,
@@ -493,8 +494,9 @@ def products_by_set(
     """The same from what the recurrence backwards gave, as launch.backward does; y [R, N, H]."""
     cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
     (count, sets, size), gates = y.shape, cell.gates
-    plain = directly((y, d_gates))  # else a compiler may lay them out in another way, and pads products itself
-    if plain:
+    plain, of_slots = directly((y, d_gates)), d_gates
+    # Else a compiler may lay them out in another way, and pads products itself. Small ones are as a graph has them.
+    if plain and is_large(y.numel(), gates * size):
         d_gates, y = with_gaps(d_gates), y if rows.dropped is not None else with_gaps(y)
     wide, width = d_gates.shape[3], y.shape[2]  # H or HS: rows of a gate, and columns of y
     of_set = (lambda tensor, n: tensor.flatten(1)) if sets == 1 else (lambda tensor, n: tensor[:, n].flatten(1))
@@ -554,7 +556,7 @@ def products_by_set(
                 d_h0 = torch.where((lengths == 0).unsqueeze(1), d_h_n[n], d_h0)
             found["h0"].append(d_h0)
     if wanted.bias_ih or wanted.bias_hh:
-        summed = without_gaps(d_gates.sum(0).flatten(1), 1, cell.slots, size)  # all slots of both biases at once
+        summed = of_slots.sum(0).flatten(1)  # [N, E*H], all slots of both biases at once
         inner = summed[:, summed.shape[1] - gates * size :]
         if wanted.bias_hh:  # memory of its own: gradients are changed in place
             pieces = [summed[:, piece.start * size : piece.stop * size] for piece in pieces_of(by_gate)]

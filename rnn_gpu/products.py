@@ -31,9 +31,14 @@ def beside_zeros(matrix: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix
 
 
+def is_large(values: int, size: int) -> bool:
+    """Whether the product of a matrix of so many values with one of `size` columns is worth a copy."""
+    return values * size >= WORTH
+
+
 def to_multiply(x: Tensor, size: int) -> Tensor:
     """x [R, I], with zeros beside it where a product with [I, size] is large and its rows begin anywhere."""
-    return beside_zeros(x, _wide(x.shape[1], x.dtype)) if x.numel() * size >= WORTH else x
+    return beside_zeros(x, _wide(x.shape[1], x.dtype)) if is_large(x.numel(), size) else x
 
 
 def input_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
