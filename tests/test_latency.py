@@ -1,5 +1,7 @@
 """The clock for machine code: its arithmetic, its fit, and a bound for the way of each documented plan."""
 
+import re
+
 import pytest
 
 from perf import latency
@@ -161,10 +163,13 @@ def test_the_lines_fit_what_was_measured():
 
 
 def test_the_command_says_where_a_step_waits(capsys):
-    """Catches a command that dies, and waits without their lines."""
-    assert latency.main(["lstm", "256", "bf16", "--waits", "3"]) == 0
+    """Catches a command that dies, waits without their lines, and an estimate without what today's kernels took."""
+    assert latency.main(["lstm", "512", "bf16", "--waits", "3"]) == 0
     text = capsys.readouterr().out
-    assert "us as fitted" in text and "median error" in text and "exchange.py:" in text
+    assert "fitted to kernels of commit 7d9048c" in text and "median error" in text and "exchange.py:" in text
+    assert "measured two passes (commit dd67452" in text
+    for name, us in (("forward", "1.25"), ("backward", "1.55")):
+        assert re.search(rf"lstm {name} H 512 bfloat16, 16 rows: {us} us a step; estimate [\d.]+ us, [\d.]+ of", text)
     assert latency.main(["lstm", "64", "bf16"]) == 1  # one program alone
 
 
