@@ -264,6 +264,28 @@ def test_a_race_in_global_memory_within_a_program_is_a_fault():
             launch(code.replace("$", ""), [zeros()], warps=2, seed=seed)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        "st.volatile.global.b32 [%rd0], 5;",
+        "st.relaxed.gpu.global.b32 [%rd0], 5;",
+        "atom.global.add.u32 x, [%rd0], 5;",
+        "red.relaxed.gpu.global.add.u32 [%rd0], 5;",
+    ],
+)
+def test_a_strong_store_or_an_atomic_after_a_plain_load_is_a_fault(write):
+    """Catches checks of plain stores alone, between programs and within one."""
+    code = """
+    .reg .pred p; .reg .b32 x; mov.u32 x, $MINE; setp.eq.u32 p, x, 0; @p bra WRITE;
+    ld.global.b32 x, [%rd0]; mad.wide.u32 offset, tid, 4, %rd1; st.global.b32 [offset], x; bra END; WRITE: $WRITE END:
+    """.replace("$WRITE", write)
+    for seed in range(10):
+        with pytest.raises(Fault, match=r"plain load|loads plainly"):
+            launch(code.replace("$MINE", "%ctaid.x"), [zeros(), zeros()], grid=2, seed=seed)
+        with pytest.raises(Fault, match="race: "):
+            launch(code.replace("$MINE", "%tid.x"), [zeros(), zeros()], warps=2, seed=seed)
+
+
 def test_warps_that_stand_together_part():
     """Catches warps in lockstep: each stores, then looks at the other's place, and either may be far ahead."""
     code = """

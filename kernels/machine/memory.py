@@ -515,8 +515,8 @@ class GlobalMemory:
             places = segment.shadow.places(offset, size)
             lost = None
             if self.races:
-                if not strong and not segment.loose:
-                    self._check_store(run, segment, some, places)
+                if not segment.loose:
+                    self._check_store(run, segment, some, places, "a store to", strong)
                 lost = self._note_store(run, segment, some, places, strong)
             data, late = segment.view(size), segment.late.view(VECTOR[size])
             at = offset // size
@@ -539,23 +539,24 @@ class GlobalMemory:
         if not segment.writable:
             run.fail_at(f"a store to {segment.name}, which no address of this kernel's stores is made of", lanes.which)
 
-    def _check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
+    def _check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, what: str, strong: bool) -> None:
+        """Strong ones may race with one another, and with what is stored plainly; nothing with a plain load."""
         program, writer, last = lanes.program[:, None], segment.program[places], segment.last[places]
-        foreign = self._other_writers(segment, lanes, places)
-        if foreign.any():
-            who = _program(run, writer[foreign][0])
-            run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[foreign.any(1)])
+        shadow = segment.shadow
+        if not strong:
+            foreign = self._other_writers(segment, lanes, places)
+            if foreign.any():
+                who = _program(run, writer[foreign][0])
+                run.fail_at(f"{what} {segment.name}, which {who} too", lanes.which[foreign.any(1)])
         foreign = self._other_readers(segment, lanes, places)
         if foreign.any():
-            run.fail_at(f"a store to {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
-        shadow = segment.shadow
-        odd, what = (writer == program) & shadow.writers_at_odds(places, lanes)[1], "wrote"
-        if not odd.any():
-            what, odd = "reads", (last == program) & shadow.readers_at_odds(places, lanes)
-        if odd.any():
-            run.fail_at(
-                f"race: another thread {what} this of {segment.name}, and no barrier since", lanes.which[odd.any(1)]
-            )
+            run.fail_at(f"{what} {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
+        wrote = False if strong else (writer == program) & shadow.writers_at_odds(places, lanes)[1]
+        reads = (last == program) & shadow.readers_at_odds(places, lanes)
+        for odd, did in ((wrote, "wrote"), (reads, "reads")):
+            if np.any(odd):
+                where = lanes.which[odd.any(1)]
+                run.fail_at(f"race: another thread {did} this of {segment.name}, and no barrier since", where)
 
     def _note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
         program = lanes.program[:, None]
@@ -633,7 +634,9 @@ class GlobalMemory:
                     self.order.release(*thread, address)
                 view[place] = function(numbers[i], view[place])
             if self.races and not segment.loose:
-                self._note_store(run, segment, some, segment.shadow.places(offset, width), True)
+                places = segment.shadow.places(offset, width)
+                self._check_store(run, segment, some, places, "an atomic on", True)
+                self._note_store(run, segment, some, places, True)
         self.order.time += releases
         self.version += 1
         return old
