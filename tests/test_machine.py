@@ -7,6 +7,8 @@ import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from rnn_gpu.kernels.machine import Fault, on_machine, running
 from rnn_gpu.kernels.machine.library import MEANT
@@ -216,8 +218,8 @@ def test_threads_with_a_barrier_between_them(distance, barrier):
     [
         (128, "", "bar.sync 0;", "read before it is written|race"),
         (128, "bar.warp.sync -1;", "bar.sync 0;", "read before it is written|race"),
-        (128, "bar.sync 0;", "", "race: another thread reads"),
-        (128, "bar.sync 0;", "bar.warp.sync -1;", "race: another thread reads"),
+        (128, "bar.sync 0;", "", "race: another thread reads|race: warp 0"),
+        (128, "bar.sync 0;", "bar.warp.sync -1;", "race: another thread reads|race: warp 0"),
         (4, "", "bar.sync 0;", "race: warp . lane"),
         (4, "bar.sync 0;", "", "race: another thread reads"),
     ],
@@ -391,6 +393,24 @@ def test_a_seed_repeats_a_launch():
             run(problem, both)
         logs.append(log)
     assert logs[0] == logs[1] != logs[2]
+
+
+@triton.jit
+def numbered_kernel(x):
+    """All programs to the same place."""
+    tl.store(x, tl.program_id(0))
+
+
+def test_a_message_says_which_seed_and_which_launch():
+    """Catches a seed that, given again, draws other launches, and settings named that nobody gave."""
+    texts = []
+    for _ in range(2):
+        with pytest.raises(Fault) as error, on_machine(seed=3, patience=200) as log:
+            numbered_kernel[(1,)](zeros())
+            numbered_kernel[(2,)](zeros())
+        assert len(log) == 1
+        texts.append(str(error.value))
+    assert texts[0] == texts[1] and texts[0].endswith("\n  kernel numbered_kernel, launch 2, seed=3, patience=200")
 
 
 def test_contexts_open_and_close(monkeypatch):

@@ -11,7 +11,7 @@ mostly the ones that are furthest behind, and what a whole warp does waits until
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -45,14 +45,16 @@ class Counts:
 class Schedule:
     """How a launch is run. Equal ones give equal launches.
 
-    delay: the chance of a stored element to become visible at each draw. slow: numbers of programs that run, and whose
-    stores arrive, a hundredth as often. stop: the chance to stop before an access of global memory that others can
-    notice. part: the chance that only some of the warps that stand together go on. budget: instructions that a warp may
-    take. patience: draws for which all warps may only wait, with nothing under way. races: whether to look for races.
-    leave_out: indices (x, y, z) of programs that never run, or a function of the kernel's name and the index.
+    launch: its number in a context, drawn with together with the seed. delay: the chance of a stored element to become
+    visible at each draw. slow: numbers of programs that run, and whose stores arrive, a hundredth as often. stop: the
+    chance to stop before an access of global memory that others can notice. part: the chance that only some of the
+    warps that stand together go on. budget: instructions that a warp may take. patience: draws for which all warps may
+    only wait, with nothing under way. races: whether to look for races. leave_out: indices (x, y, z) of programs that
+    never run, or a function of the kernel's name and the index.
     """
 
     seed: int = 0
+    launch: int = 1
     delay: float = 0.3
     slow: tuple[int, ...] = ()
     stop: float = 0.1
@@ -61,6 +63,12 @@ class Schedule:
     patience: int = 20_000
     races: bool = True
     leave_out: tuple | Callable = ()
+
+    def __str__(self) -> str:
+        """What must be given to see a launch again."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        number = given.pop("launch", 1)
+        return ", ".join([f"launch {number}", *(f"{name}={value}" for name, value in ({"seed": 0} | given).items())])
 
     def absent(self, kernel: str, index: tuple[int, int, int]) -> bool:
         """Whether a program is left out."""
@@ -120,7 +128,7 @@ class Launch:
         code, self.warps = machine.code, machine.warps
         self.code, self.schedule, self.grid = code, schedule, grid
         self.index = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-        self.random, self.counts, self.arguments = np.random.default_rng(schedule.seed), Counts(), []
+        self.random, self.counts, self.arguments = np.random.default_rng((schedule.launch, schedule.seed)), Counts(), []
         self.fine = any(s.has("warp") and s.op[0] in ("bar", "barrier") for s in code.kernel.statements)
         programs = len(self.index)
         rows = programs * self.warps
