@@ -144,6 +144,18 @@ def test_a_fence_orders_what_its_thread_stored_and_what_is_before_a_barrier():
     assert {handed_on(seed, "", 32, **parts) for seed in range(20)} == {0, 42}
 
 
+def test_an_acquire_of_what_was_there_before_the_release_orders_nothing():
+    """Catches an acquire that does not ask whether it saw the release."""
+    parts = dict(store_flag="st.release.gpu.global", load_flag="ld.acquire.gpu.global", load_data="ld.global")
+    seen = set()
+    for seed in range(40):
+        try:
+            seen.add(passed_on(seed, again=False, **parts))
+        except Fault as fault:
+            seen.add("plain" if "plain" in str(fault) else str(fault))
+    assert seen == {(1, 42), "plain"}
+
+
 def test_a_program_sees_its_own_stores_at_once():
     """Catches a delay where there must be none, in part of an element too."""
     for seed in range(5):

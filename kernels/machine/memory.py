@@ -328,11 +328,14 @@ class Order:
     def __init__(self, programs: int):
         self.programs, self.time = programs, 1  # counts instructions that release
         self.released: dict[int, Known] = {}  # address -> what who acquires there gets to know
+        self.pending: dict[int, Known] = {}  # the same of stores that are not visible yet
         self.acquired: dict[int, dict[int, Known]] = {}  # program -> fine key of a thread -> what it got to know
 
-    def release(self, program: int, thread: int, address: int) -> None:
-        """A thread releases at an address: what it knows, and what it and barriers before it have ordered."""
-        there = self.released.setdefault(address, self._nothing())
+    def release(self, program: int, thread: int, address: int, pending: bool = False) -> None:
+        """A thread releases at an address: what it knows, and what it and barriers before it have ordered. An atomic
+        adds to what has been released there, a store, which is pending at first, takes its place.
+        """
+        there = self._nothing() if pending else self.released.setdefault(address, self._nothing())
         for known in self.known(program, thread):
             there.join(known)
         own = self._nothing()
@@ -340,6 +343,17 @@ class Order:
         own.warps[program, (thread & 1023) >> 5] = thread >> 10
         own.threads[program, thread & 1023] = self.time
         there.join(own)
+        if pending:
+            self.pending[address] = there
+
+    def land(self, addresses: np.ndarray) -> None:
+        """Stores to these addresses become visible: those who acquire there get what they release, if anything."""
+        if not (self.released or self.pending):
+            return
+        for address in (self.released.keys() | self.pending.keys()).intersection(addresses.tolist()):
+            self.released.pop(address, None)
+            if address in self.pending:
+                self.released[address] = self.pending.pop(address)
 
     def acquire(self, program: int, thread: int, address: int) -> None:
         """A thread acquires at an address; others of its program know of it behind their next barrier."""
@@ -525,6 +539,7 @@ class GlobalMemory:
                 waiting = segment.owner[places] != 0
                 now = np.where(waiting, before, _elements(data[at], segment.grain, places.shape[1]))
                 data[at] = np.ascontiguousarray(now).view(VECTOR[size])[:, 0]
+                self.order.land(some.address[waiting.any(1)])
             late[at] = np.ascontiguousarray(values[here]).view(VECTOR[size])[:, 0]
             segment.owner[places] = some.program[:, None]
             if lost is not None and not segment.loose and not strong:
@@ -611,6 +626,7 @@ class GlobalMemory:
         mine = segment.owner[places[:, 0]] != 0  # what has landed with a later store to the same place is over
         at = at[mine]
         segment.view(width)[at] = segment.late.view(VECTOR[width])[at]
+        self.order.land(segment.base + at * width)
         segment.owner[places[mine]] = 0
 
     def atomic(self, run, lanes: Lanes, width: int, function, acquires: bool, releases: bool) -> np.ndarray:

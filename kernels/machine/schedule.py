@@ -505,7 +505,7 @@ class Run:
         memory.store(self, lanes, values, strong)
         if releases:
             for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
-                memory.order.release(*thread)
+                memory.order.release(*thread, pending=True)
             memory.order.time += 1
 
     def vector(self, slots: list[int], width: int) -> np.ndarray:
