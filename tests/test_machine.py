@@ -144,6 +144,29 @@ def test_a_fence_orders_what_its_thread_stored_and_what_is_before_a_barrier():
     assert {handed_on(seed, "", 32, **parts) for seed in range(20)} == {0, 42}
 
 
+@pytest.mark.parametrize(
+    ("release", "acquire"),
+    [
+        ("st.release.$.global.b32 [%rd0], 1;", "ld.acquire.$.global.b32 flag, [%rd0];"),
+        ("atom.release.$.global.exch.b32 flag, [%rd0], 1;", "atom.acquire.$.global.add.u32 flag, [%rd0], 0;"),
+    ],
+)
+@pytest.mark.parametrize("scopes", ["gpu gpu", "sys gpu", "cta gpu", "gpu cta"])
+def test_scope_cta_orders_nothing_between_programs(release, acquire, scopes):
+    """Catches a lock between programs that is one within a program only."""
+    first, second = scopes.split()
+    code = f"""
+    .reg .pred p; .reg .b32 flag, data; setp.ne.u32 p, tid, 0; @p bra END;
+    mov.u32 flag, %ctaid.x; setp.ne.u32 p, flag, 0; @p bra READ;
+    st.global.b32 [%rd0+128], 42; {release.replace("$", first)} bra END;
+    READ: {acquire.replace("$", second)} setp.eq.u32 p, flag, 0; @p bra READ; ld.global.b32 data, [%rd0+128];
+    END:
+    """
+    for seed in range(3):
+        with pytest.raises(Fault, match="plain load") if "cta" in scopes else contextlib.nullcontext():
+            launch(code, [zeros()], grid=2, seed=seed)
+
+
 def test_an_acquire_of_what_was_there_before_the_release_orders_nothing():
     """Catches an acquire that does not ask whether it saw the release."""
     parts = dict(store_flag="st.release.gpu.global", load_flag="ld.acquire.gpu.global", load_data="ld.global")

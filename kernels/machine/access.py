@@ -27,6 +27,11 @@ def space_of(s: Statement) -> str:
     return space
 
 
+def orders(s: Statement, *how: str) -> bool:
+    """Whether an instruction acquires or releases (`how`) among programs; in scope cta it does so within its own."""
+    return s.has(*how) and not s.has("cta")
+
+
 def extended(values: np.ndarray, kind: str, width: int) -> np.ndarray:
     """Bits of a type in a register of `width` bytes, which may be wider: with the sign, or zeros in front."""
     if values.itemsize == width:
@@ -53,7 +58,7 @@ def ld(d: Decoder, s: Statement) -> Instruction:
     holders = [width if target < 0 else d.widths[target] for target in targets]
 
     def load(run, mask):
-        values = run.load(space, run.address(base, offset), width, len(targets), mask, strong, s.has("acquire"))
+        values = run.load(space, run.address(base, offset), width, len(targets), mask, strong, orders(s, "acquire"))
         for i, (target, holder) in enumerate(zip(targets, holders)):
             run.put(target, extended(values[..., i], kind, holder), mask)
 
@@ -81,7 +86,7 @@ def st(d: Decoder, s: Statement) -> Instruction:
     width, space = WIDTH[s.op[-1]], space_of(s)
     base, offset = d.address(s.operands[0])
     sources = [d.source(name, width) for name in vector(s.operands[1])]
-    strong, releases = s.has(*STRONG), s.has("release")
+    strong, releases = s.has(*STRONG), orders(s, "release")
 
     def store(run, mask):
         if releases:
@@ -152,7 +157,7 @@ def atom(d: Decoder, s: Statement) -> Instruction:
     base, offset = d.address(operands[1])
     sources = [[d.source(name, width) for name in names] for names in registers]
     targets = [d.target(name) for name in vector(operands[0])]
-    acquires, releases = s.has("acquire", "acq_rel"), s.has("release", "acq_rel")
+    acquires, releases = orders(s, "acquire", "acq_rel"), orders(s, "release", "acq_rel")
     flushed = flush if kind == "f32" and space == "global" else lambda x: x
 
     def step(given):
