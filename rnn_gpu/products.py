@@ -10,19 +10,20 @@ import operator
 import torch
 from torch import Tensor
 
+from . import backends
+from .kernels.spec import padded
 from .many_gradients import for_each_gradient
 
-# Where rows of a matrix do not begin at multiples of 16 bytes, cuBLAS has no fast kernel for it: an LSTM with I = H =
-# 650 in bfloat16, 65,536 rows, took an H200 6 to 7 ms more than between 512 and 768 units, in two generations of the
-# recurrence alike. Copies with wider rows are read and written in a twentieth of that. Multiply-adds from which on they
-# are made: an estimate, that they save some ten times what two more launches take.
+# cuBLAS's fast kernels want rows that begin at multiples of 16 bytes: the likely reason why an LSTM with I = H = 650 in
+# bfloat16, 65,536 rows, took an H200 6 to 7 ms more than between 512 and 768 units, with two generations of kernels
+# alike. By their bytes, copies with wider rows take a twentieth of that. Multiply-adds from which on they are made: an
+# estimate, that they save some ten times what two more launches take. None of it has been timed.
 WORTH = 1 << 31
 
 
 def _wide(size: int, dtype: torch.dtype) -> int:
     """Columns of rows that begin at multiples of 16 bytes."""
-    step = 16 // dtype.itemsize
-    return -(-size // step) * step
+    return padded(size, backends.name_of(dtype))
 
 
 def beside_zeros(matrix: Tensor, width: int) -> Tensor:

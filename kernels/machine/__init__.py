@@ -24,11 +24,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from ..plan import DEVICES
 from .parse import Fault
 
 __all__ = ["Fault", "on_machine", "running"]
-
-ARCHITECTURES = (80, 90, 100, 120)  # those that the tests run kernels for
 
 _open: list = []  # contexts of `on_machine`, the innermost last
 
@@ -43,13 +42,14 @@ def on_machine(arch: int = 90, seed: int = 0, edit=None, **schedule: Any) -> Ite
     """Within this context every launch of a compiled Triton kernel runs on the machine, on CPU tensors -> a list that
     each launch appends its (name of the kernel, `schedule.Counts`) to.
 
-    arch: the architecture that kernels are compiled for, one of ARCHITECTURES. seed: draws the schedules; successive
-    launches of one context get different ones, the same ones each time. edit: a function PTX -> PTX, to plant a
-    mistake. schedule: further fields of `schedule.Schedule`. RuntimeError where kernels are interpreted
+    arch: the architecture that kernels are compiled for, one of those that `plan.DEVICES` have. seed: draws the
+    schedules; successive launches of one context get different ones, the same ones each time. edit: a function PTX ->
+    PTX, to plant a mistake. schedule: further fields of `schedule.Schedule`. RuntimeError where kernels are interpreted
     (TRITON_INTERPRET=1).
     """
-    if arch not in ARCHITECTURES:
-        *most, last = ARCHITECTURES
+    known = sorted({device.arch for device in DEVICES.values()})
+    if arch not in known:
+        *most, last = known
         raise ValueError(f"expected arch to be {', '.join(map(str, most))} or {last}, but got {arch!r}")
     from .library import Launches
 
