@@ -22,7 +22,7 @@ from . import forward as forward_kernel
 from .direct import Prepared
 from .machine_code import complain, untested
 from .plan import Plan
-from .rows import Rows
+from .rows import Rows, within
 from .spec import CELLS, WAIT_LIMIT, Cell, itemsize, padded
 
 _numbers = itertools.count(1)
@@ -242,16 +242,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
     tensor = tensor.contiguous().resolve_neg()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _padded_rows(rows: Tensor, padded_size: int) -> Tensor:
-    """[R, N, H] with HS units from row to row: as it lies where it came from this module, a copy where it did not."""
-    _, sets, hidden_size = rows.shape
-    by_row, by_set, by_unit = rows.stride()
-    lies_so = by_row == sets * padded_size and by_unit == 1 and (sets == 1 or by_set == padded_size)
-    if lies_so and rows.data_ptr() % 16 == 0:
-        return rows
-    return _aligned(torch.nn.functional.pad(rows, (0, padded_size - hidden_size)))
 
 
 class Begun(NamedTuple):
@@ -519,12 +509,13 @@ def backward(
     weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
     state_0 = history_0 = None
     masks, numbers, mixed = _of_layer(rows, rates)
+    wide = count, sets, size
     if cell.reads_h:
-        aux = _padded_rows(y, size) if rates[0] is None else _aligned(carries)
+        aux = within(y, wide) if rates[0] is None else _aligned(carries)
     else:
         aux = _aligned(aux) if cell.planes > 0 else None
     states = _aligned(carries) if cell.states and mixed else aux
-    history = states if cell.states else _padded_rows(y, size) if cell.carries_h else None
+    history = states if cell.states else within(y, wide) if cell.carries_h else None
     planes = history.shape[-1] // size if cell.states else 1  # of a unit in `history`
     if history is not None:
         state_0 = c0 if cell.states else h0
@@ -621,7 +612,8 @@ def saved_again(
     (count, sets, hidden_size), spec, name = y.shape, CELLS[cell], str(y.dtype).removeprefix("torch.")
     size = padded(hidden_size, name)
     made = y.new_zeros(count, sets, spec.planes * size) if spec.further and not spec.states else None
-    history, state_0 = (aux, c0) if spec.states else (_padded_rows(y, size), h0) if spec.carries_h else (None, None)
+    wide = count, sets, size
+    history, state_0 = (aux, c0) if spec.states else (within(y, wide), h0) if spec.carries_h else (None, None)
     _prepare(
         again.again,
         (

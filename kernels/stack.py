@@ -26,7 +26,7 @@ from .launch import (
     _words,
 )  # fmt: skip
 from .plan import Plan
-from .rows import Passed, Rows
+from .rows import Passed, Rows, within
 from .spec import CELLS, itemsize, padded
 
 
@@ -114,18 +114,6 @@ def _from(tensor: Tensor | None, n: int) -> Tensor | None:
     return None if tensor is None else tensor[n:]
 
 
-def _spread(tensor: Tensor, batch: int, size: int) -> Tensor:
-    """[L, R, H or HS] with HS units from row to row and R + 2B rows from layer to layer: as `forward` left it, a copy
-    where it has another layout.
-    """
-    layers, count, width = tensor.shape
-    if tensor.stride() == ((count + 2 * batch) * size, size, 1) and tensor.data_ptr() % 16 == 0:
-        return tensor
-    spread = tensor.new_zeros((layers, count + 2 * batch, size))[:, :count]
-    spread[:, :, :width] = tensor
-    return spread
-
-
 def forward(
     plan: Plan,
     begun: Begun,
@@ -209,8 +197,10 @@ def backward(
     d_gates = _words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
     transposed = _new(y, (2, layers, size, cell.gates, size))
     state_0 = history_0 = None
-    aux = _spread(y, batch, size) if cell.reads_h else _spread(aux, batch, aux.shape[2]) if cell.planes else None
-    history = aux if cell.states else _spread(y, batch, size) if cell.carries_h else None
+    span = layers, count + 2 * batch  # of y and aux, as `forward` leaves them
+    y = within(y, (*span, size)) if cell.reads_h or cell.carries_h else y
+    aux = y if cell.reads_h else within(aux, (*span, aux.shape[2])) if cell.planes else None
+    history = aux if cell.states else y if cell.carries_h else None
     planes = cell.planes if cell.states else 1  # of a unit in `history`
     if history is not None:
         state_0 = _dense(c0 if cell.states else h0)

@@ -4,13 +4,13 @@ where PyTorch's switches round the operands of products to tf32.
 R rows of all steps, I input features, G gates or slots, H hidden units.
 """
 
-import itertools
-import operator
+import math
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .kernels.rows import lies_within
 from .kernels.spec import padded
 from .many_gradients import for_each_gradient
 
@@ -58,11 +58,10 @@ def with_gaps(rows: Tensor) -> Tensor:
     width = _wide(rows.shape[-1], rows.dtype)
     if width == rows.shape[-1]:
         return rows
-    shape = (*rows.shape[:-1], width)
-    strides = [*itertools.accumulate(shape[:0:-1], operator.mul, initial=1)][::-1]
-    lie_so = all(size == 1 or one == other for size, one, other in zip(shape, rows.stride(), strides, strict=True))
+    shape = *rows.shape[:-1], width
     room = rows.untyped_storage().nbytes() // rows.itemsize - rows.storage_offset()
-    return rows.as_strided(shape, strides) if lie_so and room >= shape[0] * strides[0] else rows
+    lie_so = lies_within(rows, shape) and room >= math.prod(shape)
+    return rows.as_strided(shape, (*rows.stride()[:-1], 1)) if lie_so else rows
 
 
 def without_gaps(tensor: Tensor, dim: int, parts: int, size: int) -> Tensor:
