@@ -206,19 +206,19 @@ def side_by_side() -> bool:
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func (vmap, grad, ...) is at work, outside of torch.compile."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func (vmap, grad, ...) is at work on a call that nobody compiles."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def plainly_torch(input: Any) -> bool:
-    """Whether a call without masks is torch.nn's own and nothing else; asked first, since one step takes microseconds.
+    """Whether a call without masks that nobody compiles is torch.nn's own and nothing else; asked first, since one step
+    takes microseconds.
 
     input: a tensor or a PackedSequence.
     """
     return (
         (_backend == "torch" or _backend == "auto")
         and not getattr(input, "is_cuda", False)
-        and not torch.compiler.is_compiling()
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -263,12 +263,11 @@ def route(
                 "call model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
             )
         return "reference" if unknown else "torch.nn"
-    if tracing and (_backend == "torch" or (_backend == "auto" and input.device.type != "cuda")):
-        return "opaque"  # with nothing else read, which a compiled graph would look at in every call
-    choice = choose(module, input, batch_size, dtype, packed or masked)
-    long_enough = tracing or masked or drops or _backend != "auto" or time >= choice.least_time
-    kernels = choice.name == "triton" and long_enough
-    if not tracing and forward_ad._current_level >= 0:
+    least_time = choose(module, input, batch_size, dtype, packed or masked)
+    kernels = least_time is not None and (tracing or masked or drops or time >= least_time)
+    if tracing:
+        return "kernels" if kernels else "opaque"
+    if forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative
     return "kernels" if kernels else route_of_torch(module, input, masked, drops, beyond, unknown)
 
@@ -281,8 +280,8 @@ def route_of_torch(
     beyond: bool = False,
     unknown: bool = False,
 ) -> str:
-    """The route of a call that PyTorch's own kernels serve; arguments as of `route`."""
-    if torch.compiler.is_compiling() or transforming():
+    """The route of a call that PyTorch's own kernels serve, and nobody compiles; arguments as of `route`."""
+    if transforming():
         return "opaque"
     if beyond:
         return "reference"
@@ -662,15 +661,16 @@ def _why_not_compiled(
 
 def choose(
     module: torch.nn.RNNBase, input: torch.Tensor, batch_size: int, dtype: torch.dtype, ragged: bool = False
-) -> Choice:
-    """The backend for a call; RuntimeError where "triton" was asked for and cannot serve it.
+) -> int | None:
+    """T from which on the kernels serve a call, or None: PyTorch's own do. RuntimeError where "triton" was asked for
+    and cannot serve it.
 
     input: the input, or the data of a PackedSequence; dtype: that of the computation; ragged: rows end early or start
     anew.
     """
     wanted = _backend
     if wanted == "torch" or (wanted == "auto" and input.device.type != "cuda"):
-        return Choice("torch", f"backend {wanted!r} on {input.device.type}")
+        return None  # with nothing else read or made, which a compiled graph would look at in every call
     if input.device.type != "cuda" and not (input.device.type == "cpu" and interpreting()):
         raise RuntimeError(
             f"backend 'triton' cannot serve this call: the input is on {input.device.type}. It takes CUDA tensors "
@@ -685,7 +685,7 @@ def choose(
         reason = _why_not_compiled(problem, input.device.type, where, *how)
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
-        return Choice("torch" if reason else "triton", reason or "compiled")
+        return None if reason else 1
     precision = precision_of("float32") if dtype == torch.float32 else None
     sizes = module.mode, module.hidden_size, heads_of(module), module.num_layers, module.bidirectional
     kind = *sizes, batch_size, dtype, input.device
@@ -696,7 +696,7 @@ def choose(
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(wanted, module, input, batch_size, dtype, training, ragged)
-    return choice
+    return choice.least_time if choice.name == "triton" else None
 
 
 # The choices by all that they depend on, because the same is asked at every call of a layer.
@@ -725,4 +725,4 @@ def _choose(
         return choice
     if not choice.plans:
         raise RuntimeError(f"backend 'triton' cannot serve this call: {choice.reason}.")
-    return choice._replace(name="triton")
+    return choice._replace(name="triton", least_time=1)

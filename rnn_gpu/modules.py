@@ -353,7 +353,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         drops, beyond = backends.other_weights(self), self._beyond_aten()
         unknown = self._torch_class is None  # to PyTorch
         plain = lengths is None and resets is None and self._watch is None and not (drops or beyond or unknown)
-        if plain and backends.plainly_torch(input):
+        if plain and not compiling and backends.plainly_torch(input):
             return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         if self._wants_another(input):
@@ -602,14 +602,15 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         tensors = input, *states, *weights
         if route == "kernels" and heads == 1 and directly(tensors):
             route = "direct"
-        saving, transformed = "nothing", backends.transforming()
+        compiling, saving = torch.compiler.is_compiling(), "nothing"
+        transformed = not compiling and backends.transforming()
         if transformed:  # who differentiates does not show here, and cannot make the gates again
             saving = "full"
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and (
             # A transform inside a graph (torch.compile of torch.func.grad) does not show in its tensors, either.
-            hidden = route == "kernels" and torch.compiler.is_compiling()
-            if hidden or any(tensor.requires_grad for tensor in tensors):
-                saving = self.memory or backends.current_memory()
+            (compiling and route == "kernels") or any(tensor.requires_grad for tensor in tensors)
+        ):
+            saving = self.memory or backends.current_memory()
         if self.return_cells and saving == "nothing" and route in ("kernels", "direct"):  # which keep c for a backward
             saving = "lean"
         cell, (sets, reversed_sets) = backends.cell_of(self), (2, 2) if self.bidirectional else (1, 0)

@@ -97,9 +97,9 @@ def remember(layer: Any, key: Key, weights: list[Tensor], call: Call, dropout: f
         return
     if any(getattr(type(layer), name, None) is not getattr(layer._torch_class, name, None) for name in CHECKS):
         return  # a sub-class may want to look at every call
-    least_time = 1
-    if backends.current_backend() == "auto":
-        least_time = backends.choose(layer, weights[0], key.batch, key.dtype).least_time
+    least_time = backends.choose(layer, weights[0], key.batch, key.dtype)
+    if least_time is None:
+        return
     known = layer.__dict__.setdefault("_known_calls", {})
     if len(known) >= MOST:
         known.clear()
