@@ -25,8 +25,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, measured, operators
 from .backends import Choice
+from .base import _computed_in, _Layer, _sequences
 from .kernels import plan as planning
-from .modules import GRU, LSTM, RNN, _computed_in, _Layer, _sequences
+from .modules import GRU, LSTM, RNN
 
 Timer = Callable[[Callable[[], object]], float]  # seconds of a call that has been made before
 

@@ -1,4 +1,4 @@
-"""What a call of a layer is, decided once where it begins (modules.py) and handed on as three things: its tensors
+"""What a call of a layer is, decided once where it begins (base.py) and handed on as three things: its tensors
 (`Inputs`), where its rows lie (`Rows`), and everything else (`Call`). Each route takes all three.
 
 T steps, B rows of the batch, R rows of all steps, I input features, N weight sets (directions), G gates, H hidden

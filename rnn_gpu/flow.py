@@ -10,8 +10,8 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import distributed
+from .base import _Layer
 from .convert import OURS, class_after
-from .modules import _Layer
 
 
 @dataclass(frozen=True)

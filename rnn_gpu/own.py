@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .base import _Layer
 from .kernels.spec import CELLS, Cell, register
-from .modules import Options, _Layer, _named, _showing
+from .options import Options, named, showing
 from .reference import check_step
 
 
@@ -42,7 +43,7 @@ class CellLayer(_Layer[Any]):
     _torch_class = None
     _checked_step = False  # not before functions that it uses may stand below it
 
-    @_showing(Options)
+    @showing(Options)
     def __init__(
         self,
         input_size: int,
@@ -123,4 +124,4 @@ def layer(cell: Cell) -> type[CellLayer]:
     doc = f"A layer of the cell {cell.name}: gates {gates}{own and f'; parameters {own[2:]}'}; state {states}.\n\n    "
     doc += (CellLayer.__doc__ or "").partition("\n\n    ")[2]
     namespace = dict(cell=CELLS[name], mode=name, __module__=module, __qualname__=cell.name, __doc__=doc)
-    return _named(type(cell.name, (CellLayer,), namespace))
+    return named(type(cell.name, (CellLayer,), namespace))

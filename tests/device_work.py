@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnn_gpu import backends, modules, operators
+from rnn_gpu import backends, base, operators
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import DEVICES
 
@@ -111,14 +111,14 @@ def pretending(monkeypatch: pytest.MonkeyPatch, given: Iterable[Tensor]) -> Iter
 
     with monkeypatch.context() as patch:
         patch.setattr(backends, "plainly_torch", lambda input: False)
-        patch.setattr(backends, "choose", lambda *_, **__: backends.Choice("triton", "pretended"))
+        patch.setattr(backends, "choose", lambda *_, **__: 1)
         patch.setattr(backends, "device_of", lambda device: DEVICES["h200"])
         patch.setattr(launch, "_start", instead)
-        patch.setattr(modules, "directly", lambda tensors: not torch._C._are_functorch_transforms_active())
+        patch.setattr(base, "directly", lambda tensors: not torch._C._are_functorch_transforms_active())
         with work:
             yield work
 
 
 def autocast(patch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Autocast to `dtype`, which the device "meta" does not know."""
-    patch.setattr(modules, "_computed_in", lambda tensor: dtype if tensor.is_floating_point() else tensor.dtype)
+    patch.setattr(base, "_computed_in", lambda tensor: dtype if tensor.is_floating_point() else tensor.dtype)

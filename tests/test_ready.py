@@ -44,7 +44,7 @@ def on_the_kernels(monkeypatch):
 def the_long_way_closed(monkeypatch):
     """Within this context a call that is looked at as if there had been none before is an error."""
     with monkeypatch.context() as patch:
-        patch.setattr(rnn_gpu.modules._Layer, "_forward_rows", None)
+        patch.setattr(rnn_gpu.base._Layer, "_forward_rows", None)
         yield
 
 
@@ -198,10 +198,8 @@ def test_settings_and_modes_are_seen(monkeypatch):
     """Catches: a backend, a precision, autocast or a transform that was chosen after the first call."""
     layer, input = layer_and_input()
     asked = []
-    long_way = rnn_gpu.modules._Layer._forward_rows
-    monkeypatch.setattr(
-        rnn_gpu.modules._Layer, "_forward_rows", lambda self, *a: asked.append(True) or long_way(self, *a)
-    )
+    long_way = rnn_gpu.base._Layer._forward_rows
+    monkeypatch.setattr(rnn_gpu.base._Layer, "_forward_rows", lambda self, *a: asked.append(True) or long_way(self, *a))
     layer(input)
     assert not asked
     with rnn_gpu.backend("torch"):

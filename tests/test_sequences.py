@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends, modules
+from rnn_gpu import backends, base
 from tests.interpreter import concurrent_programs
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, pair, same
 from tests.sequences import as_hx, as_tuple, one_at_a_time, outcome, states_of
@@ -151,7 +151,7 @@ def test_lengths_beyond_the_steps_are_clamped(monkeypatch):
     """Catches: where nobody looks at lengths, as on a GPU, a final state never written because no step is the row's
     last.
     """
-    monkeypatch.setattr(modules, "_check_range", lambda lengths, time: None)
+    monkeypatch.setattr(base, "_check_range", lambda lengths, time: None)
     layer, _ = pair("GRU", 4, 12)
     input = draw(layer, 3)
     with rnn_gpu.backend(BACKEND):
