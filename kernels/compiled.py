@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
+from .devices import DEVICES
 from .machine_code import machine_code, name_of, time_loop
-from .plan import DEVICES, Plan
+from .plan import Plan
 from .spec import CELLS
 
 # How the rows of a batch lie (launch.Rows), and the tensors that say so.

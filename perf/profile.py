@@ -18,7 +18,8 @@ import torch
 import rnn_gpu
 from rnn_gpu import backends
 from rnn_gpu.equations import BUILT_IN
-from rnn_gpu.kernels.plan import DEVICES, Plan, cudnn_microseconds
+from rnn_gpu.kernels.cudnn import cudnn_microseconds
+from rnn_gpu.kernels.plan import DEVICES, Plan
 from rnn_gpu.kernels.spec import DTYPES
 
 from . import compiling

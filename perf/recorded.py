@@ -13,6 +13,7 @@ import statistics
 from typing import NamedTuple
 
 from rnn_gpu.kernels import plan as planning
+from rnn_gpu.kernels.cudnn import cudnn_microseconds
 from rnn_gpu.kernels.plan import DEVICES, Device, Plan
 from rnn_gpu.kernels.spec import CELLS, padded
 
@@ -143,7 +144,7 @@ def cases(path: str, device: Device, predicted) -> list[Case]:
                 for p in plans:
                     products = (3 if p.backward else 1) * planning.product_microseconds(p, device)
                     ours += predicted(p) + products
-                    theirs += planning.cudnn_microseconds(p, device, int(layers)) + products
+                    theirs += cudnn_microseconds(p, device, int(layers)) + products
             aligned = padded(int(hidden_size), dtype) == int(hidden_size)
             known = aligned and layers == "1" and int(time) > 500 and all(p.shared + p.streamed == 0 for p in plans)
             times = float(by["rnn_gpu"]["step_us"]), float(by["torch.nn"]["step_us"])

@@ -27,6 +27,7 @@ from . import backends, measured, operators
 from .backends import Choice
 from .base import _computed_in, _Layer, _sequences
 from .kernels import plan as planning
+from .kernels.devices import Device
 from .modules import GRU, LSTM, RNN
 
 Timer = Callable[[Callable[[], object]], float]  # seconds of a call that has been made before
@@ -337,7 +338,7 @@ def tune(
 
 
 def _fastest_plan(
-    own: planning.Plan, device: planning.Device, ragged: bool, key: measured.Key, trial: _Trial, timer: Timer
+    own: planning.Plan, device: Device, ragged: bool, key: measured.Key, trial: _Trial, timer: Timer
 ) -> dict[str, Any]:
     """What is to be kept of the fastest of the few best plans of a pass. own: the one that holds now."""
     cap, alone = backends.limits()

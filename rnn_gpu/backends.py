@@ -14,7 +14,6 @@ Environment variables, read when rnn_gpu is imported:
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -29,8 +28,9 @@ from torch.autograd import forward_ad
 
 from . import measured
 from .equations import CELL_OF_MODE
-from .kernels import machine
+from .kernels import cudnn, machine
 from .kernels import plan as planning
+from .kernels.devices import DEVICES, Device, named
 from .kernels.spec import CELLS, TRITON_VERSIONS, choice_from_environment, integer_from_environment
 
 Backend = Literal["auto", "triton", "torch"]
@@ -326,10 +326,10 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _properties(index: int) -> planning.Device:
+def _properties(index: int) -> Device:
     found: Any = torch.cuda.get_device_properties(index)
-    like = planning.named(found.name) or planning.DEVICES["a100"]
-    return planning.Device(
+    like = named(found.name) or DEVICES["a100"]
+    return Device(
         name=found.name,
         arch=found.major * 10 + found.minor,
         multiprocessors=found.multi_processor_count,
@@ -340,22 +340,22 @@ def _properties(index: int) -> planning.Device:
     )
 
 
-def device_of(device: torch.device | str) -> planning.Device:
+def device_of(device: torch.device | str) -> Device:
     """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or the name of a GPU, such as "H200"
-    (`kernels.plan.named`). ValueError for what is neither.
+    (`kernels.devices.named`). ValueError for what is neither.
     """
-    if isinstance(device, str) and (known := planning.named(device)) is not None:
+    if isinstance(device, str) and (known := named(device)) is not None:
         return known
     try:
         device = torch.device(device)
     except RuntimeError:
-        names = ", ".join(repr(gpu.name.removeprefix("NVIDIA ")) for gpu in planning.DEVICES.values())
+        names = ", ".join(repr(gpu.name.removeprefix("NVIDIA ")) for gpu in DEVICES.values())
         raise ValueError(f"Unknown device {device!r}. Select a torch device or one of {names}.") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(f"device {str(device)!r} is not available: PyTorch finds no GPU here")
         return _properties(torch.cuda.current_device() if device.index is None else device.index)
-    return planning.DEVICES["h200"]  # the interpreter, and plans made where there is no GPU
+    return DEVICES["h200"]  # the interpreter, and plans made where there is no GPU
 
 
 def precision_of(dtype: str) -> str | None:
@@ -380,7 +380,7 @@ def plan_for(
     batch_size: int,
     sets: int,
     dtype: str,
-    device: planning.Device,
+    device: Device,
     backward: bool,
     ragged: bool = False,
     under: tuple[int, bool] | None = None,
@@ -403,7 +403,7 @@ def plan_for(
 
 def groups_for(
     problem: Sizes,
-    device: planning.Device,
+    device: Device,
     training: bool,
     ragged: bool,
     layers: int,
@@ -436,7 +436,7 @@ def groups_for(
     return tuple(plans[: len(passes)] for plans in found) * (layers // together)
 
 
-def step_microseconds(groups: tuple[tuple[planning.Plan, ...], ...], frozen: int, device: planning.Device) -> float:
+def step_microseconds(groups: tuple[tuple[planning.Plan, ...], ...], frozen: int, device: Device) -> float:
     """What the passes of a stack's groups are estimated to take a step, with the products for their first layers. Those
     of the first `frozen` layers alone have no backward.
     """
@@ -449,7 +449,7 @@ def step_microseconds(groups: tuple[tuple[planning.Plan, ...], ...], frozen: int
 
 
 def key_of_groups(
-    problem: Sizes, device: planning.Device, ragged: bool, layers: int, under: tuple[int, bool] | None = None,
+    problem: Sizes, device: Device, ragged: bool, layers: int, under: tuple[int, bool] | None = None,
     precision: str | None = None,
 ) -> measured.Key:  # fmt: skip
     """Under which key the groups of a stack's layers are kept. Arguments as of `groups_for`."""
@@ -509,7 +509,7 @@ def kernels_for(
     module: Any,
     batch_size: int,
     dtype: torch.dtype,
-    device: planning.Device,
+    device: Device,
     training: bool,
     ragged: bool = False,
     precision: str | None = None,
@@ -576,7 +576,7 @@ def saving_of(module: torch.nn.RNNBase, training: bool) -> str:
 
 
 def key_of(
-    module: torch.nn.RNNBase, problem: Sizes, device: planning.Device, training: bool, ragged: bool,
+    module: torch.nn.RNNBase, problem: Sizes, device: Device, training: bool, ragged: bool,
     precision: str | None,
 ) -> measured.Key:  # fmt: skip
     """Under which key a comparison of the backends for a call is kept."""
@@ -588,7 +588,7 @@ def key_of(
 
 def _weighed(
     problem: Sizes,
-    device: planning.Device,
+    device: Device,
     training: bool,
     ragged: bool,
     precision: str | None = None,
@@ -611,20 +611,13 @@ def _weighed(
     estimate = f"estimated {ours:.1f} us a step{' forward and backward' if training else ''}"
     if CELLS[problem[0]].mode is None:
         return Choice("triton", f"{estimate}; PyTorch has no such layer", groups[0], groups=groups)
-    theirs = sum(cudnn_microseconds(p, device, *layers) for p in groups[0])
+    theirs = sum(cudnn.cudnn_microseconds(p, device, *layers) for p in groups[0])
     estimate += f", cuDNN {theirs:.1f}{', for each layer' if together > 1 else ''}"
     if theirs < ours:
         return Choice("torch", estimate, groups[0], groups=groups)
     launches = len(groups) * (layers[0] // together)  # of all layers
-    least = planning.least_time((theirs - ours) * layers[0] / launches, problem[-1], training)
+    least = cudnn.least_time((theirs - ours) * layers[0] / launches, problem[-1], training)
     return Choice("triton", estimate, groups[0], groups=groups, least_time=least)
-
-
-def cudnn_microseconds(p: planning.Plan, device: planning.Device, layers: int, heads: int = 1) -> float:
-    """`plan.cudnn_microseconds` of a layer whose heads the plan has as sets: cuDNN knows none, and takes all in one."""
-    if heads > 1:
-        p = dataclasses.replace(p, hidden_size=p.hidden_size * heads, sets=p.sets // heads)
-    return planning.cudnn_microseconds(p, device, layers)
 
 
 _logged: set[tuple[Any, ...]] = set()

@@ -456,7 +456,8 @@ def _loop(cell: Cell, report: Report) -> None:
 def _compiled(cell: Cell, report: Report) -> None:
     """Registers, spills and instructions of a time step, for GPUs that need not be there."""
     from .kernels.compiled import compile_plan
-    from .kernels.plan import DEVICES, plan
+    from .kernels.devices import DEVICES
+    from .kernels.plan import plan
     from .kernels.spec import register
 
     name = register(cell)

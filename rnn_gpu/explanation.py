@@ -6,14 +6,16 @@ import torch
 from torch.nn.modules.rnn import RNNCellBase
 
 from . import backends
-from .kernels.plan import Device, Plan, named
+from .kernels.cudnn import cudnn_microseconds
+from .kernels.devices import Device, named
+from .kernels.plan import Plan
 from .kernels.spec import CELLS
 
 
 def _pass_lines(plan: Plan, device: Device, layers: int, heads: int) -> list[str]:
     name = "backward" if plan.backward else "forward"
     known = CELLS[plan.cell].mode is not None  # to PyTorch
-    theirs = f"; cuDNN {plan.layers * backends.cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
+    theirs = f"; cuDNN {plan.layers * cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
     of_layers = f" of {plan.layers} layers" if plan.layered else ""
     return [
         f"  {name}: {plan}",

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.plan import CUT, Device, Measured
+from .kernels.devices import Device
+from .kernels.plan import CUT, Measured
 from .kernels.spec import integer_from_environment
 
 Key = str  # a JSON object, sorted

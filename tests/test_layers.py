@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn_gpu
 from rnn_gpu import backends
+from rnn_gpu.kernels import cudnn
 from rnn_gpu.kernels import plan as planning
 from tests.layers import STATES, draw, outcome, pair, same
 
@@ -560,7 +561,7 @@ def test_auto_leaves_calls_of_few_steps_to_pytorch(monkeypatch):
     """Catches: one step of a stream that takes the host several times as long as torch.nn's would; "triton", masks and
     options, which ask for the kernels, heeded only for long sequences.
     """
-    monkeypatch.setattr(planning, "CALL_MORE", {"float32": (100.0, 400.0)})
+    monkeypatch.setattr(cudnn, "CALL_MORE", {"float32": (100.0, 400.0)})
     monkeypatch.setattr(backends, "device_of", lambda _: planning.DEVICES["h200"])
     monkeypatch.setattr(backends, "triton_missing", lambda: None)
     monkeypatch.setattr(backends, "triton_untested", lambda: None)
@@ -572,9 +573,9 @@ def test_auto_leaves_calls_of_few_steps_to_pytorch(monkeypatch):
     ]
     for training in (False, True):
         choice = backends.kernels_for(layer, 16, torch.float32, planning.DEVICES["h200"], training)
-        saved = sum(planning.cudnn_microseconds(p, planning.DEVICES["h200"]) - p.microseconds for p in choice.plans)
+        saved = sum(cudnn.cudnn_microseconds(p, planning.DEVICES["h200"]) - p.microseconds for p in choice.plans)
         least = choice.least_time
-        assert (least - 1) * saved < planning.CALL_MORE["float32"][training] <= least * saved and least > 2
+        assert (least - 1) * saved < cudnn.CALL_MORE["float32"][training] <= least * saved and least > 2
         with torch.set_grad_enabled(training):
             assert routes(layer) == ["torch.nn", "torch.nn", "kernels"]
             assert routes(layer, masked=True) == ["kernels"] * 3
@@ -626,6 +627,6 @@ def test_the_choice_under_compile_compares_for_one_row(monkeypatch):
     problem = ("lstm", 256, 1, 1, "float32"), "cpu", -1, False
     monkeypatch.setattr(backends, "triton_missing", lambda: None)
     assert backends._why_not_compiled(*problem, "auto") == ""
-    monkeypatch.setattr(backends.planning, "cudnn_microseconds", lambda plan, device, layers: 0.0)
+    monkeypatch.setattr(cudnn, "cudnn_microseconds", lambda *_: 0.0)
     assert "cuDNN 0.0" in backends._why_not_compiled(*problem, "auto")
     assert backends._why_not_compiled(*problem, "triton") == ""

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnn_gpu.equations import BUILT_IN
+from rnn_gpu.kernels.cudnn import cudnn_microseconds
 from rnn_gpu.kernels.plan import (
     AS_GOOD,
     DEVICES,
     Plan,
     Problem,
     cached_plan,
-    cudnn_microseconds,
     every_plan,
     exchanging_plans,
     in_groups,

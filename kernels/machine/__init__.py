@@ -24,7 +24,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..plan import DEVICES
+from ..devices import DEVICES
 from .parse import Fault
 
 __all__ = ["Fault", "on_machine", "running"]
@@ -42,7 +42,7 @@ def on_machine(arch: int = 90, seed: int = 0, edit=None, **schedule: Any) -> Ite
     """Within this context every launch of a compiled Triton kernel runs on the machine, on CPU tensors -> a list that
     each launch appends its (name of the kernel, `schedule.Counts`) to.
 
-    arch: the architecture that kernels are compiled for, one of those that `plan.DEVICES` have. seed: draws the
+    arch: the architecture that kernels are compiled for, one of those that `devices.DEVICES` have. seed: draws the
     schedules; successive launches of one context get different ones, the same ones each time. edit: a function PTX ->
     PTX, to plant a mistake. schedule: further fields of `schedule.Schedule`. RuntimeError where kernels are interpreted
     (TRITON_INTERPRET=1).
