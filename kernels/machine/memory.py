@@ -276,7 +276,7 @@ class Segment:
         self.base, self.data, self.name, self.grain = base, data, name, grain
         self.size = data.size
         self.writable = False  # whether an instruction of the kernel can write to it
-        self.loose = False  # whether races on it are meant
+        self.meant: np.ndarray | None = None  # on which grains races are meant
         self.shadow: Shadow | None = None
 
     def prepare(self, fine: bool) -> None:
@@ -287,6 +287,20 @@ class Segment:
         room = -(-self.size // 32) * 32
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
+
+    def excuse(self, offset: int, meant: np.ndarray) -> None:
+        """On these bytes from an offset on, races are meant."""
+        if self.meant is None:
+            self.meant = np.zeros(-(-self.size // self.grain), bool)
+        meant = np.pad(meant, (offset % self.grain, -(offset + meant.size) % self.grain), constant_values=False)
+        self.meant[offset // self.grain :][: meant.size // self.grain] |= meant.reshape(-1, self.grain).all(1)
+
+    def judged(self, lanes: Lanes, places: np.ndarray) -> tuple[Lanes, np.ndarray]:
+        """The lanes whose accesses must be no race, and what of the places [lanes, grains] is theirs."""
+        if self.meant is None:
+            return lanes, places
+        judged = ~self.meant[places].all(1)
+        return lanes.some(judged), places[judged]
 
     def view(self, size: int) -> np.ndarray:
         """The data as elements of so many bytes."""
@@ -440,8 +454,8 @@ class GlobalMemory:
         for segment, some, offset, here in self.parts(run, lanes, size, "load"):
             raw = segment.view(size)[offset // size]
             if segment.shadow is not None:
-                if self.races and not strong and not segment.loose:
-                    self._check_load(run, segment, some, segment.shadow.places(offset, size))
+                if self.races and not strong:
+                    self._check_load(run, segment, *segment.judged(some, segment.shadow.places(offset, size)))
                 owner = segment.owner
                 if self.pending:
                     raw = self._own(segment, some, offset, size, raw, owner)
@@ -529,8 +543,7 @@ class GlobalMemory:
             places = segment.shadow.places(offset, size)
             lost = None
             if self.races:
-                if not segment.loose:
-                    self._check_store(run, segment, some, places, "a store to", strong)
+                self._check_store(run, segment, *segment.judged(some, places), "a store to", strong)
                 lost = self._note_store(run, segment, some, places, strong)
             data, late = segment.view(size), segment.late.view(VECTOR[size])
             at = offset // size
@@ -542,7 +555,7 @@ class GlobalMemory:
                 self.order.land(some.address[waiting.any(1)])
             late[at] = np.ascontiguousarray(values[here]).view(VECTOR[size])[:, 0]
             segment.owner[places] = some.program[:, None]
-            if lost is not None and not segment.loose and not strong:
+            if lost is not None and not strong:
                 there = _elements(late[at], width, count)
                 _check_lost(run, some, lost, segment.shadow.written[places], values[here], there, segment.name)
             elements = offset[:, None] + width * np.arange(count)
@@ -580,11 +593,13 @@ class GlobalMemory:
         segment.clock[places] = self.order.time
         for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
             readers[places] = 0  # whoever is ordered behind this store is so behind those loads
-        lost = segment.program[places] != program
-        if lost.any() and not strong and not segment.loose:
+        judged = True if segment.meant is None else ~segment.meant[places]
+        lost = (segment.program[places] != program) & judged
+        if lost.any() and not strong:
             who = _program(run, segment.program[places][lost][0])
             run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[lost.any(1)])
-        return segment.shadow.note_write(places, lanes)
+        lost = segment.shadow.note_write(places, lanes)
+        return None if lost is None else lost & judged
 
     def commit(self, chance: np.ndarray, random) -> None:
         """Make each element that is pending visible with the chance of its program ([programs + 1])."""
@@ -649,9 +664,9 @@ class GlobalMemory:
                 if releases:
                     self.order.release(*thread, address)
                 view[place] = function(numbers[i], view[place])
-            if self.races and not segment.loose:
+            if self.races:
                 places = segment.shadow.places(offset, width)
-                self._check_store(run, segment, some, places, "an atomic on", True)
+                self._check_store(run, segment, *segment.judged(some, places), "an atomic on", True)
                 self._note_store(run, segment, some, places, True)
         self.order.time += releases
         self.version += 1

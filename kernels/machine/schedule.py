@@ -84,11 +84,11 @@ class Machine:
         self.code, self.warps, self.shared = Code(ptx), warps, shared
         self._writable = self.code.writable()
 
-    def run(self, grid, arguments, names=None, loose=(), schedule: Schedule = Schedule()) -> Counts:
+    def run(self, grid, arguments, names=None, meant=(), schedule: Schedule = Schedule()) -> Counts:
         """Launch it on torch CPU tensors (in place) and numbers, in the order of its parameters; those missing at the
         end are 0.
 
-        names: of the arguments, for messages. loose: names of arguments on which races are meant.
+        names: of the arguments, for messages. meant: (name, on which of its elements races are meant, or None).
         """
         grid = (*grid, 1, 1)[:3]
         launch = Launch(self, grid, schedule)
@@ -104,10 +104,13 @@ class Machine:
             if data.ctypes.data not in known:
                 known[data.ctypes.data] = launch.memory.add(data, name)
             segment = known[data.ctypes.data]
-            segment.loose |= name in loose
+            offset = value.storage_offset() * value.element_size()
             if parameters[i] in self._writable and segment.shadow is None:
                 segment.prepare(launch.fine)
-            launch.arguments.append(segment.base + value.storage_offset() * value.element_size())
+            for argument, elements in meant:
+                if argument == name and elements is not None:
+                    segment.excuse(offset, np.repeat(elements, value.element_size()))
+            launch.arguments.append(segment.base + offset)
         launch.arguments += [0] * (len(parameters) - len(launch.arguments))
         with np.errstate(all="ignore"):
             launch.run()
