@@ -302,7 +302,7 @@ def backward(
     steps, ahead, now = walk(me, T, B, lengths, offsets, C)
     then = moment_after(now, ahead, steps > 1, B, offsets)
     bound = Bound(limit=limit, status=status, launch=launch)
-    # In 32 bits: launch.py refuses what they do not hold, and with 64 a step has 40 instructions more (sm_90).
+    # In 32 bits: layer.py refuses what they do not hold, and with 64 a step has 40 instructions more (sm_90).
     d_gates += B * (C.N * C.E * C.WORDS)  # to the first of the R rows; seen from there, the zeros begin at row -B
     d_above = d_gates + (span * C.E + C.E - C.G) * C.WORDS
     out = d_gates.to(tl.pointer_type(C.DTYPE))

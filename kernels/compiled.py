@@ -11,7 +11,7 @@ from .machine_code import machine_code, name_of, time_loop
 from .plan import Plan
 from .spec import CELLS
 
-# How the rows of a batch lie (launch.Rows), and the tensors that say so.
+# How the rows of a batch lie (rows.Rows), and the tensors that say so.
 ROWS = {
     "dense": (),
     "lengths": ("lengths",),
@@ -71,7 +71,7 @@ def _counts(instructions: tuple[str, ...]) -> collections.Counter:
 
 
 def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> dict:
-    """Types of the arguments, but whole numbers, as launch.py passes them in training; None where it passes None.
+    """Types of the arguments, but whole numbers, as layer.py passes them in training; None where it passes None.
     options: of the layer, "clip", "cells", "recurrent_dropout", "zoneout"; of a stack "dropout" between its layers.
     """
     cell, element, exact = (
@@ -141,7 +141,7 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
 
 
 def compile_kernel(p: Plan, arch: int, rows: str = "dense", options: Collection[str] = ()):
-    """The Triton kernel of a plan for an architecture. Tensors are aligned to 16 bytes, as launch.py sees to."""
+    """The Triton kernel of a plan for an architecture. Tensors are aligned to 16 bytes, as layer.py sees to."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

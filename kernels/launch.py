@@ -1,29 +1,24 @@
-"""The launchers: from tensors to one persistent launch, and what happens when a wait does not end.
-
-Buffers are allocated here in the layouts that forward.py and backward.py describe, and given back as views in the
-layouts of torch. T steps, B rows of the batch, R rows of all steps, N weight sets, G gates, H hidden units, HS =
-padded H, E slots, A gates apart, K states beside h, P parameters (spec.Cell).
-"""
+"""From a plan and tensors to a launch that runs, and what happens when a wait does not end."""
 
 import ctypes
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import again, interpreter, machine, prepare
 from . import backward as backward_kernel
 from . import forward as forward_kernel
+from . import interpreter, machine, prepare
 from .direct import Prepared
 from .machine_code import complain, untested
 from .plan import Plan
-from .rows import Rows, within
-from .spec import CELLS, WAIT_LIMIT, Cell, itemsize, padded
+from .rows import Rows
+from .spec import CELLS, WAIT_LIMIT, padded
 
 _numbers = itertools.count(1)
 # The latest launches by number, for the message of a wait that did not end: plan, rows, the first row of the batch.
@@ -147,7 +142,7 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
     return _Ready(plan, prepared, operator.itemgetter(*prepared.names), launches)
 
 
-def _launch(
+def run(
     plan: Plan,
     device: torch.device,
     rows: Rows,
@@ -204,7 +199,7 @@ def _start(prepared: Prepared, device: torch.device, grid: tuple[int, int, int],
 _prepared: dict[tuple, Prepared] = {}
 
 
-def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, arguments: tuple) -> None:
+def prepare_buffers(kernel, fixed: tuple, device: torch.device, programs: int, arguments: tuple) -> None:
     """Launch one of the kernels of prepare.py; fixed: its compile-time arguments, the type by name."""
     if programs == 0:
         return
@@ -218,413 +213,6 @@ def _prepare(kernel, fixed: tuple, device: torch.device, programs: int, argument
     _start(prepared, device, (programs, 1, 1), arguments)
 
 
-def _programs(*jobs: int) -> tuple[int, ...]:
+def programs_for(*jobs: int) -> tuple[int, ...]:
     """How many programs of a kernel of prepare.py each job takes, of so many elements."""
     return tuple([-(-job // prepare.BLOCK) for job in jobs])
-
-
-def _words(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer for so many elements of a type, of which the last dimension is even, as words of 32 bits."""
-    *others, last = size
-    return torch.empty((*others, last * dtype.itemsize // 4), dtype=torch.int32, device=device)
-
-
-def _part(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Elements of a buffer, from number `begin` on, as a tensor of its own: autograd then treats it as a result, which
-    users may change in place, and not as a view.
-    """
-    new = torch.empty(0, dtype=dtype, device=buffer.device)
-    begin += buffer.storage_offset() * buffer.itemsize // dtype.itemsize
-    return new.set_(buffer.untyped_storage(), begin, size, stride)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
-    tensor = tensor.contiguous().resolve_neg()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-class Begun(NamedTuple):
-    """What stands ready before the input product and the recurrence.
-
-    y: all of its buffer [B + R + B, N, HS], as words. weight_hh [N, G*H, HS]. For the input product, where the weights
-    of each set were given: weight_ih [N*G*H, I] and, where there are biases, bias [N*G*H], all but bias_hn [N, A*H]
-    (GRU: n's).
-    """
-
-    y: Tensor
-    weight_hh: Tensor
-    weight_ih: Tensor | None
-    bias: Tensor | None
-    bias_hn: Tensor | None
-
-
-def begin(
-    plan: Plan,
-    rows: Rows,
-    count: int,
-    h0: Tensor | None,
-    weight_hh: Sequence[Tensor],
-    weight_ih: Sequence[Tensor] | None = None,
-    bias_ih: Sequence[Tensor] | None = None,
-    bias_hh: Sequence[Tensor] | None = None,
-    y: Tensor | None = None,
-) -> Begun:
-    """Make the buffers of a forward and what must stand in them; count: R. h0 [N, B, H], None for zeros.
-
-    weight_hh: of each set [G*H, H], or all of them [N, G*H, H]. The rest: of each set, one or two, for the eager way,
-    where this makes one tensor of both and one bias of two. y: its buffer, of words, or a new one.
-    """
-    cell, (sets, hidden_size) = CELLS[plan.cell], (plan.sets, plan.hidden_size)
-    batch, size, width = rows.batch, padded(hidden_size, plan.dtype), cell.gates * hidden_size
-    like = weight_hh[0]
-    device, dtype = like.device, like.dtype
-    y = _words((batch + count + batch, sets, size), dtype, device) if y is None else y
-    bias = bias_hn = input_weight = None
-    if bias_ih is not None:
-        apart = sets * cell.apart * hidden_size
-        bias = torch.empty((sets * width + apart,), dtype=dtype, device=device)
-        if apart:
-            bias, bias_hn = bias[:-apart], bias[-apart:].view(sets, -1)
-    both = weight_ih is not None and len(weight_ih) == 2
-    if both:
-        input_weight = torch.empty((2 * width, weight_ih[0].shape[1]), dtype=dtype, device=device)
-    recurrent = whole(weight_hh, size)
-    copied = recurrent is None
-    if copied:
-        recurrent = torch.empty((sets, width, size), dtype=dtype, device=device)
-    of_sets = [_aligned(weight) for weight in weight_hh] if copied else None
-    programs = _programs(
-        0 if plan.alone else count * sets * size * itemsize(plan.dtype) // 4,
-        batch * sets * size,
-        0 if bias is None else sets * width,
-        recurrent.numel() if copied else 0,
-        0 if input_weight is None else input_weight.numel(),
-    )
-    _prepare(
-        prepare.prepare_forward,
-        (cell.gates, hidden_size, size, sets, cell.apart, plan.dtype, prepare.BLOCK, None),
-        device,
-        sum(programs),
-        (
-            y, _dense(h0), *_two(_all_dense(bias_ih)), *_two(_all_dense(bias_hh)), bias, bias_hn, *_two(of_sets),
-            recurrent if copied else None, *_two([_aligned(weight) for weight in weight_ih] if both else None),
-            input_weight, count, batch, weight_ih[0].shape[1] if both else 0, *programs[:4],
-        ),
-    )  # fmt: skip
-    if not both and weight_ih is not None:
-        (input_weight,) = weight_ih
-    return Begun(y, recurrent, input_weight, bias, bias_hn)
-
-
-def _two(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """The tensors of two sets, None where there is none."""
-    if tensors is None:
-        return None, None
-    return tensors[0], tensors[1] if len(tensors) > 1 else None
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, with the values that it shows (`imag` of a conjugate is a view of the opposite ones)."""
-    return None if tensor is None else tensor.contiguous().resolve_neg()
-
-
-def _all_dense(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """Each contiguous: a bias may be a column, or one number for all units."""
-    return None if tensors is None else [_dense(tensor) for tensor in tensors]
-
-
-def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
-    """Weights of all sets [N, rows, size], or of one [rows, size], as the kernels take them, where they lie so; else
-    None, and a job of one or two sets copies them. (More than two are padded by torch.)
-    """
-    if not isinstance(weights, Tensor):
-        if len(weights) > 1:
-            return None
-        (weights,) = weights
-    width = weights.shape[-1]
-    if width != size and weights.dim() == 3 and len(weights) > 2:
-        weights, width = torch.nn.functional.pad(weights, (0, size - width)), size
-    return _aligned(weights) if width == size else None
-
-
-def forward(
-    plan: Plan,
-    x_part: Tensor,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    rows: Rows,
-    reversed_sets: int,
-    saving: str,
-    c_n: Tensor | None = None,
-    parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """All steps forward.
-
-    x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
-    "nothing", "lean" (aux alone, where there are states) or "full".
-    weight_hh [N, G*H, H], bias_hn [N, A*H] or None, h0 [N, B, H] and c0 [N, B, K*H] or None; reversed_sets: 0 none of
-    the sets runs backwards in time, 1 all, 2 every second one. parameters [N, P*H] or None.
-    c_n: where to write it, or a new tensor. rates: what stays of h and of the states in every step, where `rows` has no
-    masks; None for nothing.
-    -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] or None, aux [R, N, planes * HS] or None, and the carries [R, N, K *
-    HS] or None: see `Cell.keeps_carries`.
-    """
-    begun = begin(plan, rows, x_part.shape[0], sent(h0, rows), weight_hh)
-    if bias_hn is not None:
-        begun = begun._replace(bias_hn=_aligned(bias_hn))
-    how = dict(c_n=c_n, parameters=parameters, rates=rates)
-    return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, **how)
-
-
-def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
-    """What of the initial state the recurrent product sees."""
-    return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
-
-
-# What both kernels take for options of a layer and of a stack, tensors and numbers, where there are none.
-NO_MASKS: dict[str, Tensor | None] = dict.fromkeys(("passed", "dropped", "kept_h", "kept_c"))
-NO_RATES: dict[str, float | None] = dict.fromkeys(("rate_h", "rate_c", "scale"))
-
-
-def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dict, dict, bool]:
-    """What both kernels take for recurrent dropout and zoneout, tensors and numbers, with nothing of a stack; and
-    whether a part of the states is kept.
-    """
-    if rates == (None, None) and rows.dropped is rows.kept_h is rows.kept_c is None:
-        return NO_MASKS, NO_RATES, False
-    masks = {name: getattr(rows, name, None) for name in NO_MASKS}  # rows know of none that are passed
-    tensors = {name: None if mask is None else _aligned(mask) for name, mask in masks.items()}
-    return tensors, NO_RATES | dict(rate_h=rates[0], rate_c=rates[1]), rows.kept_c is not None or rates[1] is not None
-
-
-def go_on(
-    plan: Plan,
-    begun: Begun,
-    x_part: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    rows: Rows,
-    reversed_sets: int,
-    saving: str,
-    h_n: Tensor | None = None,
-    c_n: Tensor | None = None,
-    parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None),
-    flat: bool = False,
-    aux: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n, aux: where to write those, or new
-    tensors. flat: y as [R, N*H], where it lies so.
-    """
-    assert rows.time > 0 and x_part.is_contiguous()
-    cell, sets = CELLS[plan.cell], plan.sets
-    hidden_size, dtype, device, batch, count = plan.hidden_size, x_part.dtype, x_part.device, rows.batch, len(x_part)
-    size, y = padded(hidden_size, plan.dtype), begun.y
-    if cell.keeps_aux(saving) and aux is None:
-        exact = torch.float32 if cell.states else dtype
-        aux = torch.empty((count, sets, cell.planes * size), dtype=exact, device=device)
-    masks, numbers, mixed = _of_layer(rows, rates)
-    carries = shown = None
-    if cell.keeps_carries(saving, mixed, rates[0]):
-        width, exact = (len(cell.states), torch.float32) if cell.states else (1, dtype)
-        carries = torch.empty((count, sets, width * size), dtype=exact, device=device)
-    if rows.dropped is not None:  # what is sent to the neighbours is not what is shown
-        shown = torch.empty((count, sets, size), dtype=dtype, device=device)
-    if h_n is None:
-        h_n = torch.empty((sets, batch, hidden_size), dtype=dtype, device=device)
-    if c_n is None and cell.states:
-        c_n = torch.empty((sets, batch, len(cell.states) * hidden_size), dtype=dtype, device=device)
-    tensors = dict(
-        x_part=x_part,
-        weight=begun.weight_hh,
-        weight_below=None,
-        bias=begun.bias_hn,
-        biases=None,
-        parameters=None if parameters is None else _aligned(parameters),
-        y=y,
-        fed=None,
-        carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
-        gates=x_part if saving == "full" and cell.saves else None,
-        aux=aux,
-        carry_n=c_n,
-        h_n=h_n,
-        shown=shown,
-        h_0=None if shown is None else _dense(h0),
-        carries=carries,
-        **masks,
-    )
-    _launch(plan, device, rows, reversed_sets, tensors, **numbers)
-    begins, buffer = (batch * sets * size, y) if shown is None else (0, shown)
-    if flat and (sets == 1 or size == hidden_size):
-        y = _part(buffer, dtype, begins, (count, sets * hidden_size), (sets * size, 1))
-    else:
-        y = _part(buffer, dtype, begins, (count, sets, hidden_size), (sets * size, size, 1))
-    return y, h_n, c_n, aux, carries
-
-
-def backward(
-    plan: Plan,
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    weight_hh: Tensor,
-    gates: Tensor | None,
-    aux: Tensor | None,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
-    reversed_sets: int,
-    d_cells: Tensor | None = None,
-    clip: float | None = None,
-    parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None),
-    carries: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """All steps backward.
-
-    d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H],
-    aux and y as `forward` left them; h0 [N, B, H] and c0 [N, B, K*H], each None for zeros. d_cells [R, N, K*H]: by the
-    states of every step (LSTM: c), or None. clip: limit of h's gradient at every step, or None. parameters [N, P*H] or
-    None. rates, carries: as `forward` took and left them.
-    -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots; d_carry_0: of c0 where
-    there are states, [N, B, K*H]; where the cell carries h (GRU), in float32, what of h0's does not pass through the
-    gates; None where that state is; d_parameters [N, B, P*H] in float32, each row's part, or None; d_kept_0
-    [N, B, H] in float32, where a part of h is kept (zoneout), what of h0's gradient comes that way; where the cell
-    carries h None: it is in d_carry_0.
-    """
-    cell = CELLS[plan.cell]
-    count, sets, hidden_size = y.shape
-    dtype, device, batch = y.dtype, y.device, rows.batch
-    size = padded(hidden_size, plan.dtype)
-    if batch * sets * cell.slots * size * dtype.itemsize >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
-        raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
-    if cell.planes > 0 and y.numel() > 0 and (aux is None or aux.numel() == 0):
-        raise RuntimeError("rnn_gpu: a backward was asked for, and the forward kept nothing for one")
-    d_gates = _words((batch + count + batch, sets, cell.slots, size), dtype, device)
-    weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
-    state_0 = history_0 = None
-    masks, numbers, mixed = _of_layer(rows, rates)
-    wide = count, sets, size
-    if cell.reads_h:
-        aux = within(y, wide) if rates[0] is None else _aligned(carries)
-    else:
-        aux = _aligned(aux) if cell.planes > 0 else None
-    states = _aligned(carries) if cell.states and mixed else aux
-    history = states if cell.states else within(y, wide) if cell.carries_h else None
-    planes = history.shape[-1] // size if cell.states else 1  # of a unit in `history`
-    if history is not None:
-        state_0 = c0 if cell.states else h0
-        history_0 = torch.empty((batch, sets, planes * size), dtype=history.dtype, device=device)
-    weight_hh = [_aligned(one) for one in weight_hh]
-    words = sets * cell.slots * size * itemsize(plan.dtype) // 4  # of a row
-    programs = _programs(
-        0 if plan.alone else count * words, batch * words, 0 if history_0 is None else history_0.numel()
-    )
-    for first in range(0, sets, 2):
-        of_two = weight_hh[first : first + 2]
-        tiles = len(of_two) * cell.gates * (-(-size // prepare.TILE)) ** 2
-        _prepare(
-            prepare.prepare_backward,
-            (
-                cell.gates, cell.slots, cell.carried, planes, hidden_size, size, sets, *[cell.slot_order[0]] * 2,
-                plan.dtype, prepare.BLOCK, prepare.TILE,
-            ),
-            device,
-            sum(programs) + tiles,
-            (d_gates, _dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs, size),
-        )  # fmt: skip
-        programs = 0, 0, 0  # of further sets the weights alone
-    d_parameters = None
-    if cell.parameters:
-        width = len(cell.parameters) * hidden_size
-        d_parameters = torch.empty((batch, sets, width), dtype=torch.float32, device=device)
-    d_kept_0 = None
-    if not cell.carries_h and (rows.kept_h is not None or rates[0] is not None):
-        d_kept_0 = torch.empty((batch, sets, hidden_size), dtype=torch.float32, device=device)
-    sizes, given = (batch, sets), (d_y, d_h_n, d_c_n)
-    tensors = _of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
-    tensors |= dict(
-        d_carry=None if d_cells is None else _aligned(d_cells),
-        weight=weight,
-        weight_above=None,
-        parameters=None if parameters is None else _aligned(parameters),
-        d_parameters=d_parameters,
-        d_kept_0=d_kept_0,
-        **masks,
-    )
-    _launch(plan, device, rows, reversed_sets, tensors, **numbers, clip=None if clip is None else float(clip))
-    others = (None if one is None else one.transpose(0, 1) for one in (tensors["d_carry_0"], d_parameters, d_kept_0))
-    width = cell.slots * size
-    place = batch * sets * width, (count, sets, cell.slots, hidden_size), (sets * width, width, size, 1)
-    return _part(d_gates, dtype, *place), *others
-
-
-def _of_backward(
-    cell: Cell, y: Tensor, sizes: tuple[int, int], d_outputs: Sequence[Tensor | None], gates: Tensor | None,
-    aux: Tensor | None, history: tuple[Tensor | None, Tensor | None], d_gates: Tensor, h0: Tensor | None,
-    c0: Tensor | None,
-) -> dict[str, Tensor | None]:  # fmt: skip
-    """What the backward of a layer and that of a stack take alike, with room for the gradient of the initial carry,
-    [*sizes, K*H], where there is one.
-    """
-    d_y, d_h_n, d_c_n = d_outputs
-    d_carry_0 = None
-    if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
-        exact = y.dtype if cell.states else torch.float32
-        d_carry_0 = torch.empty((*sizes, cell.carried * y.shape[2]), dtype=exact, device=y.device)
-    return dict(
-        d_y=None if d_y is None else _aligned(d_y),
-        d_h_n=_dense(d_h_n),
-        d_carry_n=_dense(d_c_n) if cell.states else None,
-        gates=None if gates is None else _aligned(gates),
-        aux=aux,
-        history=history[0],
-        history_0=history[1],
-        d_gates=d_gates,
-        d_carry_0=d_carry_0,
-    )
-
-
-def saved_again(
-    cell: str,
-    sums: Tensor,
-    apart: Tensor | None,
-    y: Tensor,
-    aux: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    places: Tensor | None,
-    batch: int,
-    parameters: Tensor | None = None,
-) -> Tensor | None:
-    """What a forward with saving "full" leaves for its backward, made again in the place of the gate sums.
-
-    sums [R, N, G*H]: of each gate, but the input's part alone of those apart; apart [R, N, A*H]: the hidden part of
-    these. y, aux, h0, c0, parameters: as `backward` takes them. places int64 [R, N]: as again.py has them, for cells
-    that carry something. batch: B.
-    -> aux with the values that the cell saves beyond the gates, where the forward has not kept it with the states.
-    """
-    (count, sets, hidden_size), spec, name = y.shape, CELLS[cell], str(y.dtype).removeprefix("torch.")
-    size = padded(hidden_size, name)
-    made = y.new_zeros(count, sets, spec.planes * size) if spec.further and not spec.states else None
-    wide = count, sets, size
-    history, state_0 = (aux, c0) if spec.states else (within(y, wide), h0) if spec.carries_h else (None, None)
-    _prepare(
-        again.again,
-        (
-            spec.function("forward"), spec.gates, spec.apart, spec.carried, len(spec.parameters), spec.saves,
-            spec.planes, history.shape[-1] if spec.states else size, hidden_size, size, sets, name, prepare.BLOCK // 4,
-        ),
-        y.device,
-        -(-y.numel() // (prepare.BLOCK // 4)),
-        (
-            sums, apart, None if parameters is None else _aligned(parameters), history, _dense(state_0), places, made,
-            count, batch,
-        ),
-    )  # fmt: skip
-    return made

@@ -1,6 +1,5 @@
-"""Where the rows of the steps lie, in which memory, and dropout between layers: what host and kernels agree on."""
+"""Where the rows of the steps lie, and dropout between layers: what host and kernels agree on."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,21 +49,3 @@ class Passed(NamedTuple):
     def on(self, layer: int, rows: Tensor) -> Tensor:
         """What the next layer sees of a layer's rows [R, H]; or the gradients of those from the gradients of that."""
         return torch.ops.aten.native_dropout_backward(rows, self.mask[layer], self.scale)  # rows * mask * scale
-
-
-def lies_within(tensor: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor lies as the first elements of each dimension of a contiguous one of this shape do."""
-    apart = 1
-    for size, stride, room in zip(reversed(tensor.shape), reversed(tensor.stride()), reversed(shape), strict=True):
-        if size > 1 and stride != apart:  # of a dimension of one, the stride says nothing
-            return tensor.numel() == 0
-        apart *= room
-    return True
-
-
-def within(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor that `lies_within` this shape, on a 16-byte boundary: as a kernel has left it; or a copy, in zeros."""
-    if lies_within(tensor, shape) and tensor.data_ptr() % 16 == 0:
-        return tensor
-    copy = tensor.new_zeros(shape)[tuple(map(slice, tensor.shape))]
-    return copy.copy_(tensor)

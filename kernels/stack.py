@@ -11,22 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import prepare
-from .launch import (
-    NO_MASKS,
-    NO_RATES,
-    _aligned,
-    _all_dense,
-    _dense,
-    _launch,
-    _of_backward,
-    _part,
-    _prepare,
-    _programs,
-    _words,
-)  # fmt: skip
+from . import launch, prepare
+from .buffers import aligned, all_dense, as_words, dense, part_of, within
+from .layer import NO_MASKS, NO_RATES, of_backward
 from .plan import Plan
-from .rows import Passed, Rows, within
+from .rows import Passed, Rows
 from .spec import CELLS, itemsize, padded
 
 
@@ -49,13 +38,13 @@ def _passed(passed: Passed | None) -> tuple[dict, dict]:
     """What both kernels take for dropout between the layers, tensors and numbers, with nothing of a single layer."""
     if passed is None:
         return NO_MASKS, NO_RATES
-    return NO_MASKS | dict(passed=_aligned(passed.mask).view(torch.int8)), NO_RATES | dict(scale=passed.scale)
+    return NO_MASKS | dict(passed=aligned(passed.mask).view(torch.int8)), NO_RATES | dict(scale=passed.scale)
 
 
 def _weights_fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
     """Weights of layers fed by others, of all but the one numbered `first`, which has its neighbour's in its place."""
     neighbour = weights[1] if first == 0 else weights[-2]
-    return [_aligned(neighbour if n == first else weight) for n, weight in enumerate(weights)]
+    return [aligned(neighbour if n == first else weight) for n, weight in enumerate(weights)]
 
 
 def begin(
@@ -76,18 +65,18 @@ def begin(
     cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
     size, width, batch = padded(hidden_size, plan.dtype), cell.gates * hidden_size, rows.batch
     like = weight_hh[0]
-    y = _words((layers, batch + count + batch, size), like.dtype, like.device) if y is None else y
+    y = as_words((layers, batch + count + batch, size), like.dtype, like.device) if y is None else y
     recurrent, other = (_new(like, (layers, width, size)) for _ in range(2))
     bias = None if bias_ih is None else _new(like, (layers, width))
     apart = cell.apart * hidden_size if bias is not None else 0
     bias_hn = _new(like, (layers, apart)) if apart else None
     jobs = count * size * itemsize(plan.dtype) // 4, batch * size, 0 if bias is None else width, width * size
-    programs = _programs(*jobs)
-    of_layers, weights, h0 = [_aligned(one) for one in weight_hh], _weights_fed([like, *weight_ih[1:]], 0), _dense(h0)
-    bias_ih, bias_hh = _all_dense(bias_ih), _all_dense(bias_hh)
+    programs = launch.programs_for(*jobs)
+    of_layers, weights, h0 = [aligned(one) for one in weight_hh], _weights_fed([like, *weight_ih[1:]], 0), dense(h0)
+    bias_ih, bias_hh = all_dense(bias_ih), all_dense(bias_hh)
     for n in range(layers):
         biases = (None, None) if bias_ih is None or bias_hh is None else (bias_ih[n], bias_hh[n])
-        _prepare(
+        launch.prepare_buffers(
             prepare.prepare_forward,
             (cell.gates, hidden_size, size, 1, cell.apart, plan.dtype, prepare.BLOCK, size),
             like.device,
@@ -131,7 +120,7 @@ def forward(
     """All steps of all layers forward, after `begin`.
 
     x_part [R, G*H]: the first layer's, biases included; it stays as it is. h0, c0 [L, B, H], None for zeros. saving:
-    "nothing", "lean" or "full", as launch.forward has it. h_n, c_n, gates, aux: where to write those, or new tensors.
+    "nothing", "lean" or "full", as layer.forward has it. h_n, c_n, gates, aux: where to write those, or new tensors.
     passed: dropout, as `begin` was told.
     -> y [L, R, H], h_n [L, B, H], c_n [L, B, H] or None, gates [L, R, G*H] or None, aux [L, R, HS] or None; the kernels
     have layers of y and aux R + 2B rows apart.
@@ -156,16 +145,16 @@ def forward(
         parameters=None,
         y=y,
         fed=begun.fed,
-        carry_0=_dense(c0 if cell.states else h0 if cell.carries_h else None),
+        carry_0=dense(c0 if cell.states else h0 if cell.carries_h else None),
         gates=gates,
         aux=aux,
         carry_n=c_n,
         h_n=h_n,
     )
     masks, numbers = _passed(passed)
-    _launch(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries")) | masks, **numbers)
+    launch.run(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries")) | masks, **numbers)
     shape, stride = (layers, count, hidden_size), ((count + 2 * batch) * size, size, 1)
-    return _part(y, dtype, batch * size, shape, stride), h_n, c_n, gates, aux
+    return part_of(y, dtype, batch * size, shape, stride), h_n, c_n, gates, aux
 
 
 def backward(
@@ -188,13 +177,13 @@ def backward(
     d_y [R, H], of the last layer's outputs, d_h_n and d_c_n [L, B, H], each None for zero; weights of each layer;
     gates, aux and y as `forward` left them; h0, c0 [L, B, H] or None for zeros; passed: as `forward` took it.
     -> d_gates [L, R, E, H], the gradients of the gate sums in the order of the cell's slots, and d_carry_0 [L, B, H],
-    as launch.backward has it.
+    as layer.backward has it.
     """
     cell, (layers, count, hidden_size) = CELLS[plan.cell], y.shape
     batch, size = rows.batch, padded(hidden_size, plan.dtype)
     if batch * cell.slots * size * y.element_size() >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
-    d_gates = _words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
+    d_gates = as_words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
     transposed = _new(y, (2, layers, size, cell.gates, size))
     state_0 = history_0 = None
     span = layers, count + 2 * batch  # of y and aux, as `forward` leaves them
@@ -203,15 +192,15 @@ def backward(
     history = aux if cell.states else y if cell.carries_h else None
     planes = cell.planes if cell.states else 1  # of a unit in `history`
     if history is not None:
-        state_0 = _dense(c0 if cell.states else h0)
+        state_0 = dense(c0 if cell.states else h0)
         history_0 = _new(history, (layers, batch, planes * size))
     words = cell.slots * size * itemsize(plan.dtype) // 4  # of a row
     jobs = count * words, batch * words, 0 if history_0 is None else batch * planes * size
-    programs = _programs(*jobs)
+    programs = launch.programs_for(*jobs)
     tiles = 2 * cell.gates * (-(-size // prepare.TILE)) ** 2  # of both weights of a layer, that are transposed
-    of_layers, weights = [_aligned(one) for one in weight_hh], _weights_fed([*weight_ih[1:], weight_hh[0]], layers - 1)
+    of_layers, weights = [aligned(one) for one in weight_hh], _weights_fed([*weight_ih[1:], weight_hh[0]], layers - 1)
     for n in range(layers):
-        _prepare(
+        launch.prepare_buffers(
             prepare.prepare_backward,
             (
                 cell.gates, cell.slots, cell.carried, planes, hidden_size, size, 1, cell.slot_order[0], 0, plan.dtype,
@@ -225,11 +214,11 @@ def backward(
             ),
         )  # fmt: skip
     sizes, given = (layers, batch), (d_y, d_h_n, d_c_n)
-    tensors = _of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
+    tensors = of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
     tensors |= dict(weight=transposed[0], weight_above=transposed[1])
     masks, numbers = _passed(passed)
     tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0")) | masks
-    _launch(plan, y.device, rows, 0, tensors, **numbers, clip=None)
+    launch.run(plan, y.device, rows, 0, tensors, **numbers, clip=None)
     width = cell.slots * size
     shape, stride = (layers, count, cell.slots, hidden_size), ((count + 2 * batch) * width, width, size, 1)
-    return _part(d_gates, y.dtype, batch * width, shape, stride), tensors["d_carry_0"]
+    return part_of(d_gates, y.dtype, batch * width, shape, stride), tensors["d_carry_0"]

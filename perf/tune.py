@@ -27,6 +27,7 @@ from rnn_gpu import autotuning, backends, measured, reference
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
+from rnn_gpu.kernels.rows import Rows
 from rnn_gpu.kernels.spec import CELLS, DTYPES
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
 
@@ -157,7 +158,7 @@ class Recurrence:
     @classmethod
     def draw(cls, p: Plan, time: int, device: torch.device) -> "Recurrence":
         """Random data of a plan's problem; for a backward plan also a forward, by the plan's own choice."""
-        from rnn_gpu.kernels import launch
+        from rnn_gpu.kernels import layer
 
         spec, dtype = CELLS[p.cell], getattr(torch, p.dtype)
         sets, batch, size = p.sets, p.batch_size, p.hidden_size
@@ -174,8 +175,8 @@ class Recurrence:
             data.d_y = draw(time * batch, sets, size)
             own = planning.plan(p.cell, size, batch, sets, p.dtype, _device(device), False, p.precision)
             gates = data.x_part.clone()
-            rows = launch.Rows(time, batch)
-            y, _, _, aux, _ = launch.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, "full")
+            rows = Rows(time, batch)
+            y, _, _, aux, _ = layer.forward(own, gates, weight, bias, h0, c0, rows, data.reversed_sets, "full")
             data.saved = y, gates if spec.saves else None, aux
         return data
 
@@ -186,19 +187,17 @@ class Recurrence:
 
     def run(self, p: Plan, save: bool = True, fresh: bool = False) -> Tensor:
         """Run a plan: y, or d_gates. fresh: leave the input part as it was (it becomes the gates otherwise)."""
-        from rnn_gpu.kernels import launch
+        from rnn_gpu.kernels import layer
 
-        rows = launch.Rows(self.time, p.batch_size)
+        rows = Rows(self.time, p.batch_size)
         if not p.backward:
             x_part = self.x_part.clone() if fresh else self.x_part
             saving = "full" if save else "nothing"
             start = self.weight, self.bias, self.h0, self.c0
-            return launch.forward(p, x_part, *start, rows, self.reversed_sets, saving)[0]
+            return layer.forward(p, x_part, *start, rows, self.reversed_sets, saving)[0]
         y, gates, aux = self.saved
         states = self.h0, self.c0
-        return launch.backward(p, self.d_y, None, None, self.weight, gates, aux, y, *states, rows, self.reversed_sets)[
-            0
-        ]
+        return layer.backward(p, self.d_y, None, None, self.weight, gates, aux, y, *states, rows, self.reversed_sets)[0]
 
     def expected(self, p: Plan, dtype: torch.dtype) -> Tensor:
         """What `run` has to give, by the readable loop in a dtype: y, or the gradient of the input part."""
@@ -252,19 +251,19 @@ class Stack:
         return data
 
     def _forward(self, p: Plan, saving: str) -> tuple:
-        from rnn_gpu.kernels import launch, stack
+        from rnn_gpu.kernels import stack
 
-        rows = launch.Rows(self.time, p.batch_size)
+        rows = Rows(self.time, p.batch_size)
         begun = stack.begin(p, rows, self.x_part.shape[0], self.h0, *self.weights)
         return stack.forward(p, begun, self.x_part, self.h0, self.c0, rows, saving)
 
     def run(self, p: Plan, save: bool = True, fresh: bool = False) -> Tensor:
         """Run a plan: y of the last layer, or d_gates of the first. fresh: the input part is never written over."""
-        from rnn_gpu.kernels import launch, stack
+        from rnn_gpu.kernels import stack
 
         if not p.backward:
             return self._forward(p, "full" if save else "nothing")[0][-1].unsqueeze(1)
-        rows, states = launch.Rows(self.time, p.batch_size), (self.h0, self.c0)
+        rows, states = Rows(self.time, p.batch_size), (self.h0, self.c0)
         given = self.d_y, None, None, *self.weights[:2], *self.saved
         return stack.backward(p, *given, *states, rows)[0][0].unsqueeze(1)
 

@@ -111,14 +111,14 @@ def recurrence(
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; aux, what the backward needs
     besides; and what else, see `Cell.keeps_carries`, [R, N, ...], else empty.
     """
-    from .kernels import launch
+    from .kernels import layer
 
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = plan_of(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     how = dict(parameters=parameters, rates=(rate_h, rate_c))
-    results = launch.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
+    results = layer.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
     return tuple(x_part.new_empty(0) if one is None else one for one in results)
 
 
@@ -425,12 +425,12 @@ def saved_again(
     batch: int,
     cell: str,
 ) -> Tensor:
-    """The gate sums [R, N, G*H] become what the forward saved, see `launch.saved_again`. -> aux, or empty where that
+    """The gate sums [R, N, G*H] become what the forward saved, see `layer.saved_again`. -> aux, or empty where that
     has been kept.
     """
-    from .kernels import launch
+    from .kernels import layer
 
-    made = launch.saved_again(cell, sums, apart, y, aux, h0, c0, places, batch, parameters)
+    made = layer.saved_again(cell, sums, apart, y, aux, h0, c0, places, batch, parameters)
     return y.new_empty(0) if made is None else made
 
 
@@ -478,20 +478,20 @@ def backward_by_operator(call: Call, d_outputs: tuple, weight_hh: Weights, state
 
 def backward_directly(call: Call, d_outputs: tuple, weight_hh: Weights, states: tuple, rows: Rows, saved: tuple):
     """The same by the launcher."""
-    from .kernels import launch
+    from .kernels import layer
 
     (*of_results, d_cells), (y, gates, aux, carries), (h0, c0, parameters) = d_outputs, saved, states
     plan = plan_of(call, y.shape[2], y, rows.batch, True, rows.ragged)
     gates = gates if CELLS[call.cell].saves else None
     how = rows, call.reversed_sets, d_cells, call.clip, parameters, call.kernel_rates, carries
-    return launch.backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
+    return layer.backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
 
 
 def products_by_set(
     call: Call, wanted: Inputs, d_h_n: Tensor | None, inputs: Inputs, rows: Rows, y: Tensor, d_gates: Tensor,
     d_carry_0: Tensor | None, d_parameters: Tensor | None, d_kept_0: Tensor | None,
 ) -> tuple[Tensor | list[Tensor] | None, ...]:  # fmt: skip
-    """The same from what the recurrence backwards gave, as launch.backward does; y [R, N, H]."""
+    """The same from what the recurrence backwards gave, as layer.backward does; y [R, N, H]."""
     cell, h0, lengths, resets = CELLS[call.cell], inputs.h0, rows.lengths, rows.resets
     (count, sets, size), gates = y.shape, cell.gates
     plain, of_slots = directly((y, d_gates)), d_gates
@@ -645,19 +645,19 @@ def run_directly(
     N*G*H], aux, carries. inputs: weights and biases as one tensor of each set. y: a buffer for it; h_n, c_n, gates,
     aux: where to write those; or new tensors.
     """
-    from .kernels import launch
+    from .kernels import layer
 
     input, weight_hh = inputs.input, inputs.weight_hh
     plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
-    weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), launch.sent(inputs.h0, rows)
-    begun = launch.begin(plan, rows, input.shape[0], sent, *weights, y=y)
+    weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), layer.sent(inputs.h0, rows)
+    begun = layer.begin(plan, rows, input.shape[0], sent, *weights, y=y)
     gates = input_product(input, begun.weight_ih, begun.bias, gates)
     if inputs.start is not None:
         add_start(gates.unflatten(1, (call.sets, -1)), inputs.start, rows, call)
     states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
     more = inputs.parameters, call.kernel_rates
     how = *how, h_n, c_n, *more
-    y, h_n, c_n, *kept = launch.go_on(plan, begun, gates, *states, rows, *how, flat=True, aux=aux)
+    y, h_n, c_n, *kept = layer.go_on(plan, begun, gates, *states, rows, *how, flat=True, aux=aux)
     return y, h_n, c_n, gates, *kept
 
 

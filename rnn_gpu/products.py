@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .kernels.rows import lies_within
+from .kernels.buffers import lies_within
 from .kernels.spec import padded
 from .many_gradients import for_each_gradient
 

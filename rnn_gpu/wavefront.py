@@ -89,7 +89,7 @@ def drawn_between(input: Tensor, hidden_size: int, layers: int, dropout: float) 
     """
     if dropout == 0:
         return None
-    # As the output of a layer lies (kernels/launch.py): the stream on a GPU depends on it.
+    # As the output of a layer lies (kernels/layer.py): the stream on a GPU depends on it.
     ones = input.new_ones((input.shape[0], padded(hidden_size, backends.name_of(input.dtype))))[:, :hidden_size]
     return torch.stack([torch.native_dropout(ones, dropout, True)[1] for _ in range(layers - 1)])
 

@@ -27,7 +27,7 @@ from tests.tolerances import assert_close_to_oracle
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed. precision: "ieee" or "tf32" for float32, else None; reversed_sets as launch.py has it."""
+    """What is to be computed. precision: "ieee" or "tf32" for float32, else None; reversed_sets as layer.py has it."""
 
     cell: str
     hidden_size: int
@@ -243,16 +243,16 @@ def changed(p: Plan, **changes) -> Plan:
 
 
 def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str = "full"):
-    """launch.forward on a copy of x_part -> y, c_n, aux, and that copy: the gates, if `saving` is "full"."""
-    from rnn_gpu.kernels import launch
+    """layer.forward on a copy of x_part -> y, c_n, aux, and that copy: the gates, if `saving` is "full"."""
+    from rnn_gpu.kernels import layer
 
     gates = given.x_part.flatten(0, 1).clone()
-    rows = launch.Rows(problem.time, problem.batch)
+    rows = layer.Rows(problem.time, problem.batch)
     states = given.h0, given.c0
     c_n = (
         None if given.c0 is None else torch.empty_like(given.c0, dtype=torch.float32)
     )  # all that the kernel knows of c
-    y, _, c_n, aux, _ = launch.forward(
+    y, _, c_n, aux, _ = layer.forward(
         forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, saving, c_n
     )
     steps = (problem.time, problem.batch)
@@ -260,10 +260,10 @@ def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str =
 
 
 def run_backward(problem: Problem, backward_plan: Plan, given: Data, y: Tensor, aux: Tensor | None, gates: Tensor):
-    """launch.backward from what `run_forward` left -> d_gates [T, B, N, E, H], d_carry_0."""
-    from rnn_gpu.kernels import launch
+    """layer.backward from what `run_forward` left -> d_gates [T, B, N, E, H], d_carry_0."""
+    from rnn_gpu.kernels import layer
 
-    d_gates, d_carry_0, *_ = launch.backward(
+    d_gates, d_carry_0, *_ = layer.backward(
         backward_plan,
         None if given.d_y is None else given.d_y.flatten(0, 1),
         given.d_h_n,
@@ -274,7 +274,7 @@ def run_backward(problem: Problem, backward_plan: Plan, given: Data, y: Tensor, 
         y.flatten(0, 1),
         given.h0,
         given.c0,
-        launch.Rows(problem.time, problem.batch),
+        layer.Rows(problem.time, problem.batch),
         problem.reversed_sets,
     )
     return d_gates.unflatten(0, (problem.time, problem.batch)), d_carry_0

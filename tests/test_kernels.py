@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from rnn_gpu.equations import BUILT_IN
-from rnn_gpu.kernels import cells, exchange, interpreter, launch, tiles
+from rnn_gpu.kernels import cells, exchange, interpreter, launch, layer, tiles
 from rnn_gpu.kernels.spec import CELLS
 from tests.problems import (
     Poison,
@@ -768,6 +768,6 @@ def test_a_batch_whose_gradients_no_32_bits_can_count_is_refused():
         torch.empty(1, 1, 128).expand(1, rows, 128),
     )
     with pytest.raises(RuntimeError, match="split the batch"):
-        launch.backward(
-            backward_plan, None, None, None, torch.empty(1, 512, 128), None, None, y, h0, h0, launch.Rows(1, rows), 0
+        layer.backward(
+            backward_plan, None, None, None, torch.empty(1, 512, 128), None, None, y, h0, h0, layer.Rows(1, rows), 0
         )

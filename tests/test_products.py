@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rnn_gpu import products
-from rnn_gpu.kernels.rows import lies_within, within
+from rnn_gpu.kernels.buffers import lies_within, within
 from tests.tolerances import assert_same_mathematics
 
 

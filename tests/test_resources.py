@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from perf import resources
 from rnn_gpu.equations import BUILT_IN
-from rnn_gpu.kernels import launch, machine_code
+from rnn_gpu.kernels import launch, layer, machine_code
 from rnn_gpu.kernels.compiled import Resources, compile_kernel, compile_plan, signature
 from rnn_gpu.kernels.direct import Prepared
 from rnn_gpu.kernels.machine.decode import Code
@@ -430,13 +430,13 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, option
         offsets=torch.arange(T + 1) * B,
         resets=torch.zeros(T, B, dtype=torch.int8),
     )
-    where = launch.Rows(T, B, **{name: where[name] for name in resources.ROWS[rows]})
+    where = layer.Rows(T, B, **{name: where[name] for name in resources.ROWS[rows]})
     if options:
         kept = torch.zeros(T * B, N, H, dtype=torch.int8)
         where = where._replace(dropped=torch.ones(N, B, H), kept_h=kept, kept_c=kept if spec.states else None)
     passed = {}
-    monkeypatch.setattr(launch, "_launch", lambda *arguments, **numbers: passed.update(arguments[-1] | numbers))
-    monkeypatch.setattr(launch, "_prepare", lambda *arguments: None)
+    monkeypatch.setattr(launch, "run", lambda *arguments, **numbers: passed.update(arguments[-1] | numbers))
+    monkeypatch.setattr(launch, "prepare_buffers", lambda *arguments: None)
     h0, weight = torch.zeros(N, B, H, dtype=kind), torch.zeros(N, spec.gates * H, H, dtype=kind)
     c0 = h0 if spec.states else None
     gates = torch.zeros(T * B, N, spec.gates * H, dtype=kind)
@@ -445,10 +445,10 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, option
         y = torch.zeros(T * B, N, H, dtype=kind)
         saved = gates if spec.saves else None, None if spec.reads_h else aux
         more = dict(d_cells=y if spec.states else None, clip=0.5, carries=aux) if options else {}
-        launch.backward(p, y, h0, c0, weight, *saved, y, h0, c0, where, 0, **more)
+        layer.backward(p, y, h0, c0, weight, *saved, y, h0, c0, where, 0, **more)
     else:
         bias = torch.zeros(N, H, dtype=kind) if spec.apart else None
-        launch.forward(p, gates, weight, bias, h0, c0, where, 0, "full")
+        layer.forward(p, gates, weight, bias, h0, c0, where, 0, "full")
     tensors = passed | {name: getattr(where, name) for name in ("lengths", "offsets", "resets")}
     names = {
         torch.float32: "*fp32",
@@ -564,4 +564,4 @@ def test_nothing_that_can_be_large_is_multiplied_in_32_bits(rows, backward):
     for line in text.splitlines():
         if "arith.muli" in line and re.search(r": i32\b", line):
             found = large & set(re.findall(r"%\w+", line.partition("=")[2]))
-            assert not found or (backward and found == {"%B"}), line  # launch.py refuses such a batch
+            assert not found or (backward and found == {"%B"}), line  # layer.py refuses such a batch
