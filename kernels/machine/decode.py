@@ -37,13 +37,15 @@ class Instruction:
     action: Callable | None = None
     target: int = -1
     guard: int = -1  # the predicate's register
-    reads: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()  # the guard among them
     writes: tuple[int, ...] = ()
     together: bool = False  # all lanes of a warp must execute it together
     asks: bool = False  # what it reads from memory may have come from another program just now
     tells: bool = False  # writes memory that others may ask for
     holds: frozenset[int] = frozenset()  # registers that nothing else may touch until they have been waited for
     touches: tuple[int, ...] = ()  # registers of its own that another instruction `holds`
+    doubts: tuple[int, ...] = ()  # registers that it reads, and on some way to it nothing writes
+    settles: tuple[int, ...] = ()  # such registers that it writes
     spins: bool = False  # a branch back to polls, over nothing that tells: the loop of a wait
 
 
@@ -167,6 +169,7 @@ class Code:
         self._needs: dict[tuple, tuple[int, ...]] = {}
         self._find_waits()
         self._find_held()
+        self._find_doubts()
 
     def _grain(self, space: str) -> int:
         found = (s for s in self.kernel.statements if s.has(space) and s.op[0] in ("st", "atom", "red"))
@@ -183,6 +186,14 @@ class Code:
         for x in self.code:
             if held and not x.holds:
                 x.touches = tuple(held.intersection((*x.reads, *x.writes)))
+
+    def _find_doubts(self) -> None:
+        """Moves may read what nothing wrote: Triton makes pairs of which it uses a half."""
+        unsure = self._live(guarded=True)[0] & ((1 << len(self.kernel.registers)) - 1)
+        for x in self.code if unsure else ():
+            used = x.reads if x.statement.op[0] != "mov" else (x.guard,)
+            x.doubts = tuple(i for i in used if i >= 0 and unsure >> i & 1)
+            x.settles = tuple(i for i in x.writes if unsure >> i & 1)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -218,9 +229,13 @@ class Code:
         """For each instruction, which registers may be read from it on before they are written, as the bits of a
         number.
         """
+        return self._live(guarded=False)
+
+    def _live(self, guarded: bool) -> list[int]:
+        """guarded: whether an instruction writes its registers that some lanes do not execute."""
         code, n = self.code, len(self.code)
-        reads = [sum(1 << i for i in {*x.reads, *([x.guard] if x.guard >= 0 else [])}) for x in code]
-        kills = [0 if x.guard >= 0 else sum(1 << i for i in {*x.writes}) for x in code]
+        reads = [sum(1 << i for i in set(x.reads)) for x in code]
+        kills = [0 if x.guard >= 0 and not guarded else sum(1 << i for i in {*x.writes}) for x in code]
         live, changed = [0] * (n + 1), True
         while changed:
             changed = False

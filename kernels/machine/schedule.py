@@ -23,7 +23,6 @@ from .warpgroup import Outstanding
 
 READY, WAITING, DONE = range(3)
 NOWHERE = 1 << 30  # the place of a lane that has ended
-JUNK = {0: True, 1: 0xA5, 2: 0xA5A5, 4: 0xA5A5A5A5, 8: 0xA5A5A5A5A5A5A5A5}  # in registers that nobody wrote
 LANES = np.arange(32)
 
 
@@ -145,6 +144,8 @@ class Launch:
         self.barriers, self.warp_barriers = np.ones(programs, np.int64), np.zeros(rows, np.int64)
         self.arrived = np.zeros(programs, np.int64)
         self.registers: list[np.ndarray | None] = [None] * len(code.widths)
+        self._junk: dict[int, np.ndarray] = {}
+        self.written: dict[int, np.ndarray] = {}  # which lanes have, of registers that instructions doubt
         self._set_special()
         self.copies: dict[int, list] = {}  # row -> groups of asynchronous copies, the open one last
         self.products: dict[int, Outstanding] = {}  # row -> products that it has not waited for
@@ -176,6 +177,14 @@ class Launch:
             value = np.asarray(values[name], np.uint32)
             width = value.shape[1] if value.ndim else 1
             self.registers[self.code.special[name]] = np.array(np.broadcast_to(value, (rows, width)))
+
+    def junk(self, width: int) -> np.ndarray:
+        """What is in a register of so many bytes that nobody wrote."""
+        if width not in self._junk:
+            random = np.random.default_rng((self.schedule.launch, self.schedule.seed, width))
+            bits = random.integers(0, 1 << 64, (self.status.size, 32), np.uint64)
+            self._junk[width] = bits.astype(UNSIGNED[width]) if width else bits & np.uint64(1) == 1
+        return self._junk[width]
 
     def run(self) -> None:
         """Until all programs have ended."""
@@ -283,12 +292,8 @@ class Run:
         for slot in self.code.needs(begin, end, self.active is not None):
             if self.frame[slot] is None:
                 stored = self.launch.registers[slot]
-                if stored is None:
-                    width = self.code.widths[slot]
-                    stored = np.full((1, 1), JUNK[width], UNSIGNED[width] if width else bool)
-                    self.frame[slot] = stored
-                else:
-                    self.frame[slot] = stored if self.all else stored[self.rows]
+                stored = self.launch.junk(self.code.widths[slot]) if stored is None else stored
+                self.frame[slot] = stored if self.all else stored[self.rows]
 
     def _flush(self, live: int) -> None:
         """Give back what was written, of the registers that are still read."""
@@ -297,10 +302,7 @@ class Run:
             if live >> slot & 1:
                 value = self.frame[slot]
                 if registers[slot] is None:
-                    width = self.code.widths[slot]
-                    registers[slot] = np.full(
-                        (self.launch.status.size, 32), JUNK[width], UNSIGNED[width] if width else bool
-                    )
+                    registers[slot] = self.launch.junk(self.code.widths[slot]).copy()
                 if self.all:  # never in place: the frame may hold it as another register
                     registers[slot] = np.array(np.broadcast_to(value, (self.warps, 32)))
                 else:
@@ -325,6 +327,8 @@ class Run:
                 mask = self._mask(x)
                 if x.touches and launch.products:
                     self._leave_alone(x, mask)
+                if x.doubts or x.settles:
+                    self._settle(x, mask)
                 steps += 1
                 at += 1
                 if x.kind == VALUE:
@@ -352,6 +356,19 @@ class Run:
                     return self._exit(mask, at, steps)
             if self.active is not None:
                 return self._stop(at, steps)
+
+    def _settle(self, x, mask: np.ndarray | None) -> None:
+        """Fault where an instruction reads a register that no instruction which its lane came by writes."""
+        written = self.launch.written
+        for slot in x.doubts:
+            odd = np.ones((self.warps, 32), bool) if slot not in written else ~written[slot][self.rows]
+            lanes = self.active if slot == x.guard else mask
+            if (odd if lanes is None else odd & lanes).any():
+                name = list(self.code.kernel.registers)[slot]
+                self.fail(f"{name} is read, and nothing has written it", odd if lanes is None else odd & lanes)
+        for slot in x.settles:
+            known = written.setdefault(slot, np.zeros((self.launch.status.size, 32), bool))
+            known[self.rows] |= True if self.active is None else self.active
 
     def _mask(self, x) -> np.ndarray | None:
         """The lanes that execute an instruction, [warps, 32]; None: all."""
