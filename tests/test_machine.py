@@ -62,6 +62,7 @@ def test_stores_of_a_thread_are_seen_in_any_order():
     "parts",
     [
         {"between": "fence.acq_rel.gpu;"},
+        {"between": "fence.sc.gpu;"},
         {"between": "membar.gl;"},
         {"store_flag": "st.release.gpu.global"},
         {"store_flag": "red.release.gpu.global.add"},
@@ -306,6 +307,7 @@ def test_a_race_in_global_memory_within_a_program_is_a_fault():
     [
         "st.volatile.global.b32 [%rd0], 5;",
         "st.relaxed.gpu.global.b32 [%rd0], 5;",
+        "st.mmio.relaxed.sys.global.b32 [%rd0], 5;",
         "atom.global.add.u32 x, [%rd0], 5;",
         "red.relaxed.gpu.global.add.u32 [%rd0], 5;",
     ],

@@ -3,15 +3,20 @@ denormals, shifts past the width, conversions, fragments of matrices. Written fr
 functions under test name.
 """
 
+import ast
 import itertools
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from rnn_gpu.kernels.machine import Fault
+from rnn_gpu.kernels.machine.access import HINTS
+from rnn_gpu.kernels.machine.decode import HANDLERS
 from rnn_gpu.kernels.machine.schedule import Machine
 from tests.ptx import HEAD, kernel, lanes, launch, value_of
 
@@ -221,6 +226,21 @@ def test_flush_and_saturation():
     assert_bits(found, bits_of(flushed, "f32"))
     found = value_of("add.sat.f32 $0, $1, $2;", "f32", ("f32", a), ("f32", np.float32(0)))
     assert_bits(found, bits_of(np.where(np.isnan(a), 0, np.clip(a, 0, 1)) + 0.0, "f32"))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_negative_results_are_cut_off(kind):
+    """Catches `.relu` that loses NaN, or cuts an operand instead of the result."""
+    a = near(1)
+    x = bits_of([round_exactly(Fraction(float(v)), kind, "rn") for v in a], kind)
+    x[:2] = bits_of([np.nan, -np.inf], kind)
+    cut = bits_of(np.where(numbers(x, kind) < 0, 0, numbers(x, kind)), kind)
+    one, zero = bits_of(np.ones(32), kind), bits_of(np.zeros(32), kind)
+    assert_bits(value_of(f"fma.rn.relu.{kind} $0, $1, $2, $3;", kind, (kind, x), (kind, one), (kind, zero)), cut)
+    wide = numbers(x, kind).astype(np.float32)
+    assert_bits(value_of(f"cvt.rn.relu.{kind}.f32 $0, $1;", kind, ("f32", wide)), cut)
+    pairs = value_of(f"cvt.rn.relu.{kind}x2.f32 $0, $1, $2;", "b32", ("f32", -np.abs(a)), ("f32", wide))
+    assert_bits(pairs, cut.astype(np.uint32))
 
 
 @pytest.mark.parametrize("name", ["min", "max"])
@@ -473,7 +493,8 @@ def test_comparisons(kind):
         x, y = (list(itertools.islice(itertools.cycle(v), 32)) for v in (draw, [*draw[::-1], 1.0]))
         a, b = bits_of(x, kind), bits_of(y, kind)
         names = {name: lambda p, q, f=f: f(p, q) and p == p and q == q for name, f in ORDERED.items()}
-        names |= {f"{name}u": lambda p, q, f=f: f(p, q) or p != p or q != q for name, f in ORDERED.items()}
+        unordered = zip(["equ", "neu", "ltu", "leu", "gtu", "geu"], ORDERED.values(), strict=True)
+        names |= {name: lambda p, q, f=f: f(p, q) or p != p or q != q for name, f in unordered}
         names |= {"num": lambda p, q: p == p and q == q, "nan": lambda p, q: p != p or q != q}
     else:
         bits = int(kind[1:])
@@ -756,7 +777,8 @@ def test_products_of_matrices(kind, k, result):
         ]
     inputs |= {f"c{i}": ("b32", x) for i, x in enumerate(pairs)}
     names = lambda letter, count: "{" + ", ".join(f"{letter}{i}" for i in range(count)) + "}"
-    shape, kinds = f"mma.sync.aligned.m16n8k{k}.row.col", f"{result}.{kind}.{kind}.{result}"
+    form = "kind::f8f6f4." if (kind, result) == ("e5m2", "f32") else ""  # as sm_120 has it
+    shape, kinds = f"mma.sync.aligned.{form}m16n8k{k}.row.col", f"{result}.{kind}.{kind}.{result}"
     fragments = ", ".join([names("d", len(pairs)), names("a", words_a), names("b", words_b), names("c", len(pairs))])
     code = f"{shape}.{kinds} {fragments};"
     found = lanes(code, {f"d{i}": "b32" for i in range(len(pairs))}, inputs)
@@ -954,20 +976,58 @@ def test_compare_and_swap_and_exchange():
     assert (old == 0).sum() == 1 and int(old.argmin()) == winner - 1 and set(old.tolist()) <= {0, winner}
 
 
-def test_asynchronous_copies():
+@pytest.mark.parametrize(("name", "expected"), [("inc", [1, 6, 7, 0, 0]), ("dec", [7, 4, 5, 6, 7])])
+def test_counters(name, expected):
+    """Catches a counter that goes on past its bound (7), and one beyond it that does not begin anew."""
+    start = [0, 5, 6, 7, 8]
+    place = torch.tensor(start + [0] * 27, dtype=torch.int32)
+    launch(f"mad.wide.u32 offset, tid, 4, %rd0; red.global.relaxed.gpu.{name}.u32 [offset], 7;", [place])
+    assert place.tolist()[:5] == expected
+
+
+def test_what_only_a_gpu_has_changes_nothing():
+    """Catches a hint of caches, policies, time or launches that this machine takes for something else, or not at all;
+    and prefetches that are not counted.
+    """
+    hints = [hint for hint in HINTS.split() if hint not in ("gpu", "sys", "cta", "v2", "v4", "v8")]
+    policy = lambda hint: ", policy" if hint == "L2::cache_hint" else ""
+    place = torch.arange(32, dtype=torch.int32)
+    counts = launch(
+        """
+        .reg .b32 x; .reg .b64 policy, there; .reg .pred last; mad.wide.u32 offset, tid, 4, %rd0;
+        cvta.to.global.u64 there, offset; createpolicy.fractional.L2::evict_unchanged.b64 policy, 1.0;
+        createpolicy.fractional.L2::evict_first.b64 policy, 1.0; fence.proxy.alias; fence.proxy.async.shared::cta;
+        prefetch.global.L2::evict_last [there]; prefetch.global.L1 [there+4]; prefetchu.L1 [there];
+        applypriority.global.L2::evict_normal [there], 128; discard.global.L2 [there], 128;
+        nanosleep.u32 20; pmevent 1; griddepcontrol.wait; griddepcontrol.launch_dependents;
+        """
+        + "".join(
+            f"ld.global.{hint}.b32 x, [there]{policy(hint)}; add.u32 x, x, 1;"
+            f"st.global.{hint}.b32 [there], x{policy(hint)};"
+            for hint in hints
+        )
+        + "setp.eq.u32 last, tid, 31; @last exit; st.global.b32 [there], 5; ret;",
+        [place],
+    )
+    assert place.tolist() == [5] * 31 + [31 + len(hints)]
+    assert (counts.prefetched, counts.prefetched_outside) == (96, 1)
+
+
+@pytest.mark.parametrize("wait", ["cp.async.commit_group; cp.async.wait_group 0;", "cp.async.wait_all;"])
+@pytest.mark.parametrize("cached", ["cg", "ca"])
+def test_asynchronous_copies(wait, cached):
     """Catches a copy that fills other bytes, or none where its source size is 0."""
     source, out = torch.arange(128, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
     launch(
-        """
+        f"""
         .reg .b32 to, size, x<4>; .reg .pred odd;
         shl.b32 to, tid, 4; and.b32 size, tid, 1; setp.ne.b32 odd, size, 0; selp.b32 size, 0, 16, odd;
         mad.wide.u32 offset, tid, 16, %rd0;
-        cp.async.cg.shared.global [to], [offset], 16, size;
-        cp.async.commit_group;
-        cp.async.wait_group 0;
+        cp.async.{cached}.shared.global [to], [offset], 16, size;
+        {wait}
         bar.sync 0;
-        ld.shared.v4.b32 {x0, x1, x2, x3}, [to];
-        mad.wide.u32 offset, tid, 16, %rd1; st.global.v4.b32 [offset], {x0, x1, x2, x3};
+        ld.shared.v4.b32 {{x0, x1, x2, x3}}, [to];
+        mad.wide.u32 offset, tid, 16, %rd1; st.global.v4.b32 [offset], {{x0, x1, x2, x3}};
         """,
         [source, out],
         shared=512,
@@ -977,7 +1037,27 @@ def test_asynchronous_copies():
     assert torch.equal(out.view(32, 4), expected)
 
 
-# ---- What is not known -----------------------------------------------------------------------------------------------
+# ---- What is known, and what is not ----------------------------------------------------------------------------------
+
+
+def test_every_instruction_that_is_known_is_tested():
+    """Catches an instruction, or a part of a name, that the machine knows and no test of it has."""
+    written = []
+    for path in (Path(__file__), *Path(__file__).parent.glob("test_machine*.py"), Path(__file__).with_name("ptx.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        written += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        ]
+    names = {name for text in written for name in re.findall(r"(?:^|[\s;}])([a-z]\w+)(?=[.;\s]|$)", text)}
+    parts = {part for text in written for part in re.findall(r"\w+(?:::\w+)?", text)}
+    assert len(HANDLERS) > 60 and not HANDLERS.keys() - names
+    missing = {name: known - parts - set(HINTS.split()) for name, (_, known) in HANDLERS.items()}
+    shape = re.compile(r"m\d+n\d+k\d+|x\d")  # which tests put together
+    missing = {name: [part for part in some if not shape.fullmatch(part)] for name, some in missing.items()}
+    assert not any(missing.values()), missing
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,10 @@ def copy(d: Decoder, s: Statement) -> Instruction:
     """
     if s.has("commit_group"):
         return d.act(lambda run, mask: run.commit_copies(mask))
-    if s.has("wait_group", "wait_all"):
-        left = 0 if s.has("wait_all") else int(s.operands[0], 0)
-        return d.act(lambda run, mask: run.wait_for_copies(left, mask))
+    if s.has("wait_group"):
+        return d.act(lambda run, mask, left=int(s.operands[0], 0): run.wait_for_copies(left, mask))
+    if s.has("wait_all"):  # those of no group yet, too
+        return d.act(lambda run, mask: (run.commit_copies(mask), run.wait_for_copies(0, mask)))
     to, to_offset = d.address(s.operands[0])
     source, source_offset = d.address(s.operands[1])
     size = int(s.operands[2], 0)

@@ -227,12 +227,10 @@ def _by_sign(d: Decoder, s: Statement, function: Callable) -> Instruction:
     return of(d, s, function, kind, result=kind)
 
 
-@instruction("min max", "ftz NaN xorsign abs relu")
+@instruction("min max", "ftz NaN")
 def least(d: Decoder, s: Statement) -> Instruction:
     """9.7.1.12, 9.7.3.13: of a number and NaN the number, or with `.NaN` the NaN; -0 is less than 0."""
     smallest, kind = s.op[0] == "min", s.op[-1]
-    if s.has("xorsign", "abs"):
-        raise ValueError("xorsign.abs")
     if not _numbers(kind):
         return of(d, s, np.minimum if smallest else np.maximum, kind, kind, result=kind)
     choose = (np.minimum if smallest else np.maximum) if s.has("NaN") else (np.fmin if smallest else np.fmax)
