@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backends, measured, operators
 from .backends import Choice
 from .base import _computed_in, _Layer, _sequences
+from .call import PLAIN
 from .kernels import plan as planning
 from .kernels.devices import Device
 from .modules import GRU, LSTM, RNN
@@ -94,7 +95,7 @@ def why_not(data: Tensor) -> str | None:
         return "a transform (torch.func, forward-mode differentiation) is at work"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a dispatch mode looks on"
-    if type(data) not in operators.PLAIN:
+    if type(data) not in PLAIN:
         return f"the input is a {type(data).__name__}"
     if data.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"

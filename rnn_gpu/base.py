@@ -15,11 +15,10 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, distributed, measured, onnx, ready
-from .call import Call
+from .call import Call, directly
 from .functional import recurrent_stack
 from .heads import whole
 from .kernels.spec import CELLS
-from .operators import directly
 from .options import OPTIONS, PROBABILITIES, divisor, positive, probability
 from .quantization import NotQuantized
 from .rows import Rows, packed_rows, past_the_end

@@ -8,7 +8,9 @@ units, P the size of a projected state (H where there is no projection).
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels.rows import Rows
 from .kernels.spec import runs_backwards
@@ -107,3 +109,48 @@ def taken_by_operator(arguments: Sequence) -> tuple[Inputs, Rows]:
 def for_operator(inputs: Inputs, rows: Rows) -> tuple:
     """The arguments of TENSORS."""
     return *inputs, *rows[2:], rows.time
+
+
+PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def directly(tensors: Sequence[Tensor]) -> bool:
+    """Whether the launchers may be called without the operators around them: nobody compiles, exports, transforms,
+    traces or looks on, and the tensors are plain ones.
+    """
+    return _nobody_traces() and PLAIN.issuperset(map(type, tensors))
+
+
+def nobody_looks_on() -> bool:
+    """Whether an eager call is a plain one: nobody compiles, transforms, traces, casts or differentiates forwards."""
+    return _nobody_traces() and not torch._C._is_any_autocast_enabled() and forward_ad._current_level < 0
+
+
+def _nobody_traces() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def by_sets(rows: Tensor | None, sets: int) -> Tensor | None:
+    """[R, N*H] as [R, N, H]; None, and what is so already, as it is."""
+    return rows if rows is None or rows.dim() == 3 else rows.view(len(rows), sets, rows.shape[1] // sets)
+
+
+def by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:
+    """weight_ih, weight_hh, bias_ih and bias_hh of all sets or layers, a kind after another -> each kind's, or None."""
+    kinds = [weights[first : first + sets] for first in range(0, len(weights), sets)]
+    return kinds + [None] * (4 - len(kinds))
+
+
+def in_turn(weights: Sequence, each: int) -> list[Sequence | None]:
+    """The same from torch.nn's order: all weights of a layer and direction, `each` of them, then those of the next."""
+    return [weights[i::each] for i in range(each)] + [None] * (4 - each)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The weights of all directions as one tensor, without a copy where there is one direction."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import aten, aten_stack, onnx, stack_operators
-from .call import Call, Inputs
+from .autograd import EagerLayer, Layer, run_directly
+from .call import Call, Inputs, by_sets, in_turn, stacked
 from .heads import by_heads
 from .kernels.rows import Passed
 from .kernels.spec import CELLS
-from .operators import EagerLayer, Layer, by_sets, in_turn, run_directly, stacked
 from .projection import combined, projected
 from .rows import Rows
 from .second_order import reference_layer

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from . import backends, measured
-from .call import Call
+from .call import Call, nobody_looks_on
 from .functional import recurrent_stack
 from .kernels.rows import Rows
-from .operators import nobody_looks_on
 
 MOST = 256  # calls that a layer remembers: of as many batch sizes
 # What of a layer a call depends on, beside its weights. Asked of the layer, and not noted where it is set: a class may

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from . import aten, backends, inductor
-from .call import Call, Inputs
+from .autograd import gradients_by_set, run_directly
+from .call import Call, Inputs, in_turn
 from .kernels.rows import Passed
 from .kernels.spec import CELLS, known, padded
 from .library import fake, no_derivative, operator, without_autocast
 from .many_gradients import for_each_gradient
-from .operators import backward_directly, gradients_by_set, in_turn, run_directly
+from .operators import backward_directly
 from .rows import Rows
 from .second_order import second_gradients
 from .wavefront import below, frozen_layers, gradients, groups, run

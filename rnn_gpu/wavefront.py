@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .call import Call, Inputs
+from .around import products_by_set
+from .autograd import EagerLayer
+from .call import Call, Inputs, by_kind
 from .kernels.plan import Plan
 from .kernels.rows import Passed
 from .kernels.spec import padded
 from .many_gradients import for_each_gradient
-from .operators import EagerLayer, by_kind, plan_of, products_by_set, remembered
+from .operators import plan_of, remembered
 from .products import input_product
 from .rows import Rows
 

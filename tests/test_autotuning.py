@@ -462,7 +462,7 @@ def test_nothing_is_timed_while_something_traces_transforms_or_captures(monkeypa
         class OnGPU(torch.Tensor):
             is_cuda = True
 
-        patch.setattr(operators, "PLAIN", {OnGPU})
+        patch.setattr(autotuning, "PLAIN", {OnGPU})
         ask("captured")(torch.randn(3).as_subclass(OnGPU))
     ask("a subclass")(torch.randn(3).as_subclass(type("Mine", (torch.Tensor,), {})))
     assert len(found) == 8 and all(found.values()), found
@@ -559,7 +559,7 @@ def test_the_function_gives_what_was_chosen(clock, monkeypatch):
     class OnGPU(torch.Tensor):
         device = torch.device("cuda")
 
-    monkeypatch.setattr(operators, "PLAIN", {OnGPU, torch.Tensor})
+    monkeypatch.setattr(autotuning, "PLAIN", {OnGPU, torch.Tensor})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     layer, input = rnn_gpu.LSTM(8, 512), torch.randn(3, 2, 8).as_subclass(OnGPU)
     monkeypatch.setattr(OnGPU, "data", property(lambda self: self))

@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
-from rnn_gpu import backends, operators, products, wavefront
-from rnn_gpu.call import Call, Inputs
+from rnn_gpu import around, autograd, backends, operators, products, wavefront
+from rnn_gpu.call import PLAIN, Call, Inputs
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, STATES, outcome, pair, same
@@ -117,7 +117,7 @@ def test_a_backward_keeps_to_the_precision_of_its_forward(monkeypatch):
     """Catches: a backward planned by a switch that has changed, for groups of layers that have no such plan."""
     planned = []
     made = operators.plan_of
-    for module in (operators, wavefront):
+    for module in (operators, autograd, wavefront):
         monkeypatch.setattr(module, "plan_of", lambda *a: planned.append(found := made(*a)) or found)
     layer = rnn_gpu.LSTM(3, 5, num_layers=2)
     for _ in range(2):  # the second call is like the first
@@ -186,8 +186,8 @@ def test_an_input_changed_in_place_is_caught():
 def test_what_is_frozen_costs_no_product(monkeypatch):
     """Catches: products for gradients that nobody asked for."""
     asked = []
-    made = operators.gradients_by_set
-    monkeypatch.setattr(operators, "gradients_by_set", lambda *a: asked.append(found := made(*a)) or found)
+    made = autograd.gradients_by_set
+    monkeypatch.setattr(autograd, "gradients_by_set", lambda *a: asked.append(found := made(*a)) or found)
     layer = rnn_gpu.LSTM(3, 20)
     layer.weight_ih_l0.requires_grad_(False)
     layer(torch.randn(TIME, BATCH, 3))[0].sum().backward()
@@ -250,12 +250,12 @@ def test_lean_memory_with_masks(name):
 def test_biases_of_gates_apart_have_gradients_of_their_own(apart, monkeypatch):
     """Catches: the hidden bias of a cell given the input's gradient, where all gates are apart or in another order."""
     cell = dataclasses.replace(CELLS["gru"], apart=apart)
-    monkeypatch.setattr(operators, "CELLS", CELLS | {"gru": cell})
+    monkeypatch.setattr(around, "CELLS", CELLS | {"gru": cell})
     count, size, rows = 6, 5, Rows(3, 2)
     d_gates = torch.randn(count, 2, cell.slots, size, dtype=torch.float64)
     wanted = Inputs(*[name.startswith("bias") for name in Inputs._fields])
     y = torch.zeros(count, 2, size, dtype=torch.float64)
-    found = operators.products_by_set(
+    found = around.products_by_set(
         Call("gru", 2, 2), wanted, None, Inputs(*[None] * len(Inputs._fields)), rows, y, d_gates, None, None, None
     )
     found = dict(zip(Inputs._fields, found, strict=True))
@@ -272,7 +272,7 @@ def bytes_kept(run) -> int:
     gc.collect()
     kept = {}
     before = set()
-    for tensor in [one for one in gc.get_objects() if type(one) in operators.PLAIN and one.device.type == "cpu"]:
+    for tensor in [one for one in gc.get_objects() if type(one) in PLAIN and one.device.type == "cpu"]:
         with contextlib.suppress(RuntimeError):  # one that a compiler has left, and that has no memory
             before.add(tensor.untyped_storage().data_ptr())
     pack = lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t

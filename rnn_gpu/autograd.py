@@ -1,0 +1,205 @@
+"""The autograd Functions of a layer with all its directions: by the operators, and for eager calls by the launchers.
+
+The recurrence alone is opaque; the products before and after it are plain torch (around.py). T steps, B rows of the
+batch, R rows of all steps, N weight sets, G gates, K states beside h, H hidden units.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .around import add_start, cells_of, gates_again, input_part, products_by_set
+from .call import COUNT, MASKS, Call, Inputs, Weights, by_kind, by_sets, stacked, taken
+from .kernels.spec import CELLS
+from .many_gradients import for_each_gradient, in_a_batch
+from .operators import backward_directly, plan_of, recurrence, recurrence_backward, recurrence_functional
+from .products import input_product
+from .rows import Rows
+from .second_order import save_for_second, second_backward
+
+
+class Layer(torch.autograd.Function):
+    """One layer, all directions: (call, *inputs, *rows) -> (y, h_n, c_n, cells), and what the backward needs.
+
+    inputs, rows: `call.Inputs` without weight_hr, and `Rows`.
+    -> y [R, N, H], h_n [N, B, H], c_n [N, B, K*H] (empty for cells without states), the states of every step [R, N,
+    K*H] (empty where call.cells is not set), gates [R, N, G*H], aux and carries, which are not differentiable.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod  # each argument by name: torch.compile takes the first of a forward(*arguments) for ctx
+    def forward(
+        call, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, time, batch,
+        lengths, offsets, resets, dropped, kept_h, kept_c,
+    ):  # fmt: skip
+        """The input product, then the recurrence."""
+        inputs = Inputs(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters)
+        rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
+        gates, bias_hn = input_part(inputs, rows, call)
+        how = time, call.cell, call.reversed_sets, *call.limits, call.saving, *call.kernel_rates
+        if call.functional:
+            *results, gates = recurrence_functional(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
+        else:
+            results = recurrence(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
+        y, h_n, c_n, aux, carries = results
+        cells = cells_of(carries if carries.numel() else aux, y, rows, call) if call.cells else y.new_empty(0)
+        if not (call.saving == "full" and CELLS[call.cell].saves):
+            gates = gates.new_empty(0)
+        return y, h_n, c_n, cells, gates, aux, carries
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save what the backward needs."""
+        ctx.call, *tensors = inputs
+        given, rows = taken(tensors)
+        y, *_, gates, aux, carries = output
+        ctx.save_for_backward(*given, *rows[2:], y, gates, aux, carries)
+        ctx.sizes = rows[:2]
+        ctx.mark_non_differentiable(gates, aux, carries)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n, d_cells, *_kept):
+        """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint makes them again, and each once
+        inputs, (*masks, y, gates, aux, carries) = saved[:COUNT], saved[COUNT:]
+        gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
+        need = ctx.needs_input_grad[1 : 1 + COUNT]
+        run = lambda *d: gradients(ctx.call, need, *d, *inputs, *ctx.sizes, *masks, y, gates, aux, carries)
+        found = for_each_gradient(run, (d_y, d_h_n, d_c_n, d_cells if ctx.call.cells else None))
+        return None, *found, *[None] * len(Rows._fields)
+
+
+def layer_gradients(
+    call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, d_cells, *arguments
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux, carries."""
+    inputs, rows = taken(arguments)
+    saved = arguments[-4:]
+    found = gradients_by_set(backward_by_operator, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
+    return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
+
+
+def gradients_by_set(
+    backward: Callable, call: Call, need: Sequence[bool], d_outputs: tuple, inputs: Inputs, rows: Rows, saved: tuple
+) -> tuple[Tensor | list[Tensor] | None, ...]:
+    """The gradients of a layer's inputs, those of weights and biases as a list with one for each set, None where not
+    needed: the recurrence backwards, then products with its gate gradients.
+
+    backward: `recurrence_backward` of what a call has, by the operator or directly. saved: y, gates, aux, carries.
+    """
+    y, gates, aux, carries = saved
+    if CELLS[call.cell].saves and gates.numel() == 0 < y.numel():
+        gates, aux = gates_again(inputs, rows, call, y, aux, carries)
+    states = inputs.h0, inputs.c0, inputs.parameters
+    found = backward(call, d_outputs, inputs.weight_hh, states, rows, (y, gates, aux, carries))
+    return products_by_set(call, Inputs(*need), d_outputs[1], inputs, rows, y, *found)
+
+
+def backward_by_operator(call: Call, d_outputs: tuple, weight_hh: Weights, states: tuple, rows: Rows, saved: tuple):
+    """The recurrence backwards as `recurrence_backward`."""
+    y, *left = saved
+    how = rows.time, call.cell, call.reversed_sets, *call.limits, call.clip, *call.kernel_rates
+    return recurrence_backward(*d_outputs, weight_hh, *left, y, *states, *rows[2:], *how)
+
+
+class LayerBackward(torch.autograd.Function):
+    """`layer_gradients`, differentiable again: through the readable loop of reference.py, which is slow and right."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        """See `layer_gradients`. No view: users change gradients in place, which is an error for a view from here."""
+        found = layer_gradients(*arguments)
+        return tuple(one.clone() if one is not None and one._is_view() else one for one in found)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save gradients and inputs; the reference makes the rest again."""
+        save_for_second(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx, *d_gradients):
+        """Differentiate the gradients of the reference by everything they depend on."""
+        return second_backward(ctx, d_gradients)
+
+
+# The eager way --------------------------------------------------------------------------------------------------------
+
+
+def run_directly(
+    inputs: Inputs, rows: Rows, call: Call, h_n: Tensor | None = None, c_n: Tensor | None = None,
+    y: Tensor | None = None, gates: Tensor | None = None, aux: Tensor | None = None,
+):  # fmt: skip
+    """One layer forward, all directions -> y [R, N*H], or [R, N, H] where it has gaps, h_n and c_n [N, B, H], gates [R,
+    N*G*H], aux, carries. inputs: weights and biases as one tensor of each set. y: a buffer for it; h_n, c_n, gates,
+    aux: where to write those; or new tensors.
+    """
+    from .kernels import layer
+
+    input, weight_hh = inputs.input, inputs.weight_hh
+    plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
+    weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), layer.sent(inputs.h0, rows)
+    begun = layer.begin(plan, rows, input.shape[0], sent, *weights, y=y)
+    gates = input_product(input, begun.weight_ih, begun.bias, gates)
+    if inputs.start is not None:
+        add_start(gates.unflatten(1, (call.sets, -1)), inputs.start, rows, call)
+    states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
+    more = inputs.parameters, call.kernel_rates
+    how = *how, h_n, c_n, *more
+    y, h_n, c_n, *kept = layer.go_on(plan, begun, gates, *states, rows, *how, flat=True, aux=aux)
+    return y, h_n, c_n, gates, *kept
+
+
+class EagerLayer(torch.autograd.Function):
+    """`Layer` for eager calls: (call, rows, input, start, h0, c0, parameters, *weights) -> (y [R, N*H], h_n, c_n,
+    cells). weights: weight_ih of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
+
+    No `setup_context`: with it, every call would ask Python for the signature of `forward`.
+    """
+
+    @staticmethod
+    def forward(ctx, call: Call, rows: Rows, input, start, h0, c0, parameters, *weights):
+        """The input product, then the recurrence."""
+        inputs = Inputs(input, *by_kind(weights, call.sets), None, start, h0, c0, parameters)
+        y, h_n, c_n, gates, aux, carries = run_directly(inputs, rows, call)
+        cells = None
+        if call.cells:
+            cells = cells_of(aux if carries is None else carries, by_sets(y, call.sets), rows, call)
+        kept = gates if call.saving == "full" and CELLS[call.cell].saves else None
+        ctx.save_for_backward(*rows[2:], y, kept, aux, carries, input, start, h0, c0, parameters, *weights)
+        ctx.call, ctx.sizes = call, rows[:2]
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n, cells
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        own = MASKS + 9
+        *masks, y, gates, aux, carries, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:own]
+        call, rows, weights = ctx.call, Rows(*ctx.sizes, *masks), by_kind(kept[own:], ctx.call.sets)
+        by_input, *by_state, by_parameters = ctx.needs_input_grad[2:7]
+        by_weight = ctx.needs_input_grad[7:]
+        need = by_input, *(kind is not None and any(kind) for kind in by_kind(by_weight, call.sets))
+        need, y = (*need, False, *by_state, by_parameters), by_sets(y, call.sets)
+        saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
+        if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
+            kinds = [None if kind is None else stacked(kind) for kind in weights]
+            h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
+            if c0 is None and CELLS[call.cell].states:
+                c0 = y.new_zeros(call.sets, rows.batch, len(CELLS[call.cell].states) * y.shape[2])
+            gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
+            states = start, h0, c0, parameters
+            rest = *kinds, None, *states, *rows, *saved
+            run = lambda d_y, *d: gradients(call, need, by_sets(d_y, call.sets), *d, input, *rest)
+            found = for_each_gradient(run, d_outputs)
+        else:
+            inputs = Inputs(input, *weights, None, start, h0, c0, parameters)
+            found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, saved)
+        d_input, *d_kinds, _, d_start, d_h0, d_c0, d_parameters = found
+        count = len(by_weight) // call.sets
+        d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]
+        return None, None, d_input, d_start, d_h0, d_c0, d_parameters, *d_weights
