@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from rnn_gpu.kernels.machine import Fault, on_machine
+from rnn_gpu.kernels.machine.warpgroup import Outstanding
 from rnn_gpu.kernels.plan import DEVICES
 from tests.problems import Problem, assert_right, plans, run
 
@@ -178,6 +179,14 @@ def test_a_matrix_product_by_four_warps(dtype, tile, warps, stages):
     torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
 
 
+def test_products_of_one_shape_need_no_fence_between_them():
+    """Catches registers that a product of another shape has summed in, or that become a fragment of A, unfenced."""
+    known = Outstanding(used={1: "64 x 16", 2: ""})
+    needs = lambda accumulators, a=(): known.unfenced(accumulators, a, "64 x 16")
+    assert not needs([1, 3], [4])
+    assert needs([2]) and needs([3], [1]) and known.unfenced([1], [], "128 x 16")
+
+
 def _wait_left_out(ptx):
     return re.sub(r"wgmma\.wait_group\.sync\.aligned \d+;", "", ptx)
 
@@ -193,16 +202,36 @@ def _stored_too_early(ptx):
     return ptx[:again] + wait[0] + ptx[again : wait.start()] + ptx[wait.end() :]
 
 
+def _fence_left_out(ptx):
+    return ptx.replace("wgmma.fence.sync.aligned;", "")
+
+
+def _fence_too_early(ptx):
+    """It stands before the sums begin with zeros."""
+    fenced = _fence_left_out(ptx)
+    begin = fenced.index("ld.param")
+    return fenced[:begin] + "wgmma.fence.sync.aligned;\n" + fenced[begin:]
+
+
+def _memory_not_fenced(ptx):
+    return ptx.replace("fence.proxy.async.shared::cta;", "")
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
+        (_fence_left_out, "with no wgmma.fence since"),
+        (_fence_too_early, "with no wgmma.fence since"),
+        (_memory_not_fenced, "written with no fence.proxy.async since"),
         (_wait_left_out, "product.*not waited for"),
         (_one_group_too_many, "product.*not waited for"),
         (_stored_too_early, "a store to shared memory that a product reads"),
     ],
 )
-def test_control_a_product_that_is_not_waited_for_is_found(edit, said):
-    """Catches results that are read, or operands that are written, while a product of four warps is on its way."""
+def test_control_a_product_without_its_waits_and_fences_is_found(edit, said):
+    """Catches results that are read, or operands that are written, while a product of four warps is on its way, and
+    operands that no fence orders before it.
+    """
     a, b, c = torch.randn(64, 96).half(), torch.randn(96, 64).half(), torch.zeros(64, 64)
     with pytest.raises(Fault, match=said), on_machine(90, seed=2, edit=edit):
         product_kernel[(1, 1, 1)](a, b, c, 64, 64, 96, 64, 64, 32, 1, num_warps=4, num_stages=1)

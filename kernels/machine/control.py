@@ -34,7 +34,11 @@ def barrier(d: Decoder, s: Statement) -> Instruction:
 
 @instruction("fence membar", "acq_rel sc gpu sys cta gl proxy async shared global alias acquire release")
 def fence(d: Decoder, s: Statement) -> Instruction:
-    """9.7.13.4: whatever the program has stored before is seen before what it stores after."""
+    """9.7.13.4: whatever the thread has stored before is seen before what it stores after; `.proxy.async`: products of
+    four warps may read it (warpgroup.py).
+    """
+    if s.has("async"):
+        return Instruction(s, ACT, lambda run, mask: run.fence_proxy(mask))
     if s.has("cta", "proxy"):
         return Instruction(s, ACT, lambda run, mask: None)
     return Instruction(s, ACT, lambda run, mask: run.fence(mask))

@@ -149,23 +149,41 @@ def _fine(keys: np.ndarray) -> np.ndarray:
 class SharedMemory:
     """The shared memory of all programs, side by side."""
 
-    def __init__(self, size: int, programs: int, grain: int, fine: bool, races: bool):
+    def __init__(self, size: int, programs: int, grain: int, fine: bool, races: bool, products: bool):
         self.size, self.races = size, races
         self.room = -(-size // 16) * 16
         self.data = np.zeros(self.room * programs, np.uint8)
         self.shadow = Shadow(self.room * programs, grain, fine) if races else None
         self.atomics: Shadow | None = None  # whose atomics, as readers, once there was one
+        # Where products of four warps must not read yet, in a kernel that has some.
+        self.unfenced = np.zeros(self.shadow.written.size, bool) if races and products else None
         self.held: np.ndarray | None = None  # how many products on their way read each grain, once there was one
 
-    def hold(self, address: np.ndarray, program: int) -> np.ndarray:
-        """16 bytes at each address of a program are being read -> their places, for `let_go`."""
+    def hold(self, run, address: np.ndarray, program: int, which: np.ndarray) -> np.ndarray:
+        """16 bytes at each address of a program are being read by a product of these lanes -> their places, for
+        `let_go`.
+        """
         if not self.races:
             return np.zeros(0, np.int64)
         if self.held is None:
             self.held = np.zeros(self.shadow.written.size, np.int32)
         places = self.shadow.places(address + program * self.room, 16).ravel()
+        if self.unfenced is not None and self.unfenced[places].any():
+            run.fail_at("a product reads shared memory that was written with no fence.proxy.async since", which)
         self.held[places] += 1
         return places
+
+    def fence_proxy(self, lanes: Lanes) -> None:
+        """What these threads have written, and what barriers ordered before, products may read."""
+        if self.unfenced is None:
+            return
+        written, each = self.shadow.written, self.room // self.shadow.grain
+        for program in np.unique(lanes.program).tolist():
+            keys = lanes.key[lanes.program == program]
+            part = slice((program - 1) * each, program * each)
+            ordered = written[part] < (keys[0] & ~np.int32(1023))
+            own = np.isin(written[part] & 1023, keys & 1023) & (written[part] != IN_FLIGHT)
+            self.unfenced[part] &= ~(ordered | own)
 
     def let_go(self, places: np.ndarray) -> None:
         """They have been read."""
@@ -216,6 +234,8 @@ class SharedMemory:
             lost = shadow.note_write(places, lanes)
             if in_flight:
                 shadow.written[places] = IN_FLIGHT
+            if self.unfenced is not None:
+                self.unfenced[places] = True
         self._put(offset, values)
         if self.races and lost is not None:
             _check_lost(run, lanes, lost, shadow.written[places], values, self._get(offset, values), "shared memory")
@@ -246,6 +266,8 @@ class SharedMemory:
                 unwritten = (self.shadow.written[places] == 0).any(1)
                 run.fail_at("shared memory is read before it is written", lanes.which[unwritten])
             self._check_write(run, lanes, places)
+            if self.unfenced is not None:
+                self.unfenced[places] = True
             self.atomics = self.atomics or Shadow(self.data.size, self.shadow.grain, self.shadow.fine)
             self.atomics.note_read(places, lanes)
         old, view, at = np.zeros(offset.size, UNSIGNED[width]), self.data.view(UNSIGNED[width]), offset // width

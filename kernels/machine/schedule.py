@@ -135,7 +135,8 @@ class Launch:
         programs = len(self.index)
         rows = programs * self.warps
         self.memory = GlobalMemory(code.grain["global"], programs, schedule.races)
-        self.shared = SharedMemory(machine.shared, programs, code.grain["shared"], self.fine, schedule.races)
+        products = any(x.holds for x in code.code)
+        self.shared = SharedMemory(machine.shared, programs, code.grain["shared"], self.fine, schedule.races, products)
         self.program = np.repeat(np.arange(programs), self.warps)
         self.thread = np.tile(32 * np.arange(self.warps), programs)[:, None] + LANES
         self.at, self.status = np.zeros(rows, np.int64), np.zeros(rows, np.int8)
@@ -553,6 +554,10 @@ class Run:
         """What these threads have stored, and what barriers ordered before, becomes visible."""
         self.launch.memory.fence(self.lanes(np.zeros((self.warps, 32), np.int64), mask), self.random)
 
+    def fence_proxy(self, mask: np.ndarray | None) -> None:
+        """What these threads have written to shared memory, and what barriers ordered before, products may read."""
+        self.launch.shared.fence_proxy(self.lanes(np.zeros((self.warps, 32), np.int64), mask))
+
     def warp_barrier(self) -> None:
         """What the lanes of these warps did before is ordered before what they do next."""
         self.launch.warp_barriers[self.rows] += 1
@@ -594,15 +599,26 @@ class Run:
                     everywhere[i, lane], mine[i, lane] = address, True
                     self.launch.shared.land(self.lanes(everywhere, mine), size)
 
-    def begin_product(self, registers: frozenset[int], addresses: list[np.ndarray]) -> None:
+    def fence_products(self) -> None:
+        """Accesses of registers before are ordered before products behind."""
+        for row in self.rows.tolist():
+            self.launch.products.setdefault(row, Outstanding()).used = {}
+
+    def begin_product(self, accumulators: list[int], a: list[int], shape: str, addresses: list[np.ndarray]) -> None:
         """A product of four warps is on its way, with registers of each of these warps, and 16 bytes of shared memory
         at each of the addresses [warps, 32].
         """
         launch = self.launch
         for i, row in enumerate(self.rows.tolist()):
+            known = launch.products.setdefault(row, Outstanding())
+            if known.unfenced(accumulators, a, shape):
+                self.fail_at(
+                    "a product of four warps with no wgmma.fence since its registers were used", 32 * i + LANES
+                )
+            known.used |= dict.fromkeys(accumulators, shape)
             mine = np.unique(np.concatenate([address[i] for address in addresses]))
-            places = launch.shared.hold(mine, int(launch.program[row]))
-            launch.products.setdefault(row, Outstanding()).groups[-1].append((registers, places))
+            places = launch.shared.hold(self, mine, int(launch.program[row]), 32 * i + LANES)
+            known.groups[-1].append((frozenset((*accumulators, *a)), places))
 
     def commit_products(self) -> None:
         """The products since the last group are a group."""
@@ -619,6 +635,9 @@ class Run:
         """Fault where an instruction touches a register of a product that is on its way."""
         for i, row in enumerate(self.rows.tolist()):
             known = self.launch.products.get(row)
-            if known is not None and not known.registers().isdisjoint(x.touches):
-                if mask is None or mask[i].any():
-                    self.fail_at("a register of a product that was not waited for", 32 * i + LANES)
+            if known is None or not (mask is None or mask[i].any()):
+                continue
+            if not known.registers().isdisjoint(x.touches):
+                self.fail_at("a register of a product that was not waited for", 32 * i + LANES)
+            if known.used is not None:
+                known.used |= dict.fromkeys(x.touches, "")

@@ -2,7 +2,9 @@
 
 A warp has 16 of the 64 rows, with fragments as those of `mma`, 8 columns after 8 columns, and computes them by itself
 here, at once. But until `wait_group` its registers count as on their way, for all but other products, and whoever
-writes the shared memory that it reads is at fault (`Outstanding`). Not checked: that four warps come together, fences.
+writes the shared memory that it reads is at fault (`Outstanding`). `wgmma.fence` must stand between other accesses of
+its registers and the product, `fence.proxy.async` behind what wrote its shared memory. Not checked: that four warps
+come together.
 """
 
 import re
@@ -21,15 +23,25 @@ ROW = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row of a swizzled tile, by the
 
 @dataclass
 class Outstanding:
-    """The products of a warp that it has not waited for, in groups, the open one last: their registers, and the places
-    of shared memory that they read.
+    """What a warp knows of its products.
+
+    groups: those that it has not waited for, the open group last: their registers, and the places of shared memory that
+    they read. used: since its last fence, registers of products that others accessed (""), or products of a shape;
+    None: no fence yet.
     """
 
     groups: list[list[tuple[frozenset[int], np.ndarray]]] = field(default_factory=lambda: [[]])
+    used: dict[int, str] | None = None
 
     def registers(self) -> set[int]:
         """All registers on their way."""
         return {slot for group in self.groups for slots, _ in group for slot in slots}
+
+    def unfenced(self, accumulators: list[int], a: list[int], shape: str) -> bool:
+        """Whether a product with these registers must have a fence before it."""
+        if self.used is None:
+            return True
+        return any(self.used.get(slot, shape) != shape for slot in accumulators) or any(slot in self.used for slot in a)
 
     def wait(self, left: int) -> list[np.ndarray]:
         """Until all closed groups but the latest `left` are over -> the places that they read."""
@@ -82,7 +94,7 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
     if s.has("wait_group"):
         return d.act(lambda run, mask, left=int(s.operands[0], 0): run.wait_for_products(left), together=True)
     if s.has("fence"):
-        return d.act(lambda run, mask: None, together=True)
+        return d.act(lambda run, mask: run.fence_products(), together=True)
     n, k = map(int, re.search(r"m64n(\d+)k(\d+)", ".".join(s.op)).groups())
     d_kind, kind, _ = s.op[-3:]
     width = {"tf32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}[kind]
@@ -126,7 +138,6 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
             found = results(multiply(x, y[:, 8 * j : 8 * j + 8].swapaxes(1, 2), before, d_kind), d_kind)
             for i in range(4):
                 run.put(targets[4 * j + i], found[:, i], mask)
-        run.begin_product(registers, places)
+        run.begin_product(targets, a if in_registers else [], f"{n} x {k}", places)
 
-    registers = frozenset((*targets, *(a if in_registers else ())))
-    return d.act(product, together=True, holds=registers)
+    return d.act(product, together=True, holds=frozenset((*targets, *(a if in_registers else ()))))
