@@ -252,7 +252,7 @@ def route(
                 "model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
             )
         return "reference" if unknown else "onnx"
-    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # the old one, dynamo=False
+    if not tracing and torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # dynamo=False
         if masked:
             raise RuntimeError(
                 "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"

@@ -480,8 +480,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """Rows [R, I] and states, None for zeros on the kernels -> output [R, D*H], with `return_cells` c of every
         step [R, D*H], and the tuple of final states.
         """
-        weights = self._weights()
-        if torch._C._get_tracing_state() is None:  # torch.jit.trace warns of every size that is compared
+        weights, compiling = self._weights(), torch.compiler.is_compiling()
+        if compiling or torch._C._get_tracing_state() is None:  # torch.jit.trace warns of every size that is compared
             self._check_weights(weights)
         states, weights = states or (), self._dropped(weights)
         self._check_devices(input, states, weights)
@@ -495,8 +495,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         tensors = input, *states, *weights
         if route == "kernels" and heads == 1 and directly(tensors):
             route = "direct"
-        compiling, saving = torch.compiler.is_compiling(), "nothing"
-        transformed = not compiling and backends.transforming()
+        saving, transformed = "nothing", not compiling and backends.transforming()
         if transformed:  # who differentiates does not show here, and cannot make the gates again
             saving = "full"
         elif torch.is_grad_enabled() and (
