@@ -91,6 +91,48 @@ def test_what_was_released_and_acquired_may_be_loaded_plainly():
         ) == (1, 42)
 
 
+FENCE, WRITE, READ = "fence.acq_rel.gpu;", "st.relaxed.gpu.global", "ld.relaxed.gpu.global"
+
+
+@pytest.mark.parametrize(
+    ("between", "write", "read", "after", "ordered"),
+    [
+        (FENCE, WRITE, READ, FENCE, True),
+        ("membar.gl;", "st.volatile.global", "ld.volatile.global", "fence.sc.sys;", True),
+        (FENCE, "red.relaxed.gpu.global.add", READ, FENCE, True),
+        (FENCE, WRITE, "ld.acquire.gpu.global", "", True),
+        ("", "st.release.gpu.global", READ, FENCE, True),
+        ("fence.release.gpu;", WRITE, READ, "fence.acquire.gpu;", True),
+        ("", WRITE, READ, FENCE, False),
+        (FENCE, WRITE, READ, "", False),
+        (FENCE, "st.global", READ, FENCE, False),
+        (FENCE, WRITE, f"{FENCE} {READ}", "", False),
+        ("fence.acq_rel.cta;", WRITE, READ, FENCE, False),
+        (FENCE, WRITE, READ, "membar.cta;", False),
+        (FENCE, "st.relaxed.cta.global", READ, FENCE, False),
+        ("fence.acquire.gpu;", WRITE, READ, FENCE, False),
+        (FENCE, WRITE, READ, "fence.release.gpu;", False),
+    ],
+)
+def test_a_strong_access_with_a_fence_releases_or_acquires(between, write, read, after, ordered):
+    """Catches false alarms where fences order relaxed accesses, and a fence on one side only, or on the wrong one, that
+    passes.
+    """
+    parts = dict(between=between, store_flag=write, load_flag=read, load_data=f"{after} ld.global")
+    for seed in range(4):
+        with contextlib.nullcontext() if ordered else pytest.raises(Fault, match="plain"):
+            assert passed_on(seed, **parts) == (1, 42)
+
+
+def test_a_fence_releases_only_what_is_before_it():
+    """Catches a fence that orders what is stored between it and the flag."""
+    for seed in range(4):
+        with pytest.raises(Fault, match="plain"):
+            passed_on(
+                seed, store_data=f"{FENCE} st.global", store_flag=WRITE, load_flag=READ, load_data=f"{FENCE} ld.global"
+            )
+
+
 # All threads of program 0 store a word, its first one sets a flag that the first one of program 1 waits for. Thread
 # $READER of that one keeps word $WORD.
 HAND_ON = """

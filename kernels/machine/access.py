@@ -27,9 +27,12 @@ def space_of(s: Statement) -> str:
     return space
 
 
-def orders(s: Statement, *how: str) -> bool:
-    """Whether an instruction acquires or releases (`how`) among programs; in scope cta it does so within its own."""
-    return s.has(*how) and not s.has("cta")
+def order_of(s: Statement) -> str:
+    """What an access orders among programs: "" for a weak one, "relaxed", "acquire", "release", "acq_rel"; or "cta",
+    nothing, because it does so within its own program.
+    """
+    weak = s.op[0] in ("ld", "st") and not s.has(*STRONG)
+    return "" if weak else "cta" if s.has("cta") else s.one_of("acquire", "release", "acq_rel") or "relaxed"
 
 
 def extended(values: np.ndarray, kind: str, width: int) -> np.ndarray:
@@ -52,17 +55,17 @@ def ld(d: Decoder, s: Statement) -> Instruction:
     kind, width = s.op[-1], WIDTH[s.op[-1]]
     if s.has("param"):
         return _parameter(d, s)
-    space, strong = space_of(s), s.has(*STRONG)
+    space, order = space_of(s), order_of(s)
     base, offset = d.address(s.operands[1])
     targets = [d.target(name) for name in vector(s.operands[0])]
     holders = [width if target < 0 else d.widths[target] for target in targets]
 
     def load(run, mask):
-        values = run.load(space, run.address(base, offset), width, len(targets), mask, strong, orders(s, "acquire"))
+        values = run.load(space, run.address(base, offset), width, len(targets), mask, order)
         for i, (target, holder) in enumerate(zip(targets, holders)):
             run.put(target, extended(values[..., i], kind, holder), mask)
 
-    return d.act(load, asks=strong and space == "global")
+    return d.act(load, asks=order != "" and space == "global")
 
 
 def _parameter(d: Decoder, s: Statement) -> Instruction:
@@ -86,12 +89,12 @@ def st(d: Decoder, s: Statement) -> Instruction:
     width, space = WIDTH[s.op[-1]], space_of(s)
     base, offset = d.address(s.operands[0])
     sources = [d.source(name, width) for name in vector(s.operands[1])]
-    strong, releases = s.has(*STRONG), orders(s, "release")
+    order = order_of(s)
 
     def store(run, mask):
-        if releases:
-            run.fence(mask)
-        run.store(space, run.address(base, offset), run.vector(sources, width), mask, strong, releases)
+        if order == "release":
+            run.show(mask)
+        run.store(space, run.address(base, offset), run.vector(sources, width), mask, order)
 
     return d.act(store, tells=space == "global")
 
@@ -157,7 +160,7 @@ def atom(d: Decoder, s: Statement) -> Instruction:
     base, offset = d.address(operands[1])
     sources = [[d.source(name, width) for name in names] for names in registers]
     targets = [d.target(name) for name in vector(operands[0])]
-    acquires, releases = orders(s, "acquire", "acq_rel"), orders(s, "release", "acq_rel")
+    order = order_of(s)
     flushed = flush if kind == "f32" and space == "global" else lambda x: x
 
     def step(given):
@@ -170,10 +173,10 @@ def atom(d: Decoder, s: Statement) -> Instruction:
         return change
 
     def act(run, mask):
-        if releases:
-            run.fence(mask)
+        if order in ("release", "acq_rel"):
+            run.show(mask)
         values = [run.vector(slots, width).view(UNSIGNED[WIDTH[kind]]) for slots in sources]
-        old = run.atomic(space, run.address(base, offset), values, step, mask, acquires, releases)
+        old = run.atomic(space, run.address(base, offset), values, step, mask, order)
         for i, target in enumerate(targets):
             run.put(target, np.ascontiguousarray(old).view(UNSIGNED[width])[..., i], mask)
 

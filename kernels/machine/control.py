@@ -41,7 +41,8 @@ def fence(d: Decoder, s: Statement) -> Instruction:
         return Instruction(s, ACT, lambda run, mask: run.fence_proxy(mask))
     if s.has("cta", "proxy"):
         return Instruction(s, ACT, lambda run, mask: None)
-    return Instruction(s, ACT, lambda run, mask: run.fence(mask))
+    acquires, releases = not s.has("release"), not s.has("acquire")
+    return Instruction(s, ACT, lambda run, mask: run.fence(mask, acquires, releases), fences=True)
 
 
 @instruction("nanosleep pmevent griddepcontrol", "u32 wait launch_dependents")

@@ -42,6 +42,7 @@ class Instruction:
     together: bool = False  # all lanes of a warp must execute it together
     asks: bool = False  # what it reads from memory may have come from another program just now
     tells: bool = False  # writes memory that others may ask for
+    fences: bool = False  # makes strong accesses before and behind acquire and release
     holds: frozenset[int] = frozenset()  # registers that nothing else may touch until they have been waited for
     touches: tuple[int, ...] = ()  # registers of its own that another instruction `holds`
     doubts: tuple[int, ...] = ()  # registers that it reads, and on some way to it nothing writes

@@ -362,12 +362,14 @@ class Order:
     """What threads know of those of other programs by release and acquire. Threads are given by their fine keys."""
 
     def __init__(self, programs: int):
-        self.programs, self.time = programs, 1  # counts instructions that release
+        self.programs, self.time = programs, 1  # counts instructions that release, and fences
         self.released: dict[int, Known] = {}  # address -> what who acquires there gets to know
         self.pending: dict[int, Known] = {}  # the same of stores that are not visible yet
         self.acquired: dict[int, dict[int, Known]] = {}  # program -> fine key of a thread -> what it got to know
+        self.fences: dict[tuple[int, int], tuple[int, int]] = {}  # (program, thread) -> fine key and time of its last
+        self.seen: dict[tuple[int, int], Known] = {}  # (program, thread) -> what its next fence acquires
 
-    def release(self, program: int, thread: int, address: int, pending: bool = False) -> None:
+    def release(self, program: int, thread: int, address: int, pending: bool, time: int | None = None) -> None:
         """A thread releases at an address: what it knows, and what it and barriers before it have ordered. An atomic
         adds to what has been released there, a store, which is pending at first, takes its place.
         """
@@ -377,10 +379,30 @@ class Order:
         own = self._nothing()
         own.barriers[program] = thread >> 30
         own.warps[program, (thread & 1023) >> 5] = thread >> 10
-        own.threads[program, thread & 1023] = self.time
+        own.threads[program, thread & 1023] = self.time if time is None else time
         there.join(own)
         if pending:
             self.pending[address] = there
+
+    def write(self, program: int, thread: int, address: int, pending: bool) -> None:
+        """A thread writes strongly: releases what was before its last fence."""
+        fence = self.fences.get((program, thread & 1023))
+        if fence is not None:
+            self.release(program, fence[0], address, pending, fence[1])
+
+    def fence_writes(self, program: int, thread: int) -> None:
+        """Strong writes of a thread behind this release what is before it."""
+        self.fences[program, thread & 1023] = thread, self.time
+
+    def read(self, program: int, thread: int, address: int) -> None:
+        """A thread reads strongly: with a fence behind, that acquires."""
+        if address in self.released:
+            self.seen.setdefault((program, thread & 1023), self._nothing()).join(self.released[address])
+
+    def fence_reads(self, program: int, thread: int) -> None:
+        """What a thread has read strongly before this, it acquires."""
+        if (program, thread & 1023) in self.seen:
+            self._learn(program, thread, self.seen.pop((program, thread & 1023)))
 
     def land(self, addresses: np.ndarray) -> None:
         """Stores to these addresses become visible: those who acquire there get what they release, if anything."""
@@ -392,13 +414,16 @@ class Order:
                 self.released[address] = self.pending.pop(address)
 
     def acquire(self, program: int, thread: int, address: int) -> None:
-        """A thread acquires at an address; others of its program know of it behind their next barrier."""
-        if address not in self.released:
-            return
+        """A thread acquires at an address."""
+        if address in self.released:
+            self._learn(program, thread, self.released[address])
+
+    def _learn(self, program: int, thread: int, known: Known) -> None:
+        """Others of its program know of it behind their next barrier."""
         here = self.acquired.setdefault(program, {})
         for other in [other for other in here if 0 < other >> 30 < thread >> 30]:  # all of the program know it now
             here.setdefault(0, self._nothing()).join(here.pop(other))
-        here.setdefault(thread, self._nothing()).join(self.released[address])
+        here.setdefault(thread, self._nothing()).join(known)
 
     def known(self, program: int, thread: int) -> list[Known]:
         """What a thread knows: what it, or others before a barrier, acquired."""
@@ -666,7 +691,7 @@ class GlobalMemory:
         self.order.land(segment.base + at * width)
         segment.owner[places[mine]] = 0
 
-    def atomic(self, run, lanes: Lanes, width: int, function, acquires: bool, releases: bool) -> np.ndarray:
+    def atomic(self, run, lanes: Lanes, width: int, function, order: str) -> np.ndarray:
         """function(number of the lane, old) -> new for each lane in random order, on memory itself -> what was there
         before.
         """
@@ -681,16 +706,20 @@ class GlobalMemory:
             for i in run.random.permutation(numbers.size):
                 thread, address, place = (programs[i], threads[i]), int(some.address[i]), int(offset[i]) // width
                 old[numbers[i]] = view[place]
-                if acquires:
+                if order in ("acquire", "acq_rel"):
                     self.order.acquire(*thread, address)
-                if releases:
-                    self.order.release(*thread, address)
+                elif order != "cta":
+                    self.order.read(*thread, address)
+                if order in ("release", "acq_rel"):
+                    self.order.release(*thread, address, pending=False)
+                elif order != "cta":
+                    self.order.write(*thread, address, pending=False)
                 view[place] = function(numbers[i], view[place])
             if self.races:
                 places = segment.shadow.places(offset, width)
                 self._check_store(run, segment, *segment.judged(some, places), "an atomic on", True)
                 self._note_store(run, segment, some, places, True)
-        self.order.time += releases
+        self.order.time += 1
         self.version += 1
         return old
 

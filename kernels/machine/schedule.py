@@ -131,6 +131,7 @@ class Launch:
         self.code, self.schedule, self.grid = code, schedule, grid
         self.index = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         self.random, self.counts, self.arguments = np.random.default_rng((schedule.launch, schedule.seed)), Counts(), []
+        self.fences = any(x.fences for x in code.code)
         self.fine = any(s.has("warp") and s.op[0] in ("bar", "barrier") for s in code.kernel.statements)
         programs = len(self.index)
         rows = programs * self.warps
@@ -494,8 +495,8 @@ class Run:
         which = np.flatnonzero(mask)
         return Lanes(which, address.ravel()[which], known.program[which], known.key[which], known.fine[which])
 
-    def load(self, space, address, width, count, mask, strong=False, acquires=False) -> np.ndarray:
-        """-> [warps, 32, count]; zeros in lanes outside of the mask."""
+    def load(self, space, address, width, count, mask, order="") -> np.ndarray:
+        """-> [warps, 32, count]; zeros in lanes outside of the mask. order: `access.order_of`."""
         lanes = self.lanes(address, mask)
         if not lanes.which.size:
             return np.zeros((self.warps, 32, count), UNSIGNED[width])
@@ -503,17 +504,19 @@ class Run:
         if space == "shared":
             values = launch.shared.load(self, lanes, width, count)
         else:
-            values = launch.memory.load(self, lanes, width, count, strong)
-            if acquires:
+            values = launch.memory.load(self, lanes, width, count, order != "")
+            known = launch.memory.order
+            if order == "acquire" or (order == "relaxed" and launch.fences and known.released):
+                learn = known.acquire if order == "acquire" else known.read
                 for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
-                    launch.memory.order.acquire(*thread)
+                    learn(*thread)
         if mask is None:
             return values.reshape(self.warps, 32, count)
         out = np.zeros((32 * self.warps, count), UNSIGNED[width])
         out[lanes.which] = values
         return out.reshape(self.warps, 32, count)
 
-    def store(self, space, address, values, mask, strong=False, releases=False) -> None:
+    def store(self, space, address, values, mask, order="") -> None:
         """Values [warps, 32, count]."""
         lanes = self.lanes(address, mask)
         if not lanes.which.size:
@@ -522,19 +525,20 @@ class Run:
         if space == "shared":
             self.launch.shared.store(self, lanes, values)
             return
-        memory = self.launch.memory
-        memory.store(self, lanes, values, strong)
-        if releases:
+        memory, known = self.launch.memory, self.launch.memory.order
+        memory.store(self, lanes, values, order != "")
+        if order == "release" or (order == "relaxed" and self.launch.fences):
+            tell = known.release if order == "release" else known.write
             for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
-                memory.order.release(*thread, pending=True)
-            memory.order.time += 1
+                tell(*thread, pending=True)
+            known.time += 1
 
     def vector(self, slots: list[int], width: int) -> np.ndarray:
         """Registers side by side, [warps, 32, registers]."""
         found = [np.broadcast_to(self.frame[i].astype(UNSIGNED[width], copy=False), (self.warps, 32)) for i in slots]
         return np.stack(found, -1)
 
-    def atomic(self, space, address, values, step, mask, acquires, releases) -> np.ndarray:
+    def atomic(self, space, address, values, step, mask, order) -> np.ndarray:
         """Operands [warps, 32, count], each of their elements for itself -> what was there before, as many."""
         lanes, (*_, count), width = self.lanes(address, mask), values[0].shape, values[0].itemsize
         which = lanes.which
@@ -545,12 +549,24 @@ class Run:
         if space == "shared":
             found = self.launch.shared.atomic(self, lanes, width, change)
         else:
-            found = self.launch.memory.atomic(self, lanes, width, change, acquires, releases)
+            found = self.launch.memory.atomic(self, lanes, width, change, order)
         old = np.zeros((32 * self.warps, count), UNSIGNED[width])
         old[which] = found.reshape(-1, count)
         return old.reshape(self.warps, 32, count)
 
-    def fence(self, mask: np.ndarray | None) -> None:
+    def fence(self, mask: np.ndarray | None, acquires: bool, releases: bool) -> None:
+        """Strong accesses before acquire, strong ones behind release, and what was stored becomes visible (`show`)."""
+        order = self.launch.memory.order
+        for thread in zip(*self.lanes(np.zeros((self.warps, 32), np.int64), mask).threads(), strict=True):
+            if acquires:
+                order.fence_reads(*thread)
+            if releases:
+                order.fence_writes(*thread)
+        if releases:
+            order.time += 1
+            self.show(mask)
+
+    def show(self, mask: np.ndarray | None) -> None:
         """What these threads have stored, and what barriers ordered before, becomes visible."""
         self.launch.memory.fence(self.lanes(np.zeros((self.warps, 32), np.int64), mask), self.random)
 
