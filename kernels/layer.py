@@ -34,16 +34,10 @@ class Begun(NamedTuple):
 
 
 def begin(
-    plan: Plan,
-    rows: Rows,
-    count: int,
-    h0: Tensor | None,
-    weight_hh: Sequence[Tensor],
-    weight_ih: Sequence[Tensor] | None = None,
-    bias_ih: Sequence[Tensor] | None = None,
-    bias_hh: Sequence[Tensor] | None = None,
-    y: Tensor | None = None,
-) -> Begun:
+    plan: Plan, rows: Rows, count: int, h0: Tensor | None, weight_hh: Sequence[Tensor],
+    weight_ih: Sequence[Tensor] | None = None, bias_ih: Sequence[Tensor] | None = None,
+    bias_hh: Sequence[Tensor] | None = None, y: Tensor | None = None,
+) -> Begun:  # fmt: skip
     """Make the buffers of a forward and what must stand in them; count: R. h0 [N, B, H], None for zeros.
 
     weight_hh: of each set [G*H, H], or all of them [N, G*H, H]. The rest: of each set, one or two, for the eager way,
@@ -113,19 +107,10 @@ def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
 
 
 def forward(
-    plan: Plan,
-    x_part: Tensor,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    rows: Rows,
-    reversed_sets: int,
-    saving: str,
-    c_n: Tensor | None = None,
-    parameters: Tensor | None = None,
+    plan: Plan, x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor | None, c0: Tensor | None,
+    rows: Rows, reversed_sets: int, saving: str, c_n: Tensor | None = None, parameters: Tensor | None = None,
     rates: tuple[float | None, float | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps forward.
 
     x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
@@ -166,21 +151,10 @@ def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dic
 
 
 def go_on(
-    plan: Plan,
-    begun: Begun,
-    x_part: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    rows: Rows,
-    reversed_sets: int,
-    saving: str,
-    h_n: Tensor | None = None,
-    c_n: Tensor | None = None,
-    parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None),
-    flat: bool = False,
-    aux: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    plan: Plan, begun: Begun, x_part: Tensor, h0: Tensor | None, c0: Tensor | None, rows: Rows, reversed_sets: int,
+    saving: str, h_n: Tensor | None = None, c_n: Tensor | None = None, parameters: Tensor | None = None,
+    rates: tuple[float | None, float | None] = (None, None), flat: bool = False, aux: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n, aux: where to write those, or new
     tensors. flat: y as [R, N*H], where it lies so.
     """
@@ -231,24 +205,11 @@ def go_on(
 
 
 def backward(
-    plan: Plan,
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    weight_hh: Tensor,
-    gates: Tensor | None,
-    aux: Tensor | None,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    rows: Rows,
-    reversed_sets: int,
-    d_cells: Tensor | None = None,
-    clip: float | None = None,
-    parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None),
-    carries: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    plan: Plan, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, weight_hh: Tensor, gates: Tensor | None,
+    aux: Tensor | None, y: Tensor, h0: Tensor, c0: Tensor | None, rows: Rows, reversed_sets: int,
+    d_cells: Tensor | None = None, clip: float | None = None, parameters: Tensor | None = None,
+    rates: tuple[float | None, float | None] = (None, None), carries: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps backward.
 
     d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H],
@@ -355,17 +316,9 @@ def of_backward(
 
 
 def saved_again(
-    cell: str,
-    sums: Tensor,
-    apart: Tensor | None,
-    y: Tensor,
-    aux: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    places: Tensor | None,
-    batch: int,
-    parameters: Tensor | None = None,
-) -> Tensor | None:
+    cell: str, sums: Tensor, apart: Tensor | None, y: Tensor, aux: Tensor | None, h0: Tensor | None, c0: Tensor | None,
+    places: Tensor | None, batch: int, parameters: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """What a forward with saving "full" leaves for its backward, made again in the place of the gate sums.
 
     sums [R, N, G*H]: of each gate, but the input's part alone of those apart; apart [R, N, A*H]: the hidden part of

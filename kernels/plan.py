@@ -158,20 +158,10 @@ def cut(p: Plan) -> tuple[int, ...]:
 
 
 def plan(
-    cell: str,
-    hidden_size: int,
-    batch_size: int,
-    sets: int,
-    dtype: str,
-    device: Device,
-    backward: bool = False,
-    precision: str | None = None,
-    max_programs: int | None = None,
-    allow_alone: bool = True,
-    ragged: bool = False,
-    measured: Measured | None = None,
-    layers: int = 1,
-) -> Plan | str:
+    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool = False,
+    precision: str | None = None, max_programs: int | None = None, allow_alone: bool = True, ragged: bool = False,
+    measured: Measured | None = None, layers: int = 1,
+) -> Plan | str:  # fmt: skip
     """The best plan that fits, or a sentence that says why there is none.
 
     sets: weight sets that run side by side (directions). precision: "tf32" or "ieee" for float32. max_programs: the
@@ -196,19 +186,10 @@ def plan(
 
 
 def every_plan(
-    cell: str,
-    hidden_size: int,
-    batch_size: int,
-    sets: int,
-    dtype: str,
-    device: Device,
-    backward: bool = False,
-    precision: str | None = None,
-    max_programs: int | None = None,
-    allow_alone: bool = True,
-    ragged: bool = False,
+    cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, backward: bool = False,
+    precision: str | None = None, max_programs: int | None = None, allow_alone: bool = True, ragged: bool = False,
     layers: int = 1,
-) -> list[Plan] | str:
+) -> list[Plan] | str:  # fmt: skip
     """All plans that fit, one program alone first, or why there is none. Arguments as of `plan`."""
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(DTYPES)}, not in {dtype}"

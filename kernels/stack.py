@@ -48,17 +48,9 @@ def _weights_fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
 
 
 def begin(
-    plan: Plan,
-    rows: Rows,
-    count: int,
-    h0: Tensor | None,
-    weight_ih: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    bias_ih: Sequence[Tensor] | None,
-    bias_hh: Sequence[Tensor] | None,
-    dropout: bool = False,
-    y: Tensor | None = None,
-) -> Begun:
+    plan: Plan, rows: Rows, count: int, h0: Tensor | None, weight_ih: Sequence[Tensor], weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor] | None, bias_hh: Sequence[Tensor] | None, dropout: bool = False, y: Tensor | None = None,
+) -> Begun:  # fmt: skip
     """Make the buffers of a forward and what must stand in them; count: R. h0 [L, B, H], None for zeros; weights and
     biases of each layer. dropout: whether there is any between the layers. y: its buffer, of words, or a new one.
     """
@@ -104,19 +96,10 @@ def _from(tensor: Tensor | None, n: int) -> Tensor | None:
 
 
 def forward(
-    plan: Plan,
-    begun: Begun,
-    x_part: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    rows: Rows,
-    saving: str,
-    h_n: Tensor | None = None,
-    c_n: Tensor | None = None,
-    passed: Passed | None = None,
-    gates: Tensor | None = None,
+    plan: Plan, begun: Begun, x_part: Tensor, h0: Tensor | None, c0: Tensor | None, rows: Rows, saving: str,
+    h_n: Tensor | None = None, c_n: Tensor | None = None, passed: Passed | None = None, gates: Tensor | None = None,
     aux: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps of all layers forward, after `begin`.
 
     x_part [R, G*H]: the first layer's, biases included; it stays as it is. h0, c0 [L, B, H], None for zeros. saving:
@@ -158,20 +141,10 @@ def forward(
 
 
 def backward(
-    plan: Plan,
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    weight_ih: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    gates: Tensor | None,
-    aux: Tensor | None,
-    y: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    rows: Rows,
-    passed: Passed | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    plan: Plan, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor], gates: Tensor | None, aux: Tensor | None, y: Tensor, h0: Tensor | None,
+    c0: Tensor | None, rows: Rows, passed: Passed | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """All steps of all layers backward.
 
     d_y [R, H], of the last layer's outputs, d_h_n and d_c_n [L, B, H], each None for zero; weights of each layer;

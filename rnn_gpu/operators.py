@@ -58,27 +58,11 @@ def plan_anew() -> None:
 
 @torch.library.custom_op("rnn_gpu::recurrence", mutates_args=("x_part",))
 def recurrence(
-    x_part: Tensor,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    parameters: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    dropped: Tensor | None,
-    kept_h: Tensor | None,
-    kept_c: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-    max_programs: int,
-    alone: bool,
-    saving: str,
-    rate_h: float | None,
-    rate_c: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
+    lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
+    kept_h: Tensor | None, kept_c: Tensor | None, time: int, cell: str, reversed_sets: int, max_programs: int,
+    alone: bool, saving: str, rate_h: float | None, rate_c: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The recurrence forward, for all steps and sets.
 
     x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `saving` is
@@ -131,27 +115,11 @@ def _(
 
 @torch.library.custom_op("rnn_gpu::recurrence_functional", mutates_args=())
 def recurrence_functional(
-    x_part: Tensor,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    parameters: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    dropped: Tensor | None,
-    kept_h: Tensor | None,
-    kept_c: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-    max_programs: int,
-    alone: bool,
-    saving: str,
-    rate_h: float | None,
-    rate_c: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
+    lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
+    kept_h: Tensor | None, kept_c: Tensor | None, time: int, cell: str, reversed_sets: int, max_programs: int,
+    alone: bool, saving: str, rate_h: float | None, rate_c: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`recurrence` for torch.func, which cannot write into a tensor that it maps over: x_part stays.
 
     -> what `recurrence` gives, and the gates [R, N, G*H].
@@ -172,33 +140,12 @@ def _(x_part, *arguments):
 
 @torch.library.custom_op("rnn_gpu::recurrence_backward", mutates_args=())
 def recurrence_backward(
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    d_cells: Tensor | None,
-    weight_hh: Tensor,
-    gates: Tensor,
-    aux: Tensor,
-    carries: Tensor,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    parameters: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    dropped: Tensor | None,
-    kept_h: Tensor | None,
-    kept_c: Tensor | None,
-    time: int,
-    cell: str,
-    reversed_sets: int,
-    max_programs: int,
-    alone: bool,
-    clip: float | None,
-    rate_h: float | None,
-    rate_c: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, d_cells: Tensor | None, weight_hh: Tensor,
+    gates: Tensor, aux: Tensor, carries: Tensor, y: Tensor, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
+    lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
+    kept_h: Tensor | None, kept_c: Tensor | None, time: int, cell: str, reversed_sets: int, max_programs: int,
+    alone: bool, clip: float | None, rate_h: float | None, rate_c: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The recurrence backward, for all steps and sets.
 
     d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], d_cells [R, N, K*H], by the states of every step: gradients,
@@ -252,17 +199,9 @@ def backward_directly(call: Call, d_outputs: tuple, weight_hh: Weights, states: 
 
 @torch.library.custom_op("rnn_gpu::saved_again", mutates_args=("sums",))
 def saved_again(
-    sums: Tensor,
-    apart: Tensor | None,
-    y: Tensor,
-    aux: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    parameters: Tensor | None,
-    places: Tensor | None,
-    batch: int,
-    cell: str,
-) -> Tensor:
+    sums: Tensor, apart: Tensor | None, y: Tensor, aux: Tensor, h0: Tensor | None, c0: Tensor | None,
+    parameters: Tensor | None, places: Tensor | None, batch: int, cell: str,
+) -> Tensor:  # fmt: skip
     """The gate sums [R, N, G*H] become what the forward saved, see `layer.saved_again`. -> aux, or empty where that
     has been kept.
     """
