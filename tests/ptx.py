@@ -5,8 +5,9 @@ instructions.
 import numpy as np
 import torch
 
+from rnn_gpu.kernels.machine.launch import Machine
 from rnn_gpu.kernels.machine.parse import WIDTH
-from rnn_gpu.kernels.machine.schedule import Counts, Machine, Schedule
+from rnn_gpu.kernels.machine.schedule import Counts, Schedule
 from rnn_gpu.kernels.machine.values import UNSIGNED
 
 HEAD = """

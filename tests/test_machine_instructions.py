@@ -17,7 +17,7 @@ import torch
 from rnn_gpu.kernels.machine import Fault
 from rnn_gpu.kernels.machine.access import HINTS
 from rnn_gpu.kernels.machine.decode import HANDLERS
-from rnn_gpu.kernels.machine.schedule import Machine
+from rnn_gpu.kernels.machine.launch import Machine
 from tests.ptx import HEAD, kernel, lanes, launch, value_of
 
 SPECIAL = [

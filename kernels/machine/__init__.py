@@ -10,12 +10,14 @@ arrive late and in any order. A `Fault` tells of races, addresses out of bounds 
 plain loads of what others write and waits that never end; it names program, warp, lanes, instruction, the line of
 Python that it came from, and the seed that repeats it.
 
-    parse.py      PTX text -> statements             decode.py     statements -> closures over registers
-    values.py     types and rounding                 memory.py     memory, late stores, races
-    arithmetic.py, conversion.py, lanes.py, warpgroup.py, access.py, control.py  the instructions
-    schedule.py   warps that step together           library.py    `on_machine`: Triton's launches on this machine
+    parse.py, decode.py, values.py   PTX text -> statements -> closures over registers; types and rounding
+    arithmetic.py, floating.py, bits.py, comparison.py, conversion.py, operands.py   instructions of one lane
+    lanes.py, warpgroup.py, access.py, control.py   those of a warp, of four, on memory, branches and barriers
+    memory.py, segment.py, shared.py   memory and late stores       shadow.py, races.py, order.py   what is a race
+    launch.py, run.py, services.py, schedule.py   warps that step together, against chance
+    library.py   `on_machine`: Triton's launches on this machine
 
-What it does not model: time, machine code (ptxas may reorder what PTX leaves open), caches beyond what memory.py says,
+What it does not model: time, machine code (ptxas may reorder what PTX leaves open), caches beyond what races.py says,
 textures, tensor memory and bulk copies, clusters. An instruction that is not known is a Fault that names it, never a
 guess. Nothing heavy is imported before the first use, and importing this package does not need Triton.
 """

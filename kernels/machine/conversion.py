@@ -4,8 +4,8 @@
 
 import numpy as np
 
-from .arithmetic import DIRECTED, NAN
 from .decode import Decoder, Instruction, instruction
+from .floating import DIRECTED, NAN
 from .parse import WIDTH, Statement, split
 from .values import (
     FLOATS,

@@ -1,8 +1,8 @@
 """From statements to `Code`: instructions as closures over a frame, a list of arrays with a place for each register.
 
-What an instruction does stands in arithmetic.py, conversion.py, lanes.py and access.py, each function under the name of
-its instruction: `@instruction("add", "rn ftz")` registers one and names the modifiers it knows, types aside. Whatever
-is not registered, or has a modifier that is not named, is a Fault when the kernel is decoded, not when it runs.
+What an instruction does stands in the files that `Code` imports, each function under the name of its instruction:
+`@instruction("add", "rn ftz")` registers one and names the modifiers it knows, types aside. Whatever is not registered,
+or has a modifier that is not named, is a Fault when the kernel is decoded, not when it runs.
 """
 
 import re
@@ -20,7 +20,7 @@ SPECIAL = (
     "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
     "%nctaid.y", "%nctaid.z", "%laneid", "%warpid",
 )  # fmt: skip
-# What an instruction is to the loop of schedule.py.
+# What an instruction is to the loop of run.py.
 VALUE, ACT, BRANCH, BARRIER, EXIT = range(5)
 
 
@@ -157,7 +157,7 @@ class Code:
     """A decoded kernel: what `Machine` runs. Registers are numbers from here on."""
 
     def __init__(self, ptx: str):
-        from . import access, arithmetic, control, conversion, lanes, warpgroup  # noqa: F401 (they register the instructions)
+        from . import access, arithmetic, bits, comparison, control, conversion, floating, lanes, warpgroup  # noqa: F401
 
         self.kernel = parse(ptx)
         decoder = Decoder(self.kernel)

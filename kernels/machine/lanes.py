@@ -1,7 +1,7 @@
 """What the lanes of a warp do together: shuffles, votes, reductions, and products of matrices. (PTX ISA 9.7.9, 9.7.13,
 9.7.14)
 
-All of them are `together`: schedule.py calls them when all 32 lanes of a warp are there, and a warp whose lanes never
+All of them are `together`: run.py calls them when all 32 lanes of a warp are there, and a warp whose lanes never
 meet is a Fault. A fragment is the part of a matrix that a lane holds; lane = 4 * group + member.
 """
 

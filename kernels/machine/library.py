@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from .schedule import Counts, Machine, Schedule
+from .launch import Machine
+from .schedule import Counts, Schedule
 
 TYPES = {
     torch.float64: "*fp64",

@@ -1,0 +1,117 @@
+"""Races in global memory, between programs and within one.
+
+A weak load (plain, `.ca`, `.cg`, `.nc`) of what another program writes in the launch is a fault, whichever comes first:
+it may be served from a cache for ever. A strong one (volatile, relaxed, acquire) is not. Threads that hand data on by
+release and acquire are known (order.py), and what is ordered so may be loaded plainly.
+"""
+
+import numpy as np
+
+from .order import MANY, Order
+from .segment import Segment
+from .shadow import Lanes, name_of
+
+
+class Races:
+    """Looks at each access to a segment, and remembers it in the segment."""
+
+    def __init__(self, order: Order):
+        self.order = order
+
+    def _unordered(self, lanes: Lanes, places: np.ndarray, foreign: np.ndarray, other, last, first, time) -> np.ndarray:
+        """The `foreign` among the accesses at these places, all [lanes, grains], that are not known to be over."""
+        if not foreign.any():
+            return foreign
+        some = [np.broadcast_to(x[:, None], places.shape)[foreign] for x in (lanes.program, lanes.fine)]
+        found = foreign.copy()
+        found[foreign] = self.order.unordered(some, *(x[foreign] for x in (other, last, first, time)))
+        return found
+
+    def _other_writers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
+        """Where another program has written last, and the lane does not know that to be over."""
+        writer = segment.program[places]
+        foreign = (writer != 0) & (writer != lanes.program[:, None])
+        if not foreign.any():
+            return foreign
+        last = segment.shadow.last_writer(places)
+        return self._unordered(lanes, places, foreign, writer, last, last, segment.clock[places])
+
+    def _other_readers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
+        """The same where one has loaded plainly since the last store."""
+        program, last, first = lanes.program[:, None], segment.last[places], segment.first[places]
+        first = np.where(first > 0, MANY - first, 0)
+        foreign = (last != 0) & ((last != program) | (first != program))
+        if not foreign.any():
+            return foreign
+        reader = np.where(last != program, last, first)
+        reader = np.where((last != first) & (last != program) & (first != program), MANY, reader)
+        keys = segment.shadow.last_readers(places)
+        return self._unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
+
+    def check_load(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
+        """A weak load of places [lanes, grains]."""
+        program = lanes.program[:, None]
+        writer = segment.program[places]
+        foreign = self._other_writers(segment, lanes, places)
+        if foreign.any():
+            who = _program(run, writer[foreign][0])
+            run.fail_at(f"a plain load of {segment.name}, which {who} in this launch", lanes.which[foreign.any(1)])
+        keys, odd = segment.shadow.writers_at_odds(places, lanes)
+        odd &= writer == program
+        if odd.any():
+            run.fail_at(
+                f"race: {name_of(keys[odd][0])} wrote this of {segment.name}, and no barrier since",
+                lanes.which[odd.any(1)],
+            )
+        shadow = segment.shadow
+        if self.order.acquired:  # readers that are known to be over are none
+            earlier = segment.last[places]
+            over = (earlier != 0) & (earlier != program) & ~self._other_readers(segment, lanes, places)
+            for readers in (segment.last, segment.first, shadow.last, shadow.first):
+                readers[places[over]] = 0
+        shadow.note_read(places, lanes)
+        number = np.broadcast_to(program, places.shape).ravel()
+        at = places.ravel()
+        segment.last[at] = np.maximum(segment.last[at], number)
+        segment.read_clock[at] = self.order.time
+        at, mirrored = at[::-1], MANY - number[::-1]
+        segment.first[at] = np.maximum(segment.first[at], mirrored)
+
+    def check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, what: str, strong: bool) -> None:
+        """Strong ones may race with one another, and with what is stored plainly; nothing with a plain load."""
+        program, writer, last = lanes.program[:, None], segment.program[places], segment.last[places]
+        shadow = segment.shadow
+        if not strong:
+            foreign = self._other_writers(segment, lanes, places)
+            if foreign.any():
+                who = _program(run, writer[foreign][0])
+                run.fail_at(f"{what} {segment.name}, which {who} too", lanes.which[foreign.any(1)])
+        foreign = self._other_readers(segment, lanes, places)
+        if foreign.any():
+            run.fail_at(f"{what} {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
+        wrote = False if strong else (writer == program) & shadow.writers_at_odds(places, lanes)[1]
+        reads = (last == program) & shadow.readers_at_odds(places, lanes)
+        for odd, did in ((wrote, "wrote"), (reads, "reads")):
+            if np.any(odd):
+                where = lanes.which[odd.any(1)]
+                run.fail_at(f"race: another thread {did} this of {segment.name}, and no barrier since", where)
+
+    def note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
+        """Remember a store -> which of its places [lanes, grains] another lane of it has, as `Shadow.note_write`."""
+        program = lanes.program[:, None]
+        several = strong and self._other_writers(segment, lanes, places)
+        segment.program[places] = np.where(several, MANY, program)
+        segment.clock[places] = self.order.time
+        for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
+            readers[places] = 0  # whoever is ordered behind this store is so behind those loads
+        judged = True if segment.meant is None else ~segment.meant[places]
+        lost = (segment.program[places] != program) & judged
+        if lost.any() and not strong:
+            who = _program(run, segment.program[places][lost][0])
+            run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[lost.any(1)])
+        lost = segment.shadow.note_write(places, lanes)
+        return None if lost is None else lost & judged
+
+
+def _program(run, number: int) -> str:
+    return "several programs write" if number == MANY else f"program {run.launch.index[int(number) - 1]} writes"

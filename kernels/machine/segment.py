@@ -1,0 +1,44 @@
+"""An allocation of global memory: its data, what is stored and not visible yet, and who was there last."""
+
+import numpy as np
+
+from .shadow import VECTOR, Lanes, Shadow
+from .values import SIGNED
+
+
+class Segment:
+    """One allocation of global memory."""
+
+    def __init__(self, base: int, data: np.ndarray, name: str, grain: int):
+        self.base, self.data, self.name, self.grain = base, data, name, grain
+        self.size = data.size
+        self.writable = False  # whether an instruction of the kernel can write to it
+        self.meant: np.ndarray | None = None  # on which grains races are meant
+        self.shadow: Shadow | None = None
+
+    def prepare(self, fine: bool) -> None:
+        """Make the shadows of memory that is written."""
+        self.writable, self.shadow = True, Shadow(self.size, self.grain, fine)
+        count = self.shadow.written.size
+        self.program, self.last, self.first, self.clock, self.read_clock = (np.zeros(count, np.int32) for _ in range(5))
+        room = -(-self.size // 32) * 32
+        self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
+        self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
+
+    def excuse(self, offset: int, meant: np.ndarray) -> None:
+        """On these bytes from an offset on, races are meant."""
+        if self.meant is None:
+            self.meant = np.zeros(-(-self.size // self.grain), bool)
+        meant = np.pad(meant, (offset % self.grain, -(offset + meant.size) % self.grain), constant_values=False)
+        self.meant[offset // self.grain :][: meant.size // self.grain] |= meant.reshape(-1, self.grain).all(1)
+
+    def judged(self, lanes: Lanes, places: np.ndarray) -> tuple[Lanes, np.ndarray]:
+        """The lanes whose accesses must be no race, and what of the places [lanes, grains] is theirs."""
+        if self.meant is None:
+            return lanes, places
+        judged = ~self.meant[places].all(1)
+        return lanes.some(judged), places[judged]
+
+    def view(self, size: int) -> np.ndarray:
+        """The data as elements of so many bytes."""
+        return self.data[: self.size // size * size].view(VECTOR[size])
