@@ -168,6 +168,8 @@ def _directly(inputs: Inputs, rows: Rows, call: Call):
 def _apply(*arguments):
     count = len(Inputs._fields) + len(Rows._fields)
     call = Call(*arguments[count:])
+    if torch._C._are_functorch_transforms_active():  # inside the graph, where base.py does not ask, which has no guard
+        call = call._replace(functional=True, saving="full")
     function = Layer if call.route == "kernels" else aten.AtenLayer
     return function.apply(call, *arguments[:count])[:4]
 

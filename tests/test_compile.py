@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -96,6 +97,19 @@ def test_packed_sequence_made_outside_the_graph(name, kwargs, enforce_sorted):
     for lengths in ([5, 3, 2], [4, 4, 1]):
         packed = pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor(lengths), enforce_sorted=enforce_sorted)
         assert_same(run, compiled, layer, *packed)
+
+
+def test_transforms_inside_a_graph():
+    """Catches: an operator that writes into what a transform inside the graph maps over, forward, or where the backward
+    makes the gates again.
+    """
+    layer = rnn_gpu.GRU(3, 4, memory="lean")
+    weights, input, lengths = dict(layer.named_parameters()), torch.randn(2, 2, 2, 3), torch.tensor([[2, 1], [0, 2]])
+    loss = lambda weights, x, n: functional_call(layer, weights, (x,), {"lengths": n})[0].square().sum()
+    run = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(weights, input, lengths)
+    with rnn_gpu.backend("torch"):
+        torch.testing.assert_close(found, run(weights, input, lengths))
 
 
 def test_the_same_tensor_given_twice_and_inference():
