@@ -59,6 +59,6 @@ def into_sets(tensor: Tensor, axis: int, sets: int, heads: int, size: int) -> Te
 
 
 def out_of_sets(tensor: Tensor, axis: int, sets: int, heads: int, size: int) -> Tensor:
-    """The way back."""
+    """The way back. Contiguous: with one unit a head nothing else would copy it."""
     tensor = tensor.unflatten(axis, (-1, size)).unflatten(sets, (heads, -1))
-    return tensor.movedim(sets, axis + 1).flatten(axis, axis + 2)
+    return tensor.movedim(sets, axis + 1).flatten(axis, axis + 2).contiguous()

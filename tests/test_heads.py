@@ -209,6 +209,12 @@ def test_compiled_exported_mapped_packed_and_differentiated_twice(name, graph):
     torch.testing.assert_close(*of)
 
 
+def test_states_of_one_unit_a_head_are_contiguous():
+    """Catches: final states of other strides than those of all other layers, which `view` refuses."""
+    output, states = rnn_gpu.LSTM(3, 8, heads=8, bidirectional=True)(torch.randn(2, 3, 3))
+    assert all(one.is_contiguous() for one in (output, *states))
+
+
 @on_torch
 def test_as_a_module():
     """Catches: heads lost by a copy, a pickle or the repr; a state dict of other shapes; heads that torch.nn's layer
