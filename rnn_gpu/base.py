@@ -570,13 +570,13 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         several = self._states > 1
         if self._torch_class is None:
             self._check_tensors(hx)
-        states = tuple(hx[i] for i in range(self._states)) if several else (hx,)
         rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
-        if any(state.dim() != rank for state in states):
+        if any((hx[i] if several else hx).dim() != rank for i in range(self._states)):  # one after another, as torch.nn
             if several:
-                got = ", ".join(f"{state.dim()}-D" for state in states)
+                got = ", ".join(f"{hx[i].dim()}-D" for i in range(self._states))
                 raise RuntimeError(f"For {kind} input, hx and cx should also be {rank}-D but got ({got}) tensors")
             raise RuntimeError(f"For {kind} input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
+        states = tuple(hx[i] for i in range(self._states)) if several else (hx,)
         if several and batched:  # unbatched, torch.nn makes a pair of whatever has two
             self._check_count(hx)
         return states if batched else tuple(state.unsqueeze(1) for state in states)
@@ -609,21 +609,24 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self.check_hidden_size(state, expected, f"Expected {which} size {{}}, got {{}}")
 
     def _check_weights(self, weights: list[Tensor]) -> None:
-        """RuntimeError for a weight of another size than the layer's, which a kernel would read past its end."""
-        gates = CELLS[backends.cell_of(self)].gates * self.hidden_size
-        state, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
-        for name, weight in zip(self._flat_weights_names, weights, strict=True):
-            if name.startswith("weight_ih"):
-                first = name in ("weight_ih_l0", "weight_ih_l0_reverse")
-                expected = gates, self.input_size if first else directions * state
-            elif name.startswith("weight_hh"):
-                expected = gates, state // self.heads
-            elif name.startswith("weight_hr"):
-                expected = state, self.hidden_size
-            else:
-                expected = (gates,) if name.startswith("bias") else (self.hidden_size,)
+        """RuntimeError for weights of another number or size than the layer's, which a kernel would read past their
+        end; TypeError for none. In torch.nn's words where it has some.
+        """
+        cell = CELLS[backends.cell_of(self)]
+        gates, state = cell.gates * self.hidden_size, self.proj_size or self.hidden_size
+        directions, sizes = 2 if self.bidirectional else 1, [(gates, self.input_size), (gates, state // self.heads)]
+        sizes += [(gates,)] * (2 if self.bias else 0) + [(state, self.hidden_size)] * (1 if self.proj_size else 0)
+        sizes += [(self.hidden_size,)] * len(cell.parameters)
+        count, each = self.num_layers * directions, len(sizes)
+        if len(weights) != count * each:
+            got = f"expected {count * each}, got {len(weights)}"
+            raise RuntimeError(f"got an incorrect number of RNN parameters: {got}")
+        for i, weight in enumerate(weights):  # by place: what the layer was made as does not count
+            expected = (gates, directions * state) if i % each == 0 and i >= directions * each else sizes[i % each]
+            if weight is None:
+                raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
             if weight.shape != expected:
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(weight.shape)}")
+                raise RuntimeError(f"Expected {self._flat_weights_names[i]} size {expected}, got {list(weight.shape)}")
 
     def _check_devices(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         """RuntimeError where a tensor is on another device than the input, or is computed in another dtype."""

@@ -253,6 +253,28 @@ def test_a_weight_of_another_size_or_type_is_seen():
             layer(input)
 
 
+def test_weights_that_are_not_those_of_the_attributes_are_refused():
+    """Catches: attributes set after the first call, for which the layer has no weights, or others: a layer of another
+    kind in silence, or memory read that is not there.
+    """
+    cases = [({"num_layers": 2}, 8), ({"bias": False}, 2), ({"bidirectional": True}, 8), ({"num_layers": 3}, 12)]
+    for changes, count in cases:
+        layer, input = layer_and_input("GRU")
+        vars(layer).update(changes)
+        with pytest.raises(RuntimeError, match=f"incorrect number of RNN parameters: expected {count}, got 4"):
+            layer(input)
+    layer = rnn_gpu.GRU(5, 7, bidirectional=True)
+    layer.bidirectional, layer.num_layers = False, 2  # as many weights of other sizes
+    with pytest.raises(RuntimeError, match=r"Expected weight_ih_l0_reverse size \(21, 7\), got \[21, 5\]"):
+        layer(input)
+    layer, input = layer_and_input("GRU")
+    layer.weight_hh_l0 = None
+    with pytest.raises(TypeError, match="expected Tensor as element 1 in argument 2, but got NoneType"):
+        layer(input)
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'dim'"):
+        rnn_gpu.LSTM(5, 7)(input, "a")
+
+
 def test_another_nonlinearity_is_seen():
     """Catches: a mode that was set after the first call, as torch.nn's RNN reads it at every call."""
     layer, input = layer_and_input("RNN")
