@@ -36,6 +36,9 @@ END:
 """
 
 
+FENCE, WRITE, READ = "fence.acq_rel.gpu;", "st.relaxed.gpu.global", "ld.relaxed.gpu.global"
+
+
 def passed_on(seed: int, again: bool = True, **parts: str) -> tuple[int, int]:
     """Flag and data as program 1 saw them."""
     known = dict(
@@ -70,8 +73,26 @@ def test_stores_of_a_thread_are_seen_in_any_order():
     ids=lambda p: next(iter(p.values())),
 )
 def test_fences_and_releases_order_stores(parts):
-    """Catches a fence that does nothing."""
-    assert {passed_on(seed, **parts) for seed in range(30)} == {(1, 42)}
+    """Catches a fence that does nothing, and a reader without one that is served in order."""
+    parts = parts | dict(load_flag=READ)
+    assert {passed_on(seed, load_data=f"{FENCE} {READ}", **parts) for seed in range(30)} == {(1, 42)}
+    assert {passed_on(seed, load_data=READ, **parts) for seed in range(30)} == {(1, 0), (1, 42)}
+
+
+def test_a_place_does_not_become_older():
+    """Catches loads of one place that are served out of order, the program's own stores among them."""
+    code = """
+    .reg .pred p; .reg .b32 program, x, y; setp.ne.u32 p, tid, 0; @p bra END;
+    mov.u32 program, %ctaid.x; setp.ne.u32 p, program, 0; @p bra READ; st.global.b32 [%rd0], 1; bra END;
+    READ: $OWN AGAIN: ld.relaxed.gpu.global.b32 x, [%rd0$AT]; ld.relaxed.gpu.global.b32 y, [%rd0$AT];
+    setp.eq.u32 p, x, 0; @p bra AGAIN; st.global.v2.b32 [%rd1], {x, y};
+    END:
+    """
+    for own, at in (("", ""), ("st.relaxed.gpu.global.b32 [%rd0+4], 1;", "+4")):
+        for seed in range(20):
+            out = zeros(2)
+            launch(code.replace("$OWN", own).replace("$AT", at), [zeros(), out], grid=2, seed=seed)
+            assert out.tolist() == [1, 1]
 
 
 def test_a_plain_load_of_what_another_program_writes_is_a_fault():
@@ -89,9 +110,6 @@ def test_what_was_released_and_acquired_may_be_loaded_plainly():
         assert passed_on(
             seed, store_flag="st.release.gpu.global", load_flag="ld.acquire.gpu.global", load_data="ld.global"
         ) == (1, 42)
-
-
-FENCE, WRITE, READ = "fence.acq_rel.gpu;", "st.relaxed.gpu.global", "ld.relaxed.gpu.global"
 
 
 @pytest.mark.parametrize(

@@ -250,9 +250,9 @@ class Code:
                     live[at], changed = now, True
         return live
 
-    def writable(self) -> set[str]:
-        """Parameters through whose address something may be written: from each one, follow the registers that are made
-        of it.
+    def reached(self, how: str) -> set[str]:
+        """Parameters through whose address instructions access global memory that `tells` or `asks`: from each one,
+        follow the registers that are made of it.
         """
         from_parameters: dict[int, set[str]] = {}
         changed = True
@@ -272,7 +272,7 @@ class Code:
                         changed = True
         found = set()
         for x in self.code:
-            if x.tells and x.statement.has("global"):
+            if getattr(x, how) and x.statement.has("global"):
                 base = x.reads[0]
                 found |= from_parameters.get(base, set(self.kernel.parameters))
         return found

@@ -25,7 +25,7 @@ class Machine:
 
     def __init__(self, ptx: str, warps: int, shared: int):
         self.code, self.warps, self.shared = Code(ptx), warps, shared
-        self._writable = self.code.writable()
+        self._written, self._polled = self.code.reached("tells"), self.code.reached("asks")
 
     def run(self, grid, arguments, names=None, meant=(), schedule: Schedule | None = None) -> Counts:
         """Launch it on torch CPU tensors (in place) and numbers, in the order of its parameters; those missing at the
@@ -48,7 +48,8 @@ class Machine:
                 known[data.ctypes.data] = launch.memory.add(data, name)
             segment = known[data.ctypes.data]
             offset = value.storage_offset() * value.element_size()
-            if parameters[i] in self._writable and segment.shadow is None:
+            segment.polled |= parameters[i] in self._polled
+            if parameters[i] in self._written and segment.shadow is None:
                 segment.prepare(launch.fine)
             for argument, elements in meant:
                 if argument == name and elements is not None:
@@ -86,6 +87,7 @@ class Launch:
         self.thread = np.tile(32 * np.arange(self.warps), programs)[:, None] + LANES
         self.at, self.status = np.zeros(rows, np.int64), np.zeros(rows, np.int8)
         self.parted, self.lane_at = np.zeros(rows, bool), np.zeros((rows, 32), np.int64)
+        self.ordered = np.zeros(rows, np.int64)  # the version of memory when a warp last ordered its loads
         self.count, self.seen = np.zeros(rows, np.int64), np.full(rows, -1, np.int64)
         self.barriers, self.warp_barriers = np.ones(programs, np.int64), np.zeros(rows, np.int64)
         self.arrived = np.zeros(programs, np.int64)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .order import Order
+from .order import MANY, Order
 from .parse import Fault
 from .races import Races
 from .segment import Segment
@@ -69,11 +69,34 @@ class GlobalMemory:
             if segment.shadow is not None:
                 if self.races is not None and not strong:
                     self.races.check_load(run, segment, *segment.judged(some, segment.shadow.places(offset, size)))
+                if self.races is not None and strong and size >= segment.grain:
+                    raw = self._early(run, segment, some, offset, size, raw)
                 owner = segment.owner
                 if self.pending:
                     raw = self._own(segment, some, offset, size, raw, owner)
             out[here] = elements_of(raw, width, count)
         return out
+
+    def _early(self, run, segment: Segment, lanes: Lanes, offset, size: int, raw) -> np.ndarray:
+        """What a strong load finds that may be served ahead of earlier ones of its thread, back to a fence, an acquire
+        or a barrier: some values that others, of another program, have taken the place of and nobody has seen yet.
+        """
+        count, vector = size // segment.grain, VECTOR[size]
+        if not segment.replaced.view(VECTOR[count])[offset // size].any():
+            return raw
+        places = segment.shadow.places(offset, size)
+        writer = segment.program[places]
+        early = (segment.replaced[places] != 0) & (writer != lanes.program[:, None]) & (writer != MANY)
+        early &= segment.landed[places] > run.launch.ordered[run.rows[lanes.which >> 5]][:, None]
+        if self.order.released:
+            early &= ~np.isin(lanes.address, list(self.order.released))[:, None]
+        early &= run.random.random() < run.launch.schedule.early
+        segment.replaced[places[~early]] = 0
+        if not early.any():
+            return raw
+        before = elements_of(segment.before.view(vector)[offset // size], segment.grain, count)
+        found = np.where(early, before, elements_of(raw, segment.grain, count))
+        return np.ascontiguousarray(found).view(vector)[:, 0]
 
     def _own(self, segment: Segment, lanes: Lanes, offset, size: int, raw, owner) -> np.ndarray:
         """What a program has stored itself it sees, visible or not."""
@@ -108,6 +131,7 @@ class GlobalMemory:
                 now = np.where(waiting, before, elements_of(data[at], segment.grain, places.shape[1]))
                 data[at] = np.ascontiguousarray(now).view(VECTOR[size])[:, 0]
                 self.order.land(some.address[waiting.any(1)])
+                segment.replaced[places] = 0
             late[at] = np.ascontiguousarray(values[here]).view(VECTOR[size])[:, 0]
             segment.owner[places] = some.program[:, None]
             if lost is not None and not strong:
@@ -160,10 +184,13 @@ class GlobalMemory:
     def _land(self, segment: Segment, at: np.ndarray, width: int) -> None:
         places = segment.shadow.places(at * width, width)
         mine = segment.owner[places[:, 0]] != 0  # what has landed with a later store to the same place is over
-        at = at[mine]
+        at, places = at[mine], places[mine]
+        if segment.polled:
+            segment.before.view(VECTOR[width])[at] = segment.view(width)[at]
+            segment.landed[places], segment.replaced[places] = self.version, 1
         segment.view(width)[at] = segment.late.view(VECTOR[width])[at]
         self.order.land(segment.base + at * width)
-        segment.owner[places[mine]] = 0
+        segment.owner[places] = 0
 
     def atomic(self, run, lanes: Lanes, width: int, function, order: str) -> np.ndarray:
         """function(number of the lane, old) -> new for each lane in random order, on memory itself -> what was there
@@ -174,6 +201,7 @@ class GlobalMemory:
             self.prepare(run, segment, some)
             if segment.owner[segment.shadow.places(offset, width)].any():
                 self.commit(np.ones(self.programs + 1), run.random)
+            segment.replaced[segment.shadow.places(offset, width)] = 0
             view = segment.view(width)
             numbers = np.arange(old.size)[here]
             programs, threads = some.threads()

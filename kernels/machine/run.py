@@ -207,6 +207,7 @@ class Run(Services):
         launch.counts.barriers += full.size
         released = (full[:, None] * launch.warps + np.arange(launch.warps)).ravel()
         launch.status[released] = READY
+        launch.ordered[released] = launch.memory.version
         self._lanes = None
         return released.size == rows.size and full.size == programs.size
 

@@ -13,6 +13,7 @@ class Segment:
         self.base, self.data, self.name, self.grain = base, data, name, grain
         self.size = data.size
         self.writable = False  # whether an instruction of the kernel can write to it
+        self.polled = False  # whether one reads it strongly
         self.meant: np.ndarray | None = None  # on which grains races are meant
         self.shadow: Shadow | None = None
 
@@ -24,6 +25,9 @@ class Segment:
         room = -(-self.size // 32) * 32
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
+        self.before = np.zeros(room, np.uint8)  # values that the latest visible ones took the place of
+        self.replaced = np.zeros(room // self.grain, np.uint8)  # where, and nobody has seen it yet
+        self.landed = np.zeros(count, np.int64)  # when
 
     def excuse(self, offset: int, meant: np.ndarray) -> None:
         """On these bytes from an offset on, races are meant."""

@@ -58,6 +58,8 @@ class Services:
                 learn = known.acquire if order == "acquire" else known.read
                 for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
                     learn(*thread)
+            if order == "acquire":
+                launch.ordered[self.rows] = launch.memory.version
         if mask is None:
             return values.reshape(self.warps, 32, count)
         out = np.zeros((32 * self.warps, count), UNSIGNED[width])
@@ -98,6 +100,8 @@ class Services:
             found = self.launch.shared.atomic(self, lanes, width, change)
         else:
             found = self.launch.memory.atomic(self, lanes, width, change, order)
+            if order in ("acquire", "acq_rel"):
+                self.launch.ordered[self.rows] = self.launch.memory.version
         old = np.zeros((32 * self.warps, count), UNSIGNED[width])
         old[which] = found.reshape(-1, count)
         return old.reshape(self.warps, 32, count)
@@ -113,6 +117,7 @@ class Services:
         if releases:
             order.time += 1
             self.show(mask)
+        self.launch.ordered[self.rows] = self.launch.memory.version
 
     def show(self, mask: np.ndarray | None) -> None:
         """What these threads have stored, and what barriers ordered before, becomes visible."""
@@ -125,6 +130,7 @@ class Services:
     def warp_barrier(self) -> None:
         """What the lanes of these warps did before is ordered before what they do next."""
         self.launch.warp_barriers[self.rows] += 1
+        self.launch.ordered[self.rows] = self.launch.memory.version
         self._lanes = None
 
     def outside(self, address: np.ndarray, mask: np.ndarray | None) -> int:
