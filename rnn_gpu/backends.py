@@ -16,9 +16,11 @@ Environment variables, read when rnn_gpu is imported:
 import contextlib
 import functools
 import importlib.util
+import inspect
 import logging
 import operator
 import os
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -77,7 +79,7 @@ _allow_alone = integer_from_environment("RNN_GPU_ALONE", 1, largest=1, smallest=
 
 class _Setting:
     """A setting of the whole process, used as torch.set_grad_enabled is: in force from the call on; a context that
-    ends sets it back; as a decorator it holds within the calls of the function alone.
+    ends sets it back; as a decorator it holds while the function runs, and not while a generator or a coroutine waits.
     """
 
     def __init__(self, value: Any):
@@ -98,23 +100,65 @@ class _Setting:
         self._exchanged(self._before)
 
     def __call__(self, function: Function) -> Function:
-        """Decorate a function."""
+        """Decorate a function. RuntimeError for a class, as in PyTorch, and for an asynchronous generator."""
         self._exchanged(self._before)
+        if inspect.isclass(function) or inspect.isasyncgenfunction(function):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"rnn_gpu.{name} cannot decorate classes and asynchronous generators: decorate functions, or write "
+                f"`with rnn_gpu.{name}({self._value!r}):` inside"
+            )
+        again: Any = lambda: type(self)(self._value)
+        run: Any = function
 
-        @functools.wraps(function)
         def within(*args: Any, **kwargs: Any) -> Any:
-            with type(self)(self._value):
-                return function(*args, **kwargs)
+            with again():
+                return run(*args, **kwargs)
 
-        return cast(Function, within)
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            return (yield from _step_by_step(again, run(*args, **kwargs)))
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await _step_by_step(again, run(*args, **kwargs))
+
+        decorated: Any = within
+        if inspect.isgeneratorfunction(function):
+            decorated = generator
+        elif inspect.iscoroutinefunction(function):
+            decorated = coroutine
+        return cast(Function, functools.wraps(function)(decorated))
+
+
+@types.coroutine
+def _step_by_step(setting: Callable[[], _Setting], inner: Any) -> Any:
+    """Run a generator or a coroutine, each piece of it between two waits within the setting."""
+    try:
+        with setting():
+            found = inner.send(None)
+        while True:
+            try:
+                given = yield found
+            except GeneratorExit:
+                with setting():
+                    inner.close()
+                raise
+            except BaseException as error:
+                with setting():
+                    found = inner.throw(error)
+            else:
+                with setting():
+                    found = inner.send(given)
+    except StopIteration as end:
+        return end.value
 
 
 class backend(_Setting):
     """Let layers use the backend `name`: "auto", "triton" or "torch". ValueError for another name.
 
     `rnn_gpu.backend("torch")` holds from then on, in all threads; `with rnn_gpu.backend("torch"):` until the block
-    ends; `@rnn_gpu.backend("torch")` within calls of the function. "triton" raises a RuntimeError that says why where
-    the kernels cannot serve a call; "auto" falls back and logs it once.
+    ends; `@rnn_gpu.backend("torch")` while the function runs (a generator or a coroutine: not while it waits).
+    "triton" raises a RuntimeError that says why where the kernels cannot serve a call; "auto" falls back and logs it
+    once.
 
     >>> with backend("torch"):
     ...     current_backend()

@@ -614,7 +614,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """
         cell = CELLS[backends.cell_of(self)]
         gates, state = cell.gates * self.hidden_size, self.proj_size or self.hidden_size
-        directions, sizes = 2 if self.bidirectional else 1, [(gates, self.input_size), (gates, state // self.heads)]
+        directions = 2 if self.bidirectional else 1
+        sizes: list[tuple[int, ...]] = [(gates, self.input_size), (gates, state // self.heads)]
         sizes += [(gates,)] * (2 if self.bias else 0) + [(state, self.hidden_size)] * (1 if self.proj_size else 0)
         sizes += [(self.hidden_size,)] * len(cell.parameters)
         count, each = self.num_layers * directions, len(sizes)

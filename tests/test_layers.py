@@ -2,6 +2,7 @@
 explain.
 """
 
+import asyncio
 import contextlib
 import copy
 import inspect
@@ -185,7 +186,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
 def test_settings_are_setters_contexts_and_decorators(setting):
     """Catches: `rnn_gpu.backend("torch")` in a notebook that does nothing, a decorator that holds beyond its function,
-    a context inside torch.compile that breaks the graph.
+    or not in a generator or a coroutine, or while those wait, a context inside torch.compile that breaks the graph.
     """
     value, now = SETTINGS[setting]
     before = now()
@@ -199,7 +200,43 @@ def test_settings_are_setters_contexts_and_decorators(setting):
         with setting(value):
             return x + (1 if now() == value else 0)
 
+    @setting(value)
+    def generator():
+        """Three pieces: after a value, after an error, after its end is asked for."""
+        seen = [now()]
+        try:
+            seen.append((yield seen[0]))
+            yield now()
+        except KeyError:
+            yield now()
+        finally:
+            seen.append(now())
+            steps.extend(seen)
+
+    @setting(value)
+    async def coroutine():
+        seen = now()
+        await asyncio.sleep(0)
+        return seen, now()
+
+    async def beside():
+        return (await asyncio.gather(coroutine(), others()))[0]
+
+    async def others():
+        assert now() == before
+        await asyncio.sleep(0)
+        assert now() == before
+
+    steps, pieces = [], generator()
+    assert next(pieces) == value and now() == before
+    assert pieces.send(7) == value and now() == before
+    assert pieces.throw(KeyError) == value and now() == before
+    pieces.close()
+    assert steps == [value, 7, value] and now() == before
+    assert asyncio.run(beside()) == (value, value) and now() == before
     assert now() == before and decorated() == value and now() == before
+    with pytest.raises(RuntimeError, match="cannot decorate classes and asynchronous generators"):
+        setting(value)(type)
     assert repr(setting(before)) == f"rnn_gpu.{setting.__name__}({before!r})"  # what a notebook shows of that line
     assert compiled(torch.zeros(1)).item() == 1 and now() == before
     try:
