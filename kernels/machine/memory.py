@@ -69,7 +69,7 @@ class GlobalMemory:
             if segment.shadow is not None:
                 if self.races is not None and not strong:
                     self.races.check_load(run, segment, *segment.judged(some, segment.shadow.places(offset, size)))
-                if self.races is not None and strong and size >= segment.grain:
+                if self.races is not None and strong:
                     raw = self._early(run, segment, some, offset, size, raw)
                 owner = segment.owner
                 if self.pending:
@@ -81,8 +81,15 @@ class GlobalMemory:
         """What a strong load finds that may be served ahead of earlier ones of its thread, back to a fence, an acquire
         or a barrier: some values that others, of another program, have taken the place of and nobody has seen yet.
         """
-        count, vector = size // segment.grain, VECTOR[size]
-        if not segment.replaced.view(VECTOR[count])[offset // size].any():
+        if size < segment.grain:  # a part of what is stored at once
+            segment.replaced[offset // segment.grain] = 0
+            return raw
+        count, vector, at = size // segment.grain, VECTOR[size], offset // size
+        replaced = segment.replaced.view(VECTOR[min(count, 8)])
+        if count > 8:
+            at = at[:, None] * (count // 8) + np.arange(count // 8)
+        if run.random.random() >= run.launch.schedule.early or not replaced[at].any():
+            replaced[at] = 0
             return raw
         places = segment.shadow.places(offset, size)
         writer = segment.program[places]
@@ -90,7 +97,6 @@ class GlobalMemory:
         early &= segment.landed[places] > run.launch.ordered[run.rows[lanes.which >> 5]][:, None]
         if self.order.released:
             early &= ~np.isin(lanes.address, list(self.order.released))[:, None]
-        early &= run.random.random() < run.launch.schedule.early
         segment.replaced[places[~early]] = 0
         if not early.any():
             return raw

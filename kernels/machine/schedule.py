@@ -35,7 +35,7 @@ class Schedule:
     launch: int = 1
     delay: float = 0.3
     slow: tuple[int, ...] = ()
-    early: float = 0.3
+    early: float = 0.2
     stop: float = 0.1
     part: float = 0.2
     budget: int = 2_000_000

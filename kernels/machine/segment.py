@@ -27,7 +27,7 @@ class Segment:
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
         self.before = np.zeros(room, np.uint8)  # values that the latest visible ones took the place of
         self.replaced = np.zeros(room // self.grain, np.uint8)  # where, and nobody has seen it yet
-        self.landed = np.zeros(count, np.int64)  # when
+        self.landed = np.zeros(count, np.int32)  # when
 
     def excuse(self, offset: int, meant: np.ndarray) -> None:
         """On these bytes from an offset on, races are meant."""
