@@ -459,6 +459,10 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         several = self._states > 1
         self.check_input(data, batch_sizes)
+        rows = packed_rows(batch_sizes, batch, data.size(0), data.device)
+        if unsorted_indices is not None and unsorted_indices.size(0) != batch:
+            got = unsorted_indices.size(0)
+            raise RuntimeError(f"Expected unsorted_indices of the {batch} sequences that were packed, got {got}")
         if hx is None:
             states = None if route == "kernels" else self._zero_states(data, batch)
         else:
@@ -469,7 +473,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._check_sizes(tuple(hx) if several else (hx,), batch)  # before permuting, which would cut them
             hx = self.permute_hidden(tuple(hx) if several else hx, sorted_indices)
             states = tuple(hx) if several else (hx,)
-        *outputs, final = self._run(data, states, packed_rows(batch_sizes, batch, data.device), dtype, route)
+        *outputs, final = self._run(data, states, rows, dtype, route)
         final = self.permute_hidden(final if several else final[0], unsorted_indices)
         output, *cells = (PackedSequence(one, batch_sizes, sorted_indices, unsorted_indices) for one in outputs)
         return output, final, *cells

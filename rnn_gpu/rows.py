@@ -9,32 +9,34 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import inductor
 from .kernels.rows import Rows
+from .library import fake, operator
 
 # Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
 # the version of the batch sizes that they were made from, and for each device and stream.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
-    """The rows of a PackedSequence of `batch` sequences, from its batch_sizes [T] on the CPU.
+def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.device) -> Rows:
+    """The rows of a PackedSequence of `batch` sequences with data of `count` rows, from its batch_sizes [T] on the CPU.
 
     The one thing that a call copies to the device, without waiting for it; and not again for the same batch sizes, so
-    that a CUDA graph can hold every call but the first. RuntimeError where it has another number of sequences, which a
-    compiled graph, that knows it from the states alone, finds when it runs.
+    that a CUDA graph can hold every call but the first. RuntimeError where they are not those of so many sequences and
+    rows, which a graph finds when it runs: who has these rows reads and writes no others.
     """
     if not _may_remember(batch_sizes):
-        return _packed_rows(batch_sizes, batch, device)
+        return _packed_rows(batch_sizes, batch, count, device)
     version, known = _known.get(batch_sizes, (None, {}))
     if version != batch_sizes._version:
         known = {}
     # Of each stream: another one would read them before they are there.
-    place = batch, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    place = batch, count, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing:  # on a stream of its own, after the one that warmed up
-        place = next((other for other in known if other[:2] == place[:2]), place)
+        place = next((other for other in known if other[:3] == place[:3]), place)
     if place not in known:
-        rows = _packed_rows(batch_sizes, batch, device)
+        rows = _packed_rows(batch_sizes, batch, count, device)
         if capturing or type(rows.lengths) is not Tensor:
             return rows  # which hold nothing before the graph runs; or a mode's own tensors
         known[place] = rows
@@ -49,15 +51,40 @@ def _may_remember(batch_sizes: Tensor) -> bool:
     return not (torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled())
 
 
-def _packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Rows:
+def _packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.device) -> Rows:
     """`packed_rows`, made."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(batch_sizes[0] == batch, "Expected hidden states of as many sequences as were packed")
-    offsets = functional.pad(batch_sizes.cumsum(0), (1, 0))
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=batch_sizes.device)).sum(0, dtype=torch.int32)
-    if device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+    compiling = torch.compiler.is_compiling()
+    traced = compiling or torch._C._len_torch_dispatch_stack() > 0
+    lengths, offsets = (places_of if traced else _places)(batch_sizes, batch, count)
+    if device.type == "cuda" and not compiling and not torch.cuda.is_current_stream_capturing():
         offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits
     return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
+
+
+def _places(batch_sizes: Tensor, batch: int, count: int) -> tuple[Tensor, Tensor]:
+    """lengths [B] and offsets [T+1] of `Rows`, of packed input. RuntimeError for batch sizes that make no sense."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+        got = f"{list(batch_sizes.shape)} of {batch_sizes.dtype}"
+        raise RuntimeError(f"Expected batch_sizes to be 1D of torch.int64, got {got}")
+    offsets = functional.pad(batch_sizes.cumsum(0), (1, 0))
+    if int(batch_sizes[-1]) < 0 or bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
+        raise RuntimeError(f"Expected batch_sizes that never increase and are never negative, got {batch_sizes}")
+    if (most := int(batch_sizes[0])) != batch:
+        raise RuntimeError(f"Expected indices or hidden states of the {most} sequences that were packed, got {batch}")
+    if (total := int(offsets[-1])) != count:
+        raise RuntimeError(f"Expected data of as many rows as batch_sizes sum up to, {total}, got {count}")
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=batch_sizes.device)).sum(0, dtype=torch.int32)
+    return lengths, offsets
+
+
+# One operator, because a graph holds no values to check. Kernels are given what it gives, so it runs before them.
+places_of = operator("packed_rows", "(Tensor batch_sizes, SymInt batch, SymInt count) -> (Tensor, Tensor)")(_places)
+
+
+@fake("packed_rows")
+def _(batch_sizes, batch, count):
+    inductor.fall_back()
+    return batch_sizes.new_empty(batch, dtype=torch.int32), batch_sizes.new_empty(batch_sizes.shape[0] + 1)
 
 
 def first_rows(rows: Rows, count: int, backwards: bool):

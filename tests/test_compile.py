@@ -86,7 +86,9 @@ def test_lengths_in_a_list():
 
 @pytest.mark.parametrize("name, kwargs, enforce_sorted", [("LSTM", STACK, False), ("GRU", {}, True)])
 def test_packed_sequence_made_outside_the_graph(name, kwargs, enforce_sorted):
-    """Catches: a size that depends on the values of batch_sizes, which no graph can hold."""
+    """Catches: a size that depends on the values of batch_sizes, which no graph can hold; batch sizes of other rows
+    than there are, read past their end.
+    """
     layer = getattr(rnn_gpu, name)(4, 12, **kwargs)
 
     def run(*packed):
@@ -97,6 +99,10 @@ def test_packed_sequence_made_outside_the_graph(name, kwargs, enforce_sorted):
     for lengths in ([5, 3, 2], [4, 4, 1]):
         packed = pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor(lengths), enforce_sorted=enforce_sorted)
         assert_same(run, compiled, layer, *packed)
+    data, batch_sizes, *indices = packed
+    for wrong, text in (((data[:-1], batch_sizes), "as many rows"), ((data, batch_sizes.flip(0)), "never increase")):
+        with pytest.raises(RuntimeError, match=text):
+            compiled(*wrong, *indices)
 
 
 def test_transforms_inside_a_graph():

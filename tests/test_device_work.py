@@ -78,7 +78,7 @@ def test_nothing_is_copied_or_waited_for(name, kind, states, memory, monkeypatch
     tensor where one of the device should be.
     """
     layer = made(name)
-    rows = packed_rows(BATCH_SIZES, B, DEVICE)  # made once, and kept
+    rows = packed_rows(BATCH_SIZES, B, int(BATCH_SIZES.sum()), DEVICE)  # made once, and kept
     known = *layer.parameters(), rows.lengths, rows.offsets
     with pretending(monkeypatch, known), rnn_gpu.memory(memory):
         backward(call(layer, kind, states))
@@ -137,14 +137,16 @@ def test_gradients_that_nobody_needs_cost_nothing(monkeypatch):
 
 
 def test_rows_of_packed_input_are_made_anew_where_the_batch_sizes_change():
-    """Catches: rows that are kept for other batch sizes, or for another batch."""
-    sizes = torch.tensor([3, 2, 1])
-    first = packed_rows(sizes, 3, torch.device("cpu"))
-    assert packed_rows(sizes, 3, torch.device("cpu")) is first
-    assert packed_rows(sizes, 4, torch.device("cpu")).lengths.tolist() == [3, 2, 1, 0]
+    """Catches: rows that are kept for other batch sizes, or taken for those of another batch, or of other data."""
+    sizes, device = torch.tensor([3, 2, 1]), torch.device("cpu")
+    first = packed_rows(sizes, 3, 6, device)
+    assert packed_rows(sizes, 3, 6, device) is first
+    for batch, count in ((4, 6), (3, 5)):
+        with pytest.raises(RuntimeError, match="Expected"):
+            packed_rows(sizes, batch, count, device)
     sizes[2] = 2
-    assert packed_rows(sizes, 3, torch.device("cpu")).lengths.tolist() == [3, 3, 1]
-    assert packed_rows(sizes, 3, torch.device("cpu")).offsets.tolist() == [0, 3, 5, 7]
+    second = packed_rows(sizes, 3, 7, device)
+    assert second.lengths.tolist() == [3, 3, 1] and second.offsets.tolist() == [0, 3, 5, 7]
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU, both directions, 2 layers", "LSTM, projected"])

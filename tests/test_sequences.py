@@ -350,6 +350,38 @@ def test_bad_masks_are_refused():
             layer(given_input, **masks)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="backend 'torch' is torch.nn's own forward")
+def test_bad_packed_sequences_are_refused():
+    """Catches: memory read or written that is not there, or other numbers in silence, also after a call that was right;
+    an empty last step, which torch.nn takes, refused.
+    """
+    layer, oracle = pair("GRU", 3, 4)
+    data, sizes, order = torch.randn(6, 3), torch.tensor([3, 2, 1, 0]), torch.tensor([2, 0, 1])
+    good = PackedSequence(data, sizes, order, order.argsort())
+    rows, indices, falling = (
+        "as many rows as batch_sizes sum up to, 6",
+        "of the 3 sequences that were packed",
+        "never increase",
+    )
+    cases = [
+        ((data[:-2], sizes), rows),
+        ((torch.cat([data, data]), sizes), rows),
+        ((data, sizes.flip(0)), falling),
+        ((data, torch.tensor([3, 2, 2, -1])), falling),
+        ((data, sizes.int()), "1D of torch.int64"),
+        ((data, sizes, order[:2], order[:2]), indices),
+        ((data, sizes, order, order[:2]), indices),
+        ((data, sizes, torch.arange(4), torch.arange(4)), indices),
+    ]
+    with rnn_gpu.backend(BACKEND):
+        output, h_n = layer(good)
+        for wrong, text in cases:
+            with pytest.raises(RuntimeError, match=text):
+                layer(PackedSequence(*wrong))
+    expected, final = oracle(PackedSequence(data.double(), *good[1:]))
+    torch.testing.assert_close((output.data, h_n), (expected.data.float(), final.float()))
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_masks_of_an_unbatched_sequence(batch_first):
     """Catches: one sequence with lengths [] or [1] and resets [T] that is not treated as a batch of one."""
