@@ -12,6 +12,7 @@ import os
 import statistics
 from typing import NamedTuple
 
+from rnn_gpu.kernels import cudnn
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.cudnn import cudnn_microseconds
 from rnn_gpu.kernels.plan import DEVICES, Device, Plan
@@ -58,14 +59,15 @@ MOST_OFF = 0.2
 @contextlib.contextmanager
 def constants(values: dict[str, float]):
     """Within this context the model has these constants."""
-    before = {name: getattr(planning, name) for name in values}
+    where = {name: cudnn if name.startswith("CUDNN") else planning for name in values}
+    before = {name: getattr(module, name) for name, module in where.items()}
     try:
-        for name, value in values.items():
-            setattr(planning, name, value)
+        for name, module in where.items():
+            setattr(module, name, values[name])
         yield
     finally:
-        for name, value in before.items():
-            setattr(planning, name, value)
+        for name, module in where.items():
+            setattr(module, name, before[name])
 
 
 class Case(NamedTuple):
