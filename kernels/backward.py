@@ -200,8 +200,7 @@ def add_source(sums, W, p, bound, one, C: tl.constexpr):
         here = p + first * C.WORDS
         words = await_held(here, min(SLOTS, C.G - first), bound, C)
         sums = multiply_held(sums, W, first, min(SLOTS, C.G - first), words, C)
-        sums = multiply_streamed(sums, W, first, min(SLOTS, C.G - first), here, bound, one, C)
-    return sums
+    return multiply_streamed(sums, W, C.G, p, bound, one, C)
 
 
 @triton.jit

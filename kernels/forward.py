@@ -110,13 +110,10 @@ def add_source(sums, W, p, bound, one, C: tl.constexpr):
     """The sums [S, PER*UB, NB] of the weight tiles, with the products of a state added: awaits it at p and multiplies
     it with its weights.
     """
-    words = await_held(p, 1, bound, C)
-    held, out = (), ()
+    words, held = await_held(p, 1, bound, C), ()
     for tile in tl.static_range(tile_count(C.G, C.PER)):
-        held = held + (multiply_held((sums[tile],), W, tile, 1, copies(words, tile), C),)
-    for tile in tl.static_range(len(held)):
-        out = out + multiply_streamed(held[tile], W, tile, 1, p, bound, one, C)
-    return out
+        held = held + multiply_held((sums[tile],), W, tile, 1, copies(words, tile), C)
+    return multiply_streamed(held, W, 1, p, bound, one, C)
 
 
 @triton.jit

@@ -257,7 +257,7 @@ def backward(
             prepare.prepare_backward,
             (
                 cell.gates, cell.slots, cell.carried, planes, hidden_size, size, sets, *[cell.slot_order[0]] * 2,
-                plan.dtype, prepare.BLOCK, prepare.TILE,
+                plan.dtype, prepare.BLOCK, prepare.TILE, plan.precision,
             ),
             device,
             sum(programs) + tiles,

@@ -133,7 +133,9 @@ AS_GOOD = 1.03  # times the best: what the model cannot tell apart
 # its state took 0.9 and 1.09 there, in tf32.
 FORWARD_ALONE_CYCLES, BACKWARD_ALONE_CYCLES = 0.82, 1.87
 ALONE_UNITS = 64  # up to so many units one program is taken: it needs no other, and nobody has timed either way there
-L2_BYTES_PER_MICROSECOND = 10e6  # all multiprocessors together; published 7.5 to 10 TB/s
+# All multiprocessors together; published 7.5 to 10 TB/s. The least is what fitted plans of commit 7d9048c; with it the
+# backward of H 2048, B 16, bfloat16, half of whose weights are read again, takes the 11.5 us of commit dd67452.
+L2_BYTES_PER_MICROSECOND = 7.5e6
 ISSUE_CYCLES = 0.45  # cycles a scalar product of full float32 takes, for each warp of a multiprocessor: estimated
 CLOCK = 1.8  # gigahertz of the H200 that was measured: other devices take longer or shorter by their clock
 
@@ -297,10 +299,20 @@ def with_batch(p: Plan, device: Device, resident: int) -> Plan:
     return replace(p, microseconds=launches * _step_microseconds(p, device), reason=reason)
 
 
+def _chunk_bytes(p: Plan) -> int:
+    """Bytes of a program's weights in a chunk."""
+    return p.warps * _tile_gates(p) * p.units * CHUNK_ROW_BYTES
+
+
+def _tile_gates(p: Plan) -> int:
+    """Gates in a program's weights, those that only fill the last tile included."""
+    gates = CELLS[p.cell].gates
+    return gates if p.backward else -(-gates // p.gates_per_tile) * p.gates_per_tile
+
+
 def _tile_microseconds(p: Plan, device: Device) -> float:
     """What the work on one tile takes in a step, from its words to its publish."""
-    gates, chunks = CELLS[p.cell].gates, p.registers + p.shared + p.streamed
-    tile_gates = gates if p.backward else -(-gates // p.gates_per_tile) * p.gates_per_tile
+    gates, chunks, tile_gates = CELLS[p.cell].gates, p.registers + p.shared + p.streamed, _tile_gates(p)
     matrices = 2 * chunks * (tile_gates * p.units // TILE_ROWS) * (p.rows // TILE_BATCH)
     if p.backward:
         tile = BACKWARD_TILE + BACKWARD_MATRIX * matrices + BACKWARD_VECTOR * chunks * gates * (p.rows // TILE_BATCH)
@@ -313,9 +325,8 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
     tile += p.layered * p.waits * POLL_CYCLES / CLOCK / 1e3
     if p.precision == "ieee":
         tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
-    chunk_bytes = p.warps * tile_gates * p.units * CHUNK_ROW_BYTES
-    tile += p.shared * chunk_bytes / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
-    streamed = p.streamed * chunk_bytes * p.programs
+    tile += p.shared * _chunk_bytes(p) / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
+    streamed = p.streamed * _chunk_bytes(p) * p.programs
     in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
     memory = L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3
     return tile * CLOCK / device.gigahertz + streamed / memory
@@ -331,8 +342,10 @@ def _step_microseconds(p: Plan, device: Device) -> float:
     else:
         exchange, travel = FORWARD_EXCHANGE + FORWARD_MEGABYTE * polled, FORWARD_TRAVEL
         exchange += FORWARD_LATE * p.programs
-    # The exchange of one tile hides behind the work on the others, and tiles in turn take each its time.
-    return max(tile + exchange, p.slices * tile) + travel
+    # The exchange of one tile hides behind the work on the others, and tiles in turn take each its time. But what is
+    # polled, and weights that each tile reads again, all come out of the second-level cache.
+    traffic = (polled * 1e6 + p.slices * p.streamed * _chunk_bytes(p) * p.programs) / L2_BYTES_PER_MICROSECOND
+    return max(tile + exchange, p.slices * tile, traffic) + travel
 
 
 def product_microseconds(p: Plan, device: Device) -> float:

@@ -7,6 +7,8 @@ the batch, R rows of all steps, N weight sets, G gates, H hidden units, HS their
 import triton
 import triton.language as tl
 
+from .tiles import to_tf32
+
 BLOCK = 4096  # elements, or words, of a program
 TILE = 64  # rows and columns of a tile of weights that is transposed
 
@@ -99,10 +101,11 @@ def side_by_side(p_0, p_1, out, block, rows, width, PADDED: tl.constexpr, BLOCK:
 @triton.jit
 def transpose(
     p_0, p_1, out, tile, far, G: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, ROTATION: tl.constexpr,
-    FURTHER: tl.constexpr, TILE: tl.constexpr,
+    FURTHER: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of weights [G*H, H] of some set, to where it stands in `out` [N, HS, G, HS] (backward.py), `far` rows of
-    it from set to set; zeros past H. The slot of a gate: rotated by ROTATION, in the second set by FURTHER.
+    it from set to set; zeros past H, and rounded, where products are in tf32: once, and not at each step that reads
+    them again. The slot of a gate: rotated by ROTATION, in the second set by FURTHER.
     """
     SIDE: tl.constexpr = (HS + TILE - 1) // TILE
     k = (tile % SIDE) * TILE + tl.arange(0, TILE)[:, None]
@@ -111,6 +114,8 @@ def transpose(
     rotation = ROTATION if p_1 is None else tl.where(n == 0, ROTATION, FURTHER)
     row = ((slot + rotation) % G).to(tl.int64) * H + k
     w = tl.load(of_set(p_0, p_1, n) + row * H + unit, mask=(k < H) & (unit < H), other=0.0)
+    if PRECISION == "tf32":
+        w = to_tf32(w)
     k, unit = k.reshape(1, TILE), unit.reshape(TILE, 1)
     place = ((n.to(tl.int64) * far + unit) * G + slot) * HS + k
     tl.store(out + place, tl.trans(w), mask=(k < HS) & (unit < HS))
@@ -155,6 +160,7 @@ def prepare_backward(
     d_gates, state_0, history_0, weight_hh_0, weight_hh_1, weight, R, B, fills, zeros, states, far, G: tl.constexpr,
     E: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
     ROTATION: tl.constexpr, FURTHER: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_gates [B+R+B, N, E, HS], words: zeros in the first B rows, the R after them unwritten; history_0 [B, N,
     PLANES*HS] from the states state_0 [N, B, COUNT*H], None for zeros; the weights transposed, as `transpose` says. (Of
@@ -175,4 +181,4 @@ def prepare_backward(
             tl.store(history_0 + i, x, mask=i < B.to(tl.int64) * (N * PLANES * HS))
     else:
         tile = job - fills - zeros - states
-        transpose(weight_hh_0, weight_hh_1, weight, tile, far, G, H, HS, ROTATION, FURTHER, TILE)
+        transpose(weight_hh_0, weight_hh_1, weight, tile, far, G, H, HS, ROTATION, FURTHER, TILE, PRECISION)

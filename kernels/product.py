@@ -15,6 +15,7 @@ from .exchange import await_vectors
 from .tiles import (
     chunk_columns,
     chunk_rows,
+    copies,
     in_order,
     lone_operand,
     lone_state,
@@ -51,14 +52,17 @@ def rows_of_tile(r, tile, unit, C: tl.constexpr):
     """The weight's rows for the rows r of a tile of units from `unit` on. What does not exist, stands at the last row
     that does: nobody uses the result.
     """
-    LAST: tl.constexpr = (C.HS if C.BACKWARD else C.H) - 1  # the backward has zeros up to HS
-    return weight_row(tl.minimum(tile * C.PER + r // C.UB, C.G - 1), tl.minimum(unit + r % C.UB, LAST), C)
+    UNITS: tl.constexpr = C.HS if C.BACKWARD else C.H  # the backward has zeros up to HS
+    gate, unit = tile * C.PER + r // C.UB, unit + r % C.UB
+    # Where all exist, a thread's rows are so many constants from one pointer, and else a pointer each.
+    gate = gate if C.G % C.PER == 0 else tl.minimum(gate, C.G - 1)
+    return weight_row(gate, unit if UNITS % C.UB == 0 else tl.minimum(unit, UNITS - 1), C)
 
 
 @triton.jit
 def rounded(w, C: tl.constexpr):
-    """Weights as the product wants them."""
-    return to_tf32(w) if C.PRECISION == "tf32" else w
+    """Weights as the product wants them. (The backward's are rounded when they are transposed: prepare.py.)"""
+    return to_tf32(w) if C.PRECISION == "tf32" and not C.BACKWARD else w
 
 
 @triton.jit
@@ -156,25 +160,40 @@ def multiply_held(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, words, C: t
     return sums
 
 
-@triton.jit
-def multiply_streamed(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
-    """The same for the weights that are not held, each chunk of the state, from p on, awaited when its weights come.
-
-    A loop at run time: unrolled, all its loads rise to the top and the registers spill.
+@triton.constexpr_function
+def tiles_at_once(PRECISION, UB, TILES):
+    """How many of so many weight tiles a turn of `multiply_streamed` multiplies: all. But the operands of full float32
+    products go through shared memory, and those of 64 units have no room beside each other.
     """
+    return 1 if PRECISION == "ieee" and UB == 64 else TILES
+
+
+@triton.jit
+def multiply_streamed(sums, W, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
+    """The same for the weights that are not held, of all tiles: each chunk of SLOTS slots of the state, from p on, is
+    awaited while its weights come. One slot is multiplied with every tile, into a sum for each.
+
+    A loop at run time: unrolled, all its loads rise to the top and the registers spill. All tiles in one turn of it: a
+    turn takes the latency of the second-level cache, whatever it reads.
+    """
+    COUNT: tl.constexpr = tiles_at_once(C.PRECISION, C.UB, len(W.streamed))
     if C.HELD < C.CHUNKS:
         for i in range(C.HELD, C.CHUNKS, one):
             room = C.WORDS - vector_words(C.S) - i * C.STEP
-            for tile in tl.static_range(SLOTS):
-                w = streamed_chunk(W.streamed[first + tile], i, C)
-                here = p + tile * C.WORDS + i * C.STEP
-                words = await_vectors(here, room, 1, 1, C.WORDS % C.STEP != 0, bound, True, C)
-                sums = add_product(sums, tile, w, state_operand(words[0], C), C)
+            for first in tl.static_range(0, len(W.streamed), COUNT):
+                w = ()
+                for tile in tl.static_range(first, first + COUNT):
+                    w = w + (streamed_chunk(W.streamed[tile], i, C),)
+                here = p + i * C.STEP + (first if SLOTS > 1 else 0) * C.WORDS
+                words = await_vectors(here, room, min(SLOTS, COUNT), 1, C.WORDS % C.STEP != 0, bound, True, C)
+                for tile in tl.static_range(COUNT):
+                    x = words[tile] if SLOTS > 1 else copies(words, tile)[0]
+                    sums = add_product(sums, first + tile, w[tile], state_operand(x, C), C)
     return sums
 
 
 @triton.jit
 def multiply_alone(w, tiles, sum, C: tl.constexpr):
     """sum + the weights w of STACK gates times as many tiles of a lone program's state; None for no sum."""
-    x = rounded(lone_state(tiles, C.STACK, C.S, C.UB, C.NB, C.K), C)
-    return tl.dot(w, x, sum, input_precision=C.PRECISION)
+    x = lone_state(tiles, C.STACK, C.S, C.UB, C.NB, C.K)
+    return tl.dot(w, to_tf32(x) if C.PRECISION == "tf32" else x, sum, input_precision=C.PRECISION)

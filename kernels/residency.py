@@ -37,8 +37,10 @@ GATE_WORDS = {False: 3, True: 16}
 # Weights that come from elsewhere than registers pass through some: the compiler fetches as many ahead as it believes
 # to have room for.
 PASSING_WORDS = {False: 32, True: 48}
-# And more where some are read again in every step, and so pass in a loop of their own.
-STREAMED_WORDS = {False: 16, True: 32}
+# And more where some are read again in every step, and so pass in a loop of their own. (Backward 32 would keep tiles of
+# 16 rows out, in tf32 from 768 units on, which read them half as often. They spill some; by the clock and the bytes
+# their step is the shorter one.)
+STREAMED_WORDS = {False: 16, True: 24}
 # Rounding to tf32 makes copies of the polled state, and the compiler makes them early.
 ROUNDING_WORDS = {False: 24, True: 40}
 # Words of polled state that a thread may hold backward on tiles of 16 rows, or four in turn, of all slots and tiles:
@@ -206,7 +208,9 @@ def _most_on_chip(problem: Problem, tiling: Tiling, waits: int) -> Residency | N
     tile_gates, scratch = _tile_gates(problem, tiling), _scratch_bytes(problem, tiling)
     slots = -(-problem.gates // waits) if problem.backward else 1  # awaited at the same time
     chunk_bytes = _chunk_bytes(problem, tiling)
-    fitting = max(0, problem.device.shared_memory - scratch) // chunk_bytes
+    if scratch > problem.device.shared_memory:
+        return None
+    fitting = (problem.device.shared_memory - scratch) // chunk_bytes
     words = tile_gates * tiling.units // 2  # of a chunk of weights, a thread
     room = _room_words(problem, tiling)
     # Possible whatever the sum says: what passes takes its turn.
@@ -284,7 +288,8 @@ def _sums(problem: Problem) -> int:
 def _scratch_bytes(problem: Problem, tiling: Tiling) -> int:
     """Shared memory of a program beside its weights."""
     scratch = tiling.warps * _sums(problem) * tiling.units * tiling.rows * 4
-    if problem.precision == "ieee":  # an operand passes through it chunk by chunk, of all gates that share a tile
-        per_tile = 1 if problem.backward else tiling.gates_per_tile
-        scratch = max(scratch, tiling.warps * CHUNK_ROW_BYTES * (per_tile * tiling.units + tiling.rows))
+    if problem.precision == "ieee":  # operands pass through it chunk by chunk: a state, and weights (tiles_at_once)
+        one_by_one = 1 if problem.backward else tiling.gates_per_tile
+        gates = one_by_one if tiling.units == 64 else _tile_gates(problem, tiling)
+        scratch = max(scratch, tiling.warps * CHUNK_ROW_BYTES * (gates * tiling.units + tiling.rows))
     return scratch + SPARE_BYTES

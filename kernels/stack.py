@@ -177,7 +177,7 @@ def backward(
             prepare.prepare_backward,
             (
                 cell.gates, cell.slots, cell.carried, planes, hidden_size, size, 1, cell.slot_order[0], 0, plan.dtype,
-                prepare.BLOCK, prepare.TILE,
+                prepare.BLOCK, prepare.TILE, plan.precision,
             ),
             y.device,
             sum(programs) + tiles,

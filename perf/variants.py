@@ -72,7 +72,7 @@ def nothing_held(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, words, C: tl
 
 
 @triton.jit
-def nothing_streamed(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
+def nothing_streamed(sums, W, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
     """`product.multiply_streamed` without the product: what it was given."""
     return sums
 

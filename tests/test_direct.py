@@ -73,7 +73,8 @@ def test_a_prepared_launch_tells_who_wants_to_know(noted):
     """Catches: a profiler of Triton's that sees the first launch alone."""
     prepared = direct.Prepared(
         prepare.prepare_backward,
-        dict(G=1, E=1, COUNT=1, PLANES=1, H=8, HS=8, N=1, ROTATION=0, FURTHER=0, DTYPE=tl.float32, BLOCK=64, TILE=16),
+        dict(G=1, E=1, COUNT=1, PLANES=1, H=8, HS=8, N=1, ROTATION=0, FURTHER=0, DTYPE=tl.float32, BLOCK=64, TILE=16)
+        | dict(PRECISION=None),
         dict(num_warps=4),
     )
     given = tuple(3 if name in ("R", "B", "fills", "zeros", "states", "far") else None for name in prepared.names)
@@ -96,7 +97,15 @@ def test_what_prepares_the_buffers_compiles(sets, backwards, dtype, arch):
     kernel = prepare.prepare_backward if backwards else prepare.prepare_forward
     fixed = dict(G=3, H=40, HS=40, N=sets, DTYPE={"bf16": tl.bfloat16, "fp32": tl.float32}[dtype], BLOCK=prepare.BLOCK)
     fixed |= (
-        dict(E=4, COUNT=1, PLANES=1, ROTATION=2, FURTHER=0, TILE=prepare.TILE)
+        dict(
+            E=4,
+            COUNT=1,
+            PLANES=1,
+            ROTATION=2,
+            FURTHER=0,
+            TILE=prepare.TILE,
+            PRECISION="tf32" if dtype == "fp32" else None,
+        )
         if backwards
         else dict(APART=1, PADDED=None)
     )

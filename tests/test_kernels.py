@@ -115,6 +115,7 @@ CUTS = {
     "tiles in turn, several launches": (7, 37, dict(slices=2, batch_slices=1)),
     "tiles in turn, weights streamed": (150, 11, dict(slices=2, warps=4, registers=0, units=32)),
     "wide tiles": (33, 21, dict(slices=1, rows=16)),
+    "wide tiles, weights streamed": (150, 21, dict(rows=16, slices=1, warps=4, registers=0, shared=1, units=32)),
     "8 units": (40, 5, dict(units=8, waits=4)),
     "32 units": (150, 5, dict(units=32, waits=1)),
     "64 units": (150, 3, dict(units=64)),

@@ -50,13 +50,11 @@ def all_in_registers(p: Plan) -> bool:
 
 
 def polled_vectors(p: Plan) -> int:
-    """Vectors that a thread awaits in a step: of the chunks that are held, and, for each weight tile, in a loop that
-    counts once, of one that stands for the rest.
+    """Vectors that a thread awaits in a step: of the chunks that are held, and, in a loop that counts once, of one that
+    stands for the rest.
     """
-    gates = CELLS[p.cell].gates
-    streams = -(-gates // p.gates_per_tile) * bool(p.streamed)
-    slots = gates if p.backward else 1
-    return (slots * (p.registers + p.shared) + streams) * p.slices * (p.rows // 8)
+    slots = CELLS[p.cell].gates if p.backward else 1
+    return slots * (p.registers + p.shared + bool(p.streamed)) * p.slices * (p.rows // 8)
 
 
 def loads_that_polls_wait_for(r: Resources) -> list[str]:
