@@ -27,7 +27,10 @@ VARIANTS = {
 }
 
 # Other ways to do the same, with the same results.
-ALTERNATIVES = {"write-through": "states are published by `.wt` stores, and not by `.cg`"}
+ALTERNATIVES = {
+    "write-through": "states are published by `.wt` stores, and not by `.cg`",
+    "one first": "after a round that failed one vector is polled until it comes, and then all that are missing",
+}
 
 # Loaded by name, because the kernels read names of their own module: these become globals of a kernel's copy.
 entry, publishable, await_vectors, await_assembly, vector_words = (
@@ -39,6 +42,26 @@ entry, publishable, await_vectors, await_assembly, vector_words = (
 def read_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
     """`exchange.await_assembly` without the wait."""
     return await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK).replace("@!some bra DONE;", "bra DONE;")
+
+
+@triton.constexpr_function
+def one_first_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
+    """`exchange.await_assembly` that, after a round that failed, polls the first vector that is missing until it comes,
+    and only then all of them again: a failed round is traffic that holds up what the others wait for.
+    """
+    import re
+
+    text = await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK)
+    places = re.findall(r"@(p\d+) ld.relaxed[^\[]*\[(.*)\+(\d+)\];", text)
+    first = [f"@{p} add.s64 one, {base}, {offset};" for p, base, offset in reversed(places)]
+    poll = ["bra AGAIN;", "POLL:", "ld.relaxed.gpu.global.v4.b32 {w0, w1, w2, w3}, [one];", "mov.b32 found, 0;"]
+    for k in range(4):
+        poll += [f"sub.s32 t, {-0x10002 if HALVES else -2}, w{k};", f"and.b32 t, t, w{k};", "or.b32 found, found, t;"]
+    poll += [f"and.b32 found, found, {'0x80008000' if HALVES else '0x80000000'};", "setp.ne.b32 q, found, 0;"]
+    poll += ["@q bra MISSING;", "AGAIN:"]
+    text = text.replace("@q bra AGAIN;", "@q bra POLL;").replace("AGAIN:", "\n".join(poll))
+    text = text.replace("{\n", "{\n.reg .b64 one;\n.reg .b32 w<4>;\n", 1)
+    return text.replace("@!some bra DONE;", "\n".join(["@!some bra DONE;", *first, "MISSING:"]))
 
 
 @triton.jit
@@ -148,14 +171,25 @@ def without_product(backward: bool):
     return with_source(backward, left_out, hidden_part_alone=no_hidden_part_alone)
 
 
+def waiting_by(assembly, backward: bool):
+    """The kernel with another piece of PTX to wait by."""
+    other = with_globals(await_vectors, await_assembly=assembly)
+    changed = {
+        name: with_globals(getattr(product, name), await_vectors=other) for name in ("await_held", "multiply_streamed")
+    }
+    return with_source(backward, changed)
+
+
 @functools.cache
 def without_wait(backward: bool):
     """The kernel that takes a state as it finds it."""
-    once = with_globals(await_vectors, await_assembly=read_assembly)
-    changed = {
-        name: with_globals(getattr(product, name), await_vectors=once) for name in ("await_held", "multiply_streamed")
-    }
-    return with_source(backward, changed)
+    return waiting_by(read_assembly, backward)
+
+
+@functools.cache
+def one_first(backward: bool):
+    """The kernel that polls one vector alone once a round has failed."""
+    return waiting_by(one_first_assembly, backward)
 
 
 @functools.cache
@@ -164,7 +198,12 @@ def publishing_through(backward: bool):
     return with_globals(backward_kernel.backward if backward else forward_kernel.forward, publish=publish_through)
 
 
-KERNELS = {"wait": without_wait, "product": without_product, "write-through": publishing_through}
+KERNELS = {
+    "wait": without_wait,
+    "product": without_product,
+    "write-through": publishing_through,
+    "one first": one_first,
+}
 
 
 def of(p: Plan) -> tuple[str, ...]:

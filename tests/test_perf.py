@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rnn_gpu
 from perf import benchmark, cases, compiling, ledger, measure, overhead, providers, recorded, report, tune
 from perf.cases import Case
 from perf.providers import Candidate, Unavailable
@@ -596,10 +597,29 @@ def test_variants_leave_their_stage_out_and_everything_is_put_back(backward):
     # not fewer in all: the RNN's equation is two multiplications, as many as other scheduling moves
     assert no_equations.count("MUFU") == 0 and no_equations.step != whole.step
     assert no_equations.count(*resources.TENSOR_CORE) == whole.count(*resources.TENSOR_CORE)
+    one_first = compiled("one first")
+    assert sum(map(machine_code.is_poll, one_first.step)) == polls + 1 and one_first.count("BAR") == whole.count("BAR")
     with pytest.raises(ValueError, match="no loop that publishes"):  # that is, by `.cg` stores
         compiled("write-through")
     now = launch.CELLS, launch.forward_kernel, launch.backward_kernel
     assert all(a is b for a, b in zip(before, now, strict=True))
+
+
+@pytest.mark.compiled
+def test_polling_one_vector_first_changes_nothing():
+    """Catches an alternative that is timed and wrong: a wait that ends early, or takes another vector's words."""
+    pytest.importorskip("triton")
+    from perf import variants
+    from rnn_gpu.kernels.machine import on_machine
+
+    layer, x = rnn_gpu.RNN(8, 150).to(torch.bfloat16), torch.randn(3, 11, 8, dtype=torch.bfloat16)
+    p = plan("rnn_tanh", 150, 11, 1, "bfloat16", DEVICES["h200"])
+    assert not p.alone
+    outputs = []
+    for way in (None, "one first"):
+        with torch.no_grad(), variants.variant(way, p), on_machine(arch=90, seed=3), rnn_gpu.backend("triton"):
+            outputs.append(layer(x)[0])
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
 def test_kernels_are_told_apart_by_name():
