@@ -28,6 +28,8 @@ from .ledger import Row, slug
 from .providers import float32_precision, torch_layer
 
 BEGIN, END = "<!-- performance table -->", "<!-- end -->"
+# Commits that had the sources which ran, where the rows name another one (perf/results/README.md).
+COMMIT_OF_SOURCES = {"5d2c2d36c166": "dd6745231596"}
 NOT_MEASURED = (
     "Speed on a GPU: **not measured yet** (`python -m perf.benchmark` on a GPU, then `python -m perf.report`)."
 )
@@ -117,7 +119,8 @@ def described(rows: list[Row]) -> str:
     cudnn = ", ".join(sorted({cudnn_version(row.cudnn) for row in rows}))
     commits = {}
     for row in rows:
-        commits.setdefault(row.commit or "unknown", set()).add(case_of(row))
+        commit = COMMIT_OF_SOURCES.get(row.sources, row.commit)
+        commits.setdefault(commit or "unknown", set()).add(case_of(row))
     cases = ", ".join(f"{len(commits[name])} cases of commit {name}" for name in sorted(commits))
     versions = f"torch {every('torch')}, CUDA {every('cuda')}, cuDNN {cudnn}, Triton {every('triton')}"
     return f"{cases}, {versions}; {when}"
