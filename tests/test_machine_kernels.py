@@ -1,5 +1,6 @@
 """Whole kernels on the machine for PTX, against torch: real tilings of this library's, and kernels not from here."""
 
+import contextlib
 import re
 
 import pytest
@@ -177,6 +178,50 @@ def test_a_matrix_product_by_four_warps(dtype, tile, warps, stages):
     assert "wgmma.mma_async" in texts[0]
     tolerance = 2e-2 if dtype == torch.float32 else 1e-4
     torch.testing.assert_close(c, a.float() @ b.float(), atol=tolerance * 10, rtol=tolerance)
+
+
+@triton.jit
+def first_product_kernel(a, b, c, SIZE: tl.constexpr):
+    """c = a b by one program, with no sum to add to."""
+    at = tl.arange(0, SIZE)
+    place = at[:, None] * SIZE + at[None, :]
+    tl.store(c + place, tl.dot(tl.load(a + place), tl.load(b + place)))
+
+
+@pytest.mark.parametrize("adds", ["0", "false", "true"])
+def test_a_product_that_adds_to_nothing_reads_no_sum(adds):
+    """Catches a false alarm at registers that nothing wrote yet, and one that a true predicate reads in silence."""
+    a, b, c, edited = torch.randn(64, 64).half(), torch.randn(64, 64).half(), torch.zeros(64, 64), []
+
+    def edit(ptx):
+        if adds != "0":
+            setp = f"{{ .reg .pred adds; setp.{'eq' if adds == 'true' else 'ne'}.b32 adds, 0, 0;"
+            ptx = re.sub(r"(wgmma\.mma_async[^;]*), 0, 1, 1", rf"{setp} \1, adds, 1, 1", ptx, count=1)
+            ptx = re.sub(r"(adds, 1, 1[^;]*;)", r"\1 }", ptx)
+        edited.append(ptx)
+        return ptx
+
+    fault = pytest.raises(Fault, match="is read, and nothing has written it")
+    with fault if adds == "true" else contextlib.nullcontext(), on_machine(90, edit=edit):
+        first_product_kernel[(1,)](a, b, c, 64)
+    assert re.search(r"wgmma\.mma_async[^;]*, %s, 1, 1" % ("0" if adds == "0" else "adds"), edited[0])
+    if adds != "true":
+        torch.testing.assert_close(c, a.float() @ b.float(), atol=1e-3, rtol=1e-4)
+
+
+@triton.jit
+def narrowed_kernel(x, y, SIZE: tl.constexpr):
+    """x by way of 8 bits."""
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, tl.load(x + at).to(tl.float8e4nv).to(tl.float32))
+
+
+def test_one_number_a_thread_becomes_half_of_a_pair():
+    """Catches a false alarm at the other half of the pair, which nothing writes."""
+    x, y = torch.randn(128) * 100, torch.zeros(128)
+    with on_machine(90):
+        narrowed_kernel[(1,)](x, y, 128)
+    assert torch.equal(y, x.to(torch.float8_e4m3fn).float())
 
 
 def test_products_of_one_shape_need_no_fence_between_them():

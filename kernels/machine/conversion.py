@@ -191,7 +191,10 @@ def _cvt_pair(d: Decoder, s: Statement, to: str, kind: str) -> Instruction:
         )[..., 0]
 
     plain = narrow in ("f16", "bf16") and mode == "rn" and not s.has("relu", "satfinite", "sat")
-    return d.value(s.operands[0], quick if plain else narrowed)
+    found = d.value(s.operands[0], quick if plain else narrowed)
+    if kind != "f16x2" and high != low:  # of one number Triton makes a pair whose upper half it does not use
+        found.junk = frozenset({high})
+    return found
 
 
 def _relu(x: np.ndarray, s: Statement) -> np.ndarray:

@@ -47,6 +47,8 @@ class Instruction:
     touches: tuple[int, ...] = ()  # registers of its own that another instruction `holds`
     doubts: tuple[int, ...] = ()  # registers that it reads, and on some way to it nothing writes
     settles: tuple[int, ...] = ()  # such registers that it writes
+    junk: frozenset[int] = frozenset()  # registers that it may read though nothing wrote them
+    unless: int = -1  # a predicate's register: only where it is false
     spins: bool = False  # a branch back to polls, over nothing that tells: the loop of a wait
 
 
@@ -189,10 +191,11 @@ class Code:
                 x.touches = tuple(held.intersection((*x.reads, *x.writes)))
 
     def _find_doubts(self) -> None:
-        """Moves may read what nothing wrote: Triton makes pairs of which it uses a half."""
+        """Moves may read what nothing wrote: Triton makes pairs of which it uses a half. Others say what (`junk`)."""
         unsure = self._live(guarded=True)[0] & ((1 << len(self.kernel.registers)) - 1)
         for x in self.code if unsure else ():
             used = x.reads if x.statement.op[0] != "mov" else (x.guard,)
+            used = used if x.unless >= 0 else [i for i in used if i not in x.junk]
             x.doubts = tuple(i for i in used if i >= 0 and unsure >> i & 1)
             x.settles = tuple(i for i in x.writes if unsure >> i & 1)
 

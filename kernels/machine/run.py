@@ -115,6 +115,8 @@ class Run(Services):
         for slot in x.doubts:
             odd = np.ones((self.warps, 32), bool) if slot not in written else ~written[slot][self.rows]
             lanes = self.active if slot == x.guard else mask
+            if x.unless >= 0 and slot in x.junk:
+                odd = odd & self.frame[x.unless]
             if (odd if lanes is None else odd & lanes).any():
                 name = list(self.code.kernel.registers)[slot]
                 self.fail(f"{name} is read, and nothing has written it", odd if lanes is None else odd & lanes)

@@ -101,7 +101,8 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
     if d_kind != "f32" or k * width != 32 or s.op[-2] != s.op[-1]:
         raise ValueError("this product")
     accumulators = split(s.operands[0][1:-1])
-    held = [d.source(text, 4) for text in accumulators]
+    fresh = s.operands[3] == "0"
+    held = [] if fresh else [d.source(text, 4) for text in accumulators]
     targets = [d.target(text) for text in accumulators]
     in_registers = s.operands[1].startswith("{")
     a = [d.source(text, 4) for text in split(s.operands[1][1:-1])] if in_registers else d.source(s.operands[1], 8)
@@ -132,12 +133,15 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
         y = matrix(run, b, n, trans_b)
         keep = whole(run.frame[adds], run)[:, :1, None]
         for j in range(n // 8):
-            words = fragments([run.frame[i] for i in held[4 * j : 4 * j + 4]], run).view(np.float32)
-            before = words.reshape(run.warps, 2, 2, 8, 4).transpose(0, 1, 3, 4, 2).reshape(run.warps, 16, 8)
-            before = np.where(keep, before, np.float32(0))
+            before = np.zeros((run.warps, 16, 8), np.float32)
+            if not fresh:
+                words = fragments([run.frame[i] for i in held[4 * j : 4 * j + 4]], run).view(np.float32)
+                words = words.reshape(run.warps, 2, 2, 8, 4).transpose(0, 1, 3, 4, 2).reshape(run.warps, 16, 8)
+                before = np.where(keep, words, before)
             found = results(multiply(x, y[:, 8 * j : 8 * j + 8].swapaxes(1, 2), before, d_kind), d_kind)
             for i in range(4):
                 run.put(targets[4 * j + i], found[:, i], mask)
         run.begin_product(targets, a if in_registers else [], f"{n} x {k}", places)
 
-    return d.act(product, together=True, holds=frozenset((*targets, *(a if in_registers else ()))))
+    holds = frozenset((*targets, *(a if in_registers else ())))
+    return d.act(product, together=True, holds=holds, junk=frozenset(held), unless=adds)
