@@ -328,6 +328,31 @@ def test_threads_without_one_are_a_fault(distance, barrier, after, why):
             launch(code, [zeros()], warps=2, shared=256, seed=seed)
 
 
+@pytest.mark.parametrize(
+    ("values", "behind", "why"),
+    [
+        ("7 7", "bar.sync 0;", None),
+        ("7 8", "bar.sync 0;", "another thread wrote this|two warps write|other values"),
+        ("7 7", "", "wrote this shared memory, and no barrier|another thread reads|read before it is written"),
+        ("7 7", "st.shared.b32 [global_smem], 8; bar.sync 0;", "another thread wrote this"),
+    ],
+)
+def test_several_warps_may_store_the_same_to_shared_memory(values, behind, why):
+    """Catches false alarms at tiles with fewer elements than threads; other values, reads without a barrier behind, and
+    a store of one warp that hides another one's.
+    """
+    first, second = values.split()
+    code = f"""
+    .reg .pred p; .reg .b32 x; setp.lt.u32 p, tid, 32; selp.b32 x, {first}, {second}, p; st.shared.b32 [global_smem], x;
+    {behind} ld.shared.b32 x, [global_smem]; mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], x;
+    """
+    for seed in range(8):
+        out = zeros()
+        with contextlib.nullcontext() if why is None else pytest.raises(Fault, match=why):
+            launch(code, [out], warps=2, shared=16, seed=seed)
+            assert (out == 7).all()
+
+
 @pytest.mark.parametrize("missing", [None, "before", "behind"])
 def test_atomics_on_shared_memory_race_with_loads_and_stores_alone(missing):
     """Catches a barrier left out before or behind atomics, and a false alarm of one atomic at another."""

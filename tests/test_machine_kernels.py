@@ -209,6 +209,16 @@ def test_a_product_that_adds_to_nothing_reads_no_sum(adds):
         torch.testing.assert_close(c, a.float() @ b.float(), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("warps", [4, 8])
+def test_a_product_smaller_than_its_program(warps, arch):
+    """Catches a false alarm at warps that have the same part of a tile, and store the same of it to shared memory."""
+    a, b, c = torch.randn(16, 16).half(), torch.randn(16, 16).half(), torch.zeros(16, 16)
+    with on_machine(arch, seed=warps):
+        first_product_kernel[(1,)](a, b, c, 16, num_warps=warps)
+    torch.testing.assert_close(c, a.float() @ b.float(), atol=1e-3, rtol=1e-4)
+
+
 @triton.jit
 def narrowed_kernel(x, y, SIZE: tl.constexpr):
     """x by way of 8 bits."""

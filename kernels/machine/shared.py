@@ -19,6 +19,9 @@ class SharedMemory:
         self.data = np.zeros(self.room * programs, np.uint8)
         self.shadow = Shadow(self.room * programs, grain, fine) if races else None
         self.atomics: Shadow | None = None  # whose atomics, as readers, once there was one
+        # Where several warps stored the same: the key of the last one. Until a barrier others must neither read it nor
+        # store another value.
+        self.several: np.ndarray | None = None
         # Where products of four warps must not read yet, in a kernel that has some.
         self.unfenced = np.zeros(self.shadow.written.size, bool) if races and products else None
         self.held: np.ndarray | None = None  # how many products on their way read each grain, once there was one
@@ -78,6 +81,7 @@ class SharedMemory:
             if (flying := keys == IN_FLIGHT).any():
                 why = "race: an asynchronous copy to this shared memory was not waited for"
                 run.fail_at(why, lanes.which[flying.any(1)])
+            odd |= self._stored_by_several(places, lanes)
             if odd.any():
                 why = f"race: {name_of(keys[odd][0])} wrote this shared memory, and no barrier since"
                 run.fail_at(why, lanes.which[odd.any(1)])
@@ -93,7 +97,8 @@ class SharedMemory:
         if self.races:
             shadow = self.shadow
             places = shadow.places(offset, size)
-            self._check_write(run, lanes, places)
+            again = None if in_flight else self._same(offset, values, places)
+            self._check_write(run, lanes, places, again)
             self._check_atomics(run, lanes, places)
             lost = shadow.note_write(places, lanes)
             if in_flight:
@@ -102,10 +107,43 @@ class SharedMemory:
                 self.unfenced[places] = True
         self._put(offset, values)
         if self.races and lost is not None:
-            check_lost(run, lanes, lost, shadow.written[places], values, self._get(offset, values), "shared memory")
+            keys = shadow.written[places]
+            if not in_flight:  # one store of several warps
+                other = lost & self._other_warp(keys, lanes) & self._same(offset, values, places)
+                self._note_several(places, lanes, other)
+                lost &= ~other
+            check_lost(run, lanes, lost, keys, values, self._get(offset, values), "shared memory")
 
-    def _check_write(self, run, lanes: Lanes, places: np.ndarray) -> None:
-        _, odd = self.shadow.writers_at_odds(places, lanes)
+    def _same(self, offset: np.ndarray, values: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Which of the places [lanes, grains] have these very values."""
+        there, given = (np.ascontiguousarray(x).view(np.uint8) for x in (self._get(offset, values), values))
+        return (there == given).reshape(*places.shape, -1).all(2)
+
+    @staticmethod
+    def _other_warp(keys: np.ndarray, lanes: Lanes) -> np.ndarray:
+        return (keys != IN_FLIGHT) & ((keys ^ lanes.key[:, None]) & 0x3E0 != 0)
+
+    def _note_several(self, places: np.ndarray, lanes: Lanes, where: np.ndarray) -> None:
+        if where.any():
+            if self.several is None:
+                self.several = np.zeros_like(self.shadow.written)
+            self.several[places[where]] = np.broadcast_to(lanes.key[:, None], places.shape)[where]
+
+    def _stored_by_several(self, places: np.ndarray, lanes: Lanes) -> np.ndarray | bool:
+        """Where they did since the last barrier of the program."""
+        return False if self.several is None else self.several[places] >= (lanes.key & ~np.int32(1023))[:, None]
+
+    def _check_write(self, run, lanes: Lanes, places: np.ndarray, again: np.ndarray | None = None) -> None:
+        """again: where a store leaves what is there. Several warps may store the same, as Triton makes them where a
+        tile has fewer elements than its program threads.
+        """
+        keys, odd = self.shadow.writers_at_odds(places, lanes)
+        several = self._stored_by_several(places, lanes)
+        odd |= several
+        if again is not None and odd.any():
+            harmless = odd & again & (several | self._other_warp(keys, lanes))
+            self._note_several(places, lanes, harmless)
+            odd &= ~harmless
         if odd.any():
             run.fail_at("race: another thread wrote this shared memory, and no barrier since", lanes.which[odd.any(1)])
         odd = self.shadow.readers_at_odds(places, lanes)
