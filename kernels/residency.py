@@ -45,7 +45,7 @@ STREAMED_WORDS = {False: 16, True: 24}
 ROUNDING_WORDS = {False: 24, True: 40}
 # Words of polled state that a thread may hold backward on tiles of 16 rows, or four in turn, of all slots and tiles:
 # the compiler keeps them however the slots are parted among waits. With more, a thread spilled 400 bytes and more on
-# sm_90 (up to 1,800 instructions a step); with 128 and fewer some 100.
+# sm_90 (up to 1,800 instructions a step); with 128 and fewer 100 to 270.
 WIDE_STATE_WORDS = 128
 # (row, unit) pairs of a thread, all slices together. With more, the words above no longer add up.
 PAIRS = 4
@@ -269,7 +269,8 @@ def _passing_words(problem: Problem, tiling: Tiling, slots: int, registers: int,
     held = registers + shared
     if held == tiling.chunks:
         needed = state + accumulators
-    else:  # only the held weights need their state kept, the others read it again, chunk by chunk
+    else:  # the held weights need their state at once, the others each chunk's in turn
+        # Of one tile and slot, though a turn has all of them: what is more spills, and the step is the shorter one.
         one_chunk = (units if backward else tiling.gates_per_tile * units) // 2 + rows // 2
         needed = max(state, -(-state * held // tiling.chunks) + accumulators, accumulators + one_chunk)
         needed += STREAMED_WORDS[backward]

@@ -114,6 +114,8 @@ def again(layer: Any, known: dict[Key, Ready], key: Key, input: Any, hx: Any) ->
     if time < ready.least_time:
         return None
     weights, own, dtype, device = layer._flat_weights, layer._parameters, key.dtype, key.device
+    if not len(weights) == len(layer._flat_weights_names) == len(ready.shapes):
+        return None
     for name, weight, size in zip(layer._flat_weights_names, weights, ready.shapes, strict=True):
         if own.get(name) is not weight or type(weight) is not torch.nn.Parameter or weight.shape != size:
             return None

@@ -54,7 +54,7 @@ def _may_remember(batch_sizes: Tensor) -> bool:
 def _packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.device) -> Rows:
     """`packed_rows`, made."""
     compiling = torch.compiler.is_compiling()
-    traced = compiling or torch._C._len_torch_dispatch_stack() > 0
+    traced = compiling or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
     lengths, offsets = (places_of if traced else _places)(batch_sizes, batch, count)
     if device.type == "cuda" and not compiling and not torch.cuda.is_current_stream_capturing():
         offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits

@@ -263,6 +263,11 @@ def test_weights_that_are_not_those_of_the_attributes_are_refused():
         vars(layer).update(changes)
         with pytest.raises(RuntimeError, match=f"incorrect number of RNN parameters: expected {count}, got 4"):
             layer(input)
+    layer, input = layer_and_input("GRU")
+    layer(input)
+    layer._flat_weights = layer._flat_weights[:2]
+    with pytest.raises(RuntimeError, match="incorrect number of RNN parameters: expected 4, got 2"):
+        layer(input)
     layer = rnn_gpu.GRU(5, 7, bidirectional=True)
     layer.bidirectional, layer.num_layers = False, 2  # as many weights of other sizes
     with pytest.raises(RuntimeError, match=r"Expected weight_ih_l0_reverse size \(21, 7\), got \[21, 5\]"):
