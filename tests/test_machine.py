@@ -410,6 +410,22 @@ def test_a_strong_store_or_an_atomic_after_a_plain_load_is_a_fault(write):
             launch(code.replace("$MINE", "%tid.x"), [zeros(), zeros()], warps=2, seed=seed)
 
 
+@pytest.mark.parametrize(
+    "write", ["st.volatile.global.b32 [offset], 5;", "red.relaxed.gpu.global.add.u32 [offset], 5;"]
+)
+@pytest.mark.parametrize("distance", [1, 32])
+def test_a_strong_store_or_an_atomic_after_a_plain_store_is_a_fault(write, distance):
+    """Catches a tile that is cleared and added to by other threads with no barrier between, in whatever order."""
+    code = f"""
+    .reg .b32 other; mad.wide.u32 offset, tid, 4, %rd0; st.global.b32 [offset], 0; $
+    xor.b32 other, tid, {distance}; mad.wide.u32 offset, other, 4, %rd0; {write}
+    """
+    for seed in range(10):
+        launch(code.replace("$", "bar.sync 0;"), [zeros()], warps=2, seed=seed)
+        with pytest.raises(Fault, match="race: another thread wrote this of argument 0"):
+            launch(code.replace("$", ""), [zeros()], warps=2, seed=seed)
+
+
 def test_warps_that_stand_together_part():
     """Catches warps in lockstep: each stores, then looks at the other's place, and either may be far ahead."""
     code = """

@@ -78,7 +78,9 @@ class Races:
         segment.first[at] = np.maximum(segment.first[at], mirrored)
 
     def check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, what: str, strong: bool) -> None:
-        """Strong ones may race with one another, and with what is stored plainly; nothing with a plain load."""
+        """Strong ones may race with one another, and with what other programs store plainly; nothing with a plain
+        load, or a plain store of another thread of the program.
+        """
         program, writer, last = lanes.program[:, None], segment.program[places], segment.last[places]
         shadow = segment.shadow
         if not strong:
@@ -89,7 +91,9 @@ class Races:
         foreign = self._other_readers(segment, lanes, places)
         if foreign.any():
             run.fail_at(f"{what} {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
-        wrote = False if strong else (writer == program) & shadow.writers_at_odds(places, lanes)[1]
+        wrote = (writer == program) & shadow.writers_at_odds(places, lanes)[1]
+        if strong:
+            wrote &= segment.plain[places]
         reads = (last == program) & shadow.readers_at_odds(places, lanes)
         for odd, did in ((wrote, "wrote"), (reads, "reads")):
             if np.any(odd):
@@ -101,7 +105,7 @@ class Races:
         program = lanes.program[:, None]
         several = strong and self._other_writers(segment, lanes, places)
         segment.program[places] = np.where(several, MANY, program)
-        segment.clock[places] = self.order.time
+        segment.clock[places], segment.plain[places] = self.order.time, not strong
         for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
             readers[places] = 0  # whoever is ordered behind this store is so behind those loads
         judged = True if segment.meant is None else ~segment.meant[places]

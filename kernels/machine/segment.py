@@ -22,6 +22,7 @@ class Segment:
         self.writable, self.shadow = True, Shadow(self.size, self.grain, fine)
         count = self.shadow.written.size
         self.program, self.last, self.first, self.clock, self.read_clock = (np.zeros(count, np.int32) for _ in range(5))
+        self.plain = np.zeros(count, bool)  # whether the last store was
         room = -(-self.size // 32) * 32
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
