@@ -506,6 +506,29 @@ def test_faults(code, why):
     assert named == "ret" or named in code
 
 
+@triton.jit
+def locked_kernel(lock, x, CHANGES: tl.constexpr):
+    """Programs take a lock that nobody gives back, or wait for a count that never comes."""
+    if CHANGES:
+        tl.atomic_add(lock, 1)
+        while tl.atomic_add(lock, 0, sem="acquire") < 3:
+            pass
+    else:
+        while tl.atomic_cas(lock, 0, 1, sem="acquire") == 1:
+            pass
+    tl.store(x + tl.program_id(0), 1)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_wait_through_atomics_that_never_ends_is_found(changes):
+    """Catches atomics that change nothing, or barriers in the loop of a wait, that count as news."""
+    with (
+        pytest.raises(Fault, match=r"^all warps wait for .* \(patience=200\)"),
+        on_machine(patience=200, budget=100_000),
+    ):
+        locked_kernel[(2,)](zeros(1), zeros(2), changes)
+
+
 def test_half_of_a_pair_may_be_junk():
     """Catches false alarms at what Triton makes: pairs of which a half is used; and the same junk for all."""
     seen = []

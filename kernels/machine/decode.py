@@ -49,7 +49,7 @@ class Instruction:
     settles: tuple[int, ...] = ()  # such registers that it writes
     junk: frozenset[int] = frozenset()  # registers that it may read though nothing wrote them
     unless: int = -1  # a predicate's register: only where it is false
-    spins: bool = False  # a branch back to polls, over nothing that tells: the loop of a wait
+    spins: bool = False  # a branch back to polls or atomics, over no store: the loop of a wait
 
 
 HANDLERS: dict[str, tuple[Callable, frozenset]] = {}
@@ -182,7 +182,7 @@ class Code:
         for at, found in enumerate(self.code):
             if found.kind == BRANCH and found.target <= at:
                 inside = self.code[found.target : at]
-                found.spins = any(x.asks for x in inside) and not any(x.tells for x in inside)
+                found.spins = any(x.asks for x in inside) and not any(x.tells and not x.asks for x in inside)
 
     def _find_held(self) -> None:
         held = frozenset().union(*(x.holds for x in self.code))

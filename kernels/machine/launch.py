@@ -140,16 +140,18 @@ class Launch:
         while (ready := np.flatnonzero(self.status == READY)).size:
             self.counts.draws += 1
             rows = self._draw(ready)
-            before = self.memory.version, self.counts.barriers, ready.size
+            before = self._news()
+            polls, others = self.counts.polls, (self.counts.barriers, ready.size)
             Run(self, rows).go()
             if self.memory.pending:
                 self.memory.commit(self.chance, self.random)
-            now = self.memory.version, self.counts.barriers, int((self.status == READY).sum())
-            idle = idle + 1 if now == before and not self.memory.pending else 0
+            if self.memory.pending or self._news() != before:
+                idle = 0
+            elif self.counts.polls > polls or (self.counts.barriers, int((self.status == READY).sum())) == others:
+                idle += 1  # a barrier behind a poll is no news: the loop of a wait may have one
             if idle > self.schedule.patience:
-                raise Fault(
-                    self.message("all warps wait for what nobody writes any more", rows[0], None, int(self.at[rows[0]]))
-                )
+                what = f"all warps wait for what nobody writes any more (patience={self.schedule.patience})"
+                raise Fault(self.message(what, rows[0], None, int(self.at[rows[0]])))
         if (self.status == WAITING).any():
             row = int(np.flatnonzero(self.status == WAITING)[0])
             raise Fault(
@@ -157,6 +159,10 @@ class Launch:
             )
         self.memory.commit(np.ones(len(self.index) + 1), self.random)
         self.counts.most = int(self.count.max(initial=0))
+
+    def _news(self) -> tuple[int, int, int]:
+        """What changes while anything goes on but waits."""
+        return self.memory.version, self.shared.changes, int((self.status == DONE).sum())
 
     def _draw(self, ready: np.ndarray) -> np.ndarray:
         """Warps that go on together; mostly such as do more than wait for news that there is not."""

@@ -202,7 +202,7 @@ class GlobalMemory:
         """function(number of the lane, old) -> new for each lane in random order, on memory itself -> what was there
         before.
         """
-        old = np.zeros(lanes.address.size, UNSIGNED[width])
+        old, changed = np.zeros(lanes.address.size, UNSIGNED[width]), False
         for segment, some, offset, here in self.parts(run, lanes, width, "atomic"):
             self.prepare(run, segment, some)
             if segment.owner[segment.shadow.places(offset, width)].any():
@@ -223,10 +223,11 @@ class GlobalMemory:
                 elif order != "cta":
                     self.order.write(*thread, address, pending=False)
                 view[place] = function(numbers[i], view[place])
+                changed |= view[place] != old[numbers[i]]
             if self.races is not None:
                 places = segment.shadow.places(offset, width)
                 self.races.check_store(run, segment, *segment.judged(some, places), "an atomic on", True)
                 self.races.note_store(run, segment, some, places, True)
         self.order.time += 1
-        self.version += 1
+        self.version += bool(changed)  # one that leaves all as it is may be a poll
         return old

@@ -152,7 +152,9 @@ class Run(Services):
         launch.counts.steps += steps
         over = launch.count[self.rows] > launch.schedule.budget
         if over.any():
-            self.fail_at(f"no end after {launch.schedule.budget} instructions", 32 * np.flatnonzero(over)[:1])
+            self.fail_at(
+                f"no end after {launch.schedule.budget} instructions of a warp (budget)", 32 * np.flatnonzero(over)[:1]
+            )
 
     def _stop(self, at: int, steps: int) -> None:
         """All go on at `at`, some other time."""

@@ -22,6 +22,7 @@ class SharedMemory:
         # Where several warps stored the same: the key of the last one. Until a barrier others must neither read it nor
         # store another value.
         self.several: np.ndarray | None = None
+        self.changes = 0  # counts atomics that changed something
         # Where products of four warps must not read yet, in a kernel that has some.
         self.unfenced = np.zeros(self.shadow.written.size, bool) if races and products else None
         self.held: np.ndarray | None = None  # how many products on their way read each grain, once there was one
@@ -176,6 +177,7 @@ class SharedMemory:
         for i in run.random.permutation(offset.size):
             old[i] = view[at[i]]
             view[at[i]] = function(i, old[i])
+        self.changes += bool((view[at] != old).any())
         return old
 
     def land(self, lanes: Lanes, size: int) -> None:
