@@ -492,6 +492,7 @@ def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
             r"^x is read, and nothing has written it\n.* warp 0, lanes 0-4:",
         ),
         ("trap;", "the kernel traps"),
+        ("setp.eq.u32 p, tid, 31; @p trap;", r"the kernel traps\n.* warp 0, lane 31: "),
     ],
 )
 def test_faults(code, why):
@@ -502,7 +503,7 @@ def test_faults(code, why):
         )
     text = str(error.value)
     assert "program (0, 0, 0), warp" in text and "kernel probe" in text and "seed=7" in text
-    named = re.search(r"warp \d.*?: (.*)\n  from", text)[1]
+    named = re.search(r"warp \d.*?: (.*)\n  kernel", text)[1]
     assert named == "ret" or named in code
 
 
@@ -603,11 +604,12 @@ def test_contexts_open_and_close(monkeypatch):
     assert not running()
     with on_machine():
         assert running()
-        with on_machine(arch=80):
-            pass
+        with on_machine(arch=80) as log:
+            numbered_kernel[(0,)](zeros())  # of no program
+            assert log[0][1].draws == 0
         assert running()
     assert not running()
-    with pytest.raises(TypeError, match="unexpected"), on_machine(speed=3):
+    with pytest.raises(TypeError, match=r"unexpected .* 'speed': it takes delay, slow, early"), on_machine(speed=3):
         pass
     with pytest.raises(ValueError, match="arch to be 80, 86, 89, 90, 100 or 120, but got 130"), on_machine(arch=130):
         pass
@@ -725,7 +727,7 @@ MISTAKES = {  # name -> the mistake, and what is to be said of it
     "the last barrier of a step left out": (without_barrier(-1), BARRIER_MISSED),
     "polls may be served by a cache": (
         lambda t: changed(t, POLL, "ld.global"),
-        "Fault: a plain load of $PUBLISHED, which program .* writes in this launch",
+        "Fault: a plain load of $PUBLISHED, which program .* writes in this launch, and no release .* orders it",
     ),
     "published beside its place": (
         published_beside_its_place,

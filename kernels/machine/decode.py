@@ -66,6 +66,20 @@ def instruction(names: str, modifiers: str = ""):
     return register
 
 
+# What this machine does not model, by what stands in an instruction.
+BEYOND = {
+    r"__local_depot|\.local\b|%SPL?\b": "local memory, as of tl.sin and device_print",
+    r"\bcall\b|printf|[aA]ssert": "calls, as of device_print and device_assert",
+    r"cluster": "clusters",
+    r"tcgen05": "tensor memory",
+    r"mbarrier|\.bulk|tensormap": "mbarrier, bulk copies and tensor descriptors",
+}
+
+
+def _beyond(s: Statement) -> str:
+    return next((what for pattern, what in BEYOND.items() if re.search(pattern, s.text)), "")
+
+
 class Decoder:
     """Operands of the statements of a kernel as places in a frame: registers first, then what is special, then
     constants.
@@ -87,15 +101,19 @@ class Decoder:
         handler, modifiers = HANDLERS.get(s.op[0], (None, frozenset()))
         strange = [part for part in s.op[1:] if part not in modifiers and part not in WIDTH]
         if handler is None or strange:
-            what = f" ({'.'.join(strange)})" if handler and strange else ""
-            raise Fault(f"an instruction that this machine does not know{what}: {s.text}\n  from {s.where}")
+            what = _beyond(s) or ("" if handler is None else ".".join(strange))
+            what = f" ({what})" if what else ""
+            raise Fault(f"an instruction that this machine does not know{what}: {s.text}{s.origin}")
         self.statement, self._reads, self._writes = s, [], []
         try:
             found = handler(self, s)
             if s.guard is not None:
                 found.guard = self.source(s.guard, 0)
         except (KeyError, IndexError, ValueError, StopIteration) as error:
-            raise Fault(f"operands that this machine does not know: {s.text}\n  from {s.where} ({error!r})") from error
+            named = isinstance(error, (KeyError, ValueError)) and error.args
+            what = _beyond(s) or (error.args[0] if named else "")
+            what = f" ({what})" if what else ""
+            raise Fault(f"operands that this machine does not know{what}: {s.text}{s.origin}") from error
         found.reads, found.writes = tuple(self._reads), tuple(self._writes)
         return found
 

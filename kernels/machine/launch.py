@@ -34,6 +34,8 @@ class Machine:
         names: of the arguments, for messages. meant: (name, on which of its elements races are meant, or None).
         """
         grid = (*grid, 1, 1)[:3]
+        if 0 in grid:  # nothing is launched, as by Triton
+            return Counts()
         launch = Launch(self, grid, schedule or Schedule())
         parameters = list(self.code.kernel.parameters)
         known: dict[int, Segment] = {}
@@ -207,8 +209,10 @@ class Launch:
         """Text of a Fault: where it happened, and how to see it again."""
         s = self.code.code[min(at, len(self.code.code) - 1)].statement
         program, warp = self.index[self.program[row]], row % self.warps
-        where = f"program {program}, warp {warp}" + ("" if lanes is None else f", lanes {_ranges(lanes)}")
-        return f"{text}\n  {where}: {s.text}\n  from {s.where}\n  kernel {self.code.kernel.name}, {self.schedule}"
+        where = f"program {program}, warp {warp}"
+        if lanes is not None:
+            where += f", lane{'s' if len(lanes) > 1 else ''} {_ranges(lanes)}"
+        return f"{text}\n  {where}: {s.text}{s.origin}\n  kernel {self.code.kernel.name}, {self.schedule}"
 
 
 def _ranges(numbers: np.ndarray) -> str:

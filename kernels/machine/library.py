@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,9 @@ class Launches:
     def __init__(self, arch: int, seed: int, edit: Callable[[str], str] | None, schedule: dict[str, Any]):
         self.arch, self.edit, self.log = arch, edit, []
         self.schedule, self.seed = schedule, seed
-        Schedule(seed, **schedule)  # bad names are errors here
+        known = [f.name for f in fields(Schedule) if f.name not in ("seed", "launch")]
+        for name in schedule.keys() - set(known):
+            raise TypeError(f"on_machine() got an unexpected keyword argument {name!r}: it takes {', '.join(known)}")
 
     @contextlib.contextmanager
     def instead_of_a_gpu(self):

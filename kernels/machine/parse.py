@@ -51,6 +51,11 @@ class Statement:
     op: tuple[str, ...] = ()  # the parts of the name between dots
     operands: tuple[str, ...] = ()
 
+    @property
+    def origin(self) -> str:
+        """A line of a message; nothing where the compiler names no line of Python."""
+        return f"\n  from {self.where}" if self.where else ""
+
     def has(self, *parts: str) -> bool:
         """Whether the name has one of these parts."""
         return any(part in self.op for part in parts)

@@ -55,7 +55,8 @@ class Races:
         foreign = self._other_writers(segment, lanes, places)
         if foreign.any():
             who = _program(run, writer[foreign][0])
-            run.fail_at(f"a plain load of {segment.name}, which {who} in this launch", lanes.which[foreign.any(1)])
+            why = "in this launch, and no release that an acquire has seen orders it"
+            run.fail_at(f"a plain load of {segment.name}, which {who} {why}", lanes.which[foreign.any(1)])
         keys, odd = segment.shadow.writers_at_odds(places, lanes)
         odd &= writer == program
         if odd.any():
