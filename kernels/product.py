@@ -170,8 +170,8 @@ def tiles_at_once(PRECISION, UB, TILES):
 
 @triton.jit
 def multiply_streamed(sums, W, SLOTS: tl.constexpr, p, bound, one, C: tl.constexpr):
-    """The same for the weights that are not held, of all tiles: each chunk of SLOTS slots of the state, from p on, is
-    awaited while its weights come. One slot is multiplied with every tile, into a sum for each.
+    """Adds to the sums the products of the weights that are not held, of all tiles: each chunk of SLOTS slots of the
+    state, from p on, is awaited while its weights come. One slot is multiplied with every tile, into a sum for each.
 
     A loop at run time: unrolled, all its loads rise to the top and the registers spill. All tiles in one turn of it: a
     turn takes the latency of the second-level cache, whatever it reads.
