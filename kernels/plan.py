@@ -21,7 +21,9 @@ from .residency import (
     TILE_ROWS,
     Problem,
     beyond_words,
+    chunk_bytes,
     residency,
+    tile_gates,
     tilings,
 )
 from .spec import CELLS, DTYPES, itemsize, padded, stacked
@@ -299,21 +301,11 @@ def with_batch(p: Plan, device: Device, resident: int) -> Plan:
     return replace(p, microseconds=launches * _step_microseconds(p, device), reason=reason)
 
 
-def _chunk_bytes(p: Plan) -> int:
-    """Bytes of a program's weights in a chunk."""
-    return p.warps * _tile_gates(p) * p.units * CHUNK_ROW_BYTES
-
-
-def _tile_gates(p: Plan) -> int:
-    """Gates in a program's weights, those that only fill the last tile included."""
-    gates = CELLS[p.cell].gates
-    return gates if p.backward else -(-gates // p.gates_per_tile) * p.gates_per_tile
-
-
 def _tile_microseconds(p: Plan, device: Device) -> float:
     """What the work on one tile takes in a step, from its words to its publish."""
-    gates, chunks, tile_gates = CELLS[p.cell].gates, p.registers + p.shared + p.streamed, _tile_gates(p)
-    matrices = 2 * chunks * (tile_gates * p.units // TILE_ROWS) * (p.rows // TILE_BATCH)
+    gates, chunks = CELLS[p.cell].gates, p.registers + p.shared + p.streamed
+    in_tiles = tile_gates(gates, p.backward, p)
+    matrices = 2 * chunks * (in_tiles * p.units // TILE_ROWS) * (p.rows // TILE_BATCH)
     if p.backward:
         tile = BACKWARD_TILE + BACKWARD_MATRIX * matrices + BACKWARD_VECTOR * chunks * gates * (p.rows // TILE_BATCH)
         tile += BACKWARD_EIGHT_WARPS * (p.warps > 4)
@@ -325,8 +317,8 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
     tile += p.layered * p.waits * POLL_CYCLES / CLOCK / 1e3
     if p.precision == "ieee":
         tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
-    tile += p.shared * _chunk_bytes(p) / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
-    streamed = p.streamed * _chunk_bytes(p) * p.programs
+    tile += p.shared * chunk_bytes(gates, p.backward, p) / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
+    streamed = p.streamed * chunk_bytes(gates, p.backward, p) * p.programs
     in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
     memory = L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3
     return tile * CLOCK / device.gigahertz + streamed / memory
@@ -334,7 +326,8 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
 
 def _step_microseconds(p: Plan, device: Device) -> float:
     """Predicted time of a step of one launch."""
-    slots = CELLS[p.cell].gates if p.backward else 1
+    gates = CELLS[p.cell].gates
+    slots = gates if p.backward else 1
     tile = _tile_microseconds(p, device)
     polled = p.slices * p.rows * padded(p.hidden_size, p.dtype) * itemsize(p.dtype) * slots * p.programs / 1e6
     if p.backward:
@@ -344,7 +337,8 @@ def _step_microseconds(p: Plan, device: Device) -> float:
         exchange += FORWARD_LATE * p.programs
     # The exchange of one tile hides behind the work on the others, and tiles in turn take each its time. But what is
     # polled, and weights that each tile reads again, all come out of the second-level cache.
-    traffic = (polled * 1e6 + p.slices * p.streamed * _chunk_bytes(p) * p.programs) / L2_BYTES_PER_MICROSECOND
+    again = p.slices * p.streamed * chunk_bytes(gates, p.backward, p) * p.programs
+    traffic = (polled * 1e6 + again) / L2_BYTES_PER_MICROSECOND
     return max(tile + exchange, p.slices * tile, traffic) + travel
 
 

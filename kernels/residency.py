@@ -5,6 +5,7 @@ registers and in shared memory without spilling. Pure Python: needs no GPU and n
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from .devices import Device
 from .spec import CELLS, chunk_width, padded
@@ -160,10 +161,9 @@ def _gates_per_tile(problem: Problem, units: int) -> int:
     return 1
 
 
-def _tile_gates(problem: Problem, tiling: Tiling) -> int:
-    """Gates in the weights of a chunk, those that only fill the last tile included."""
-    per_tile = 1 if problem.backward else tiling.gates_per_tile
-    return -(-problem.gates // per_tile) * per_tile
+def tile_gates(gates: int, backward: bool, cut: Any) -> int:
+    """Gates in the weights of a chunk, those that only fill the last tile included. cut: a Tiling, or a Plan."""
+    return gates if backward else -(-gates // cut.gates_per_tile) * cut.gates_per_tile
 
 
 def _waits(problem: Problem) -> tuple[int, ...]:
@@ -188,8 +188,10 @@ def residency(problem: Problem, tiling: Tiling) -> Residency | None:
         if tiling.rows * tiling.slices > TILE_BATCH:
             return None
 
+    bytes_ = chunk_bytes(problem.gates, problem.backward, tiling)
+
     def cycles(r: Residency) -> float:
-        return r.waits * POLL_CYCLES + r.shared * _chunk_bytes(problem, tiling) / SHARED_BYTES_PER_CYCLE
+        return r.waits * POLL_CYCLES + r.shared * bytes_ / SHARED_BYTES_PER_CYCLE
 
     found = [_most_on_chip(problem, tiling, waits) for waits in _waits(problem)]
     found = [r for r in found if r is not None]
@@ -205,13 +207,13 @@ def residency(problem: Problem, tiling: Tiling) -> Residency | None:
 
 def _most_on_chip(problem: Problem, tiling: Tiling, waits: int) -> Residency | None:
     """As many weights in registers as do not spill, of the others as many in shared memory as fit; None: it spills."""
-    tile_gates, scratch = _tile_gates(problem, tiling), _scratch_bytes(problem, tiling)
+    scratch, kind = _scratch_bytes(problem, tiling), (problem.gates, problem.backward)
     slots = -(-problem.gates // waits) if problem.backward else 1  # awaited at the same time
-    chunk_bytes = _chunk_bytes(problem, tiling)
+    each = chunk_bytes(*kind, tiling)
     if scratch > problem.device.shared_memory:
         return None
-    fitting = (problem.device.shared_memory - scratch) // chunk_bytes
-    words = tile_gates * tiling.units // 2  # of a chunk of weights, a thread
+    fitting = (problem.device.shared_memory - scratch) // each
+    words = tile_gates(*kind, tiling) * tiling.units // 2  # of a chunk of weights, a thread
     room = _room_words(problem, tiling)
     # Possible whatever the sum says: what passes takes its turn.
     smallest = slots * tiling.slices * tiling.rows == TILE_BATCH
@@ -224,7 +226,7 @@ def _most_on_chip(problem: Problem, tiling: Tiling, waits: int) -> Residency | N
             continue
         needed = registers * words + _passing_words(problem, tiling, slots, registers, shared)
         if needed <= room or (registers == 0 and smallest):
-            return Residency(waits, registers, shared, scratch + shared * chunk_bytes)
+            return Residency(waits, registers, shared, scratch + shared * each)
     return None
 
 
@@ -237,9 +239,9 @@ def _wide_state(problem: Problem, tiling: Tiling, held: int) -> int:
     return held * problem.gates * tiling.slices * tiling.rows // 2
 
 
-def _chunk_bytes(problem: Problem, tiling: Tiling) -> int:
-    """Bytes of the weights of a chunk."""
-    return tiling.warps * _tile_gates(problem, tiling) * tiling.units * CHUNK_ROW_BYTES
+def chunk_bytes(gates: int, backward: bool, cut: Any) -> int:
+    """Bytes of a program's weights in a chunk. cut: a Tiling, or a Plan."""
+    return cut.warps * tile_gates(gates, backward, cut) * cut.units * CHUNK_ROW_BYTES
 
 
 def _room_words(problem: Problem, tiling: Tiling) -> int:
@@ -291,6 +293,6 @@ def _scratch_bytes(problem: Problem, tiling: Tiling) -> int:
     scratch = tiling.warps * _sums(problem) * tiling.units * tiling.rows * 4
     if problem.precision == "ieee":  # operands pass through it chunk by chunk: a state, and weights (tiles_at_once)
         one_by_one = 1 if problem.backward else tiling.gates_per_tile
-        gates = one_by_one if tiling.units == 64 else _tile_gates(problem, tiling)
+        gates = one_by_one if tiling.units == 64 else tile_gates(problem.gates, problem.backward, tiling)
         scratch = max(scratch, tiling.warps * CHUNK_ROW_BYTES * (gates * tiling.units + tiling.rows))
     return scratch + SPARE_BYTES

@@ -48,6 +48,8 @@ def _may_remember(batch_sizes: Tensor) -> bool:
     """Whether rows made now are plain tensors, that may serve any later call."""
     if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
         return False
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take remembered rows for constants
+        return False
     return not (torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled())
 
 
