@@ -23,7 +23,7 @@ from .kernels.spec import CELLS, known
 from .library import fake, operator
 from .many_gradients import for_each_gradient
 from .rows import Rows
-from .second_order import reference_layer, save_for_second, second_backward
+from .second_order import AgainByReference, reference_layer
 
 FUNCTION = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
@@ -329,22 +329,10 @@ def aten_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, d_cells,
     return aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *tensors, *call.options, list(need), kept)
 
 
-class AtenLayerBackward(torch.autograd.Function):
+class AtenLayerBackward(AgainByReference):
     """The backward of AtenLayer, differentiable again."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments):
         """See `aten_gradients`."""
         return aten_gradients(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Save gradients and inputs."""
-        save_for_second(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx, *d_gradients):
-        """By the readable loops."""
-        return second_backward(ctx, d_gradients)

@@ -16,7 +16,7 @@ from .many_gradients import for_each_gradient, in_a_batch
 from .operators import backward_directly, plan_of, recurrence, recurrence_backward, recurrence_functional
 from .products import input_product
 from .rows import Rows
-from .second_order import save_for_second, second_backward
+from .second_order import AgainByReference
 
 
 class Layer(torch.autograd.Function):
@@ -105,26 +105,14 @@ def backward_by_operator(call: Call, d_outputs: tuple, weight_hh: Weights, state
     return recurrence_backward(*d_outputs, weight_hh, *left, y, *states, *rows[2:], *how)
 
 
-class LayerBackward(torch.autograd.Function):
+class LayerBackward(AgainByReference):
     """`layer_gradients`, differentiable again: through the readable loop of reference.py, which is slow and right."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments):
         """See `layer_gradients`. No view: users change gradients in place, which is an error for a view from here."""
         found = layer_gradients(*arguments)
         return tuple(one.clone() if one is not None and one._is_view() else one for one in found)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Save gradients and inputs; the reference makes the rest again."""
-        save_for_second(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx, *d_gradients):
-        """Differentiate the gradients of the reference by everything they depend on."""
-        return second_backward(ctx, d_gradients)
 
 
 # The eager way --------------------------------------------------------------------------------------------------------

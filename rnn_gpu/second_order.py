@@ -171,24 +171,29 @@ def second_gradients(
     return [None if t is None else found[i].to(t.dtype) for i, t in enumerate(given)]
 
 
-def save_for_second(ctx, arguments: tuple) -> None:
-    """Save of a backward Function's arguments what its own derivative needs.
-
-    arguments: call, need; d_y, d_h_n, d_c_n, d_cells, inputs, rows; whatever else.
+class AgainByReference(torch.autograd.Function):
+    """A backward that is differentiable again, through the readable loops of reference.py. Its forward has the
+    arguments call, need; d_y, d_h_n, d_c_n, d_cells, inputs, rows; whatever else.
     """
-    ctx.call, ctx.need, *tensors = arguments
-    inputs, rows = taken(tensors[4:])
-    ctx.save_for_backward(*tensors[:4], *inputs, *rows[2:])
-    ctx.sizes, ctx.rest = rows[:2], len(tensors) - 4 - COUNT
-    ctx.set_materialize_grads(False)
 
+    generate_vmap_rule = True
 
-def second_backward(ctx, d_gradients: tuple) -> tuple[Tensor | None, ...]:
-    """The backward of a Function that was prepared with `save_for_second`."""
-    if ctx.call.clip is not None:
-        raise RuntimeError(CLIPPED)
-    saved = ctx.saved_tensors
-    d_outputs, inputs, masks = saved[:4], saved[4 : 4 + COUNT], saved[4 + COUNT :]
-    run = lambda leaves: reference_layer(Inputs(*leaves), Rows(*ctx.sizes, *masks), ctx.call)
-    found = second_gradients(run, d_outputs, inputs, ctx.need, d_gradients)
-    return None, None, *found, *[None] * ctx.rest
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save gradients and inputs; the reference makes the rest again."""
+        ctx.call, ctx.need, *tensors = inputs
+        given, rows = taken(tensors[4:])
+        ctx.save_for_backward(*tensors[:4], *given, *rows[2:])
+        ctx.sizes, ctx.rest = rows[:2], len(tensors) - 4 - COUNT
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *d_gradients):
+        """Differentiate the gradients of the reference by everything they depend on."""
+        if ctx.call.clip is not None:
+            raise RuntimeError(CLIPPED)
+        saved = ctx.saved_tensors
+        d_outputs, inputs, masks = saved[:4], saved[4 : 4 + COUNT], saved[4 + COUNT :]
+        run = lambda leaves: reference_layer(Inputs(*leaves), Rows(*ctx.sizes, *masks), ctx.call)
+        found = second_gradients(run, d_outputs, inputs, ctx.need, d_gradients)
+        return None, None, *found, *[None] * ctx.rest
