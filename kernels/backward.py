@@ -24,7 +24,7 @@
                              where the cell carries h it is in d_carry_0
     dropped, kept_h, kept_c, rate_h, rate_c as in forward.py; where a part of the states is kept, aux has those that the
                              cell alone would have, and history, [R, N, K*HS], those that it had
-    passed, scale            as in forward.py
+    passed, scale, pause     as in forward.py
     clip                     what the gradient of h is brought within at every step, -clip..clip, or None
     lengths, offsets, resets as in forward.py
 
@@ -191,14 +191,14 @@ def prefetch_step(left, out, then, exists, me, place, lengths, KEEPS_C: tl.const
 
 
 @triton.jit
-def add_source(sums, W, p, bound, one, C: tl.constexpr):
-    """The sums [S, UB, NB], with the products of gradients of gate sums added: awaits these at p, in C.WAITS parts, and
-    multiplies them with the weights.
+def add_source(sums, W, p, pause, bound, one, C: tl.constexpr):
+    """The sums [S, UB, NB], with the products of gradients of gate sums added: awaits these at p, after a pause and in
+    C.WAITS parts, and multiplies them with the weights.
     """
     SLOTS: tl.constexpr = (C.G + C.WAITS - 1) // C.WAITS  # of a part
     for first in tl.static_range(0, C.G, SLOTS):
         here = p + first * C.WORDS
-        words = await_held(here, min(SLOTS, C.G - first), bound, C)
+        words = await_held(here, min(SLOTS, C.G - first), pause if first == 0 else None, bound, C)
         sums = multiply_held(sums, W, first, min(SLOTS, C.G - first), words, C)
     return multiply_streamed(sums, W, C.G, p, bound, one, C)
 
@@ -217,7 +217,9 @@ def two_tiles(sums, others, C: tl.constexpr):
 
 
 @triton.jit
-def through_gates(W, p, above, p_above, resets, reset, passed, scale, me, bound, C: tl.constexpr, D: tl.constexpr):
+def through_gates(
+    W, p, above, p_above, resets, reset, passed, scale, me, pause, bound, C: tl.constexpr, D: tl.constexpr
+):
     """The gradient [NB, UB] of h through the later step's gate sums, whose gradients are at p, none where that step's
     row is `reset`; and in a stack through those of the layer above, which is a step ahead and awaited first, as far as
     that layer sees h: `scale` times `passed`, a tuple as of `load_passed`.
@@ -226,14 +228,14 @@ def through_gates(W, p, above, p_above, resets, reset, passed, scale, me, bound,
     """
     nothing = tl.zeros((C.S, C.UB, C.NB), tl.float32), tl.zeros((C.S, C.UB, C.NB), tl.float32)
     if not C.LAYERED:
-        return tl.where(reset, 0.0, one_tile(add_source(nothing, W, p, bound, me.one, C), C))
+        return tl.where(reset, 0.0, one_tile(add_source(nothing, W, p, pause, bound, me.one, C), C))
     else:
         fed = nothing
         if me.n != me.top:
-            fed = add_source(fed, above, p_above, bound, me.one, D)
+            fed = add_source(fed, above, p_above, None, bound, me.one, D)
         if resets is None and len(passed) == 0:
-            return one_tile(add_source(fed, W, p, bound, me.one, C), C)
-        own, fed = two_tiles(add_source(nothing, W, p, bound, me.one, C), fed, C)
+            return one_tile(add_source(fed, W, p, pause, bound, me.one, C), C)
+        own, fed = two_tiles(add_source(nothing, W, p, pause, bound, me.one, C), fed, C)
         return tl.where(reset, 0.0, own) + (fed if len(passed) == 0 else fed * (passed[0] * scale))
 
 
@@ -263,13 +265,13 @@ def clipped(dh, clip):
 
 
 @triton.jit(
-    do_not_specialize=["T", "B", "begin", "limit", "launch"],
+    do_not_specialize=["T", "B", "begin", "limit", "launch", "pause"],
     do_not_specialize_on_alignment=["d_h_n", "d_carry_n", "d_carry_0"],
 )
 def backward(
     d_y, d_h_n, d_carry_n, d_carry, weight, weight_above, parameters, gates, aux, history, history_0, d_gates,
     d_carry_0, d_parameters, d_kept_0, passed, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin,
-    limit, launch, scale, clip, rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr,
+    limit, launch, pause, scale, clip, rate_h, rate_c, FACTORS: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr,
     E: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr, SAVES: tl.constexpr, READS_H: tl.constexpr,
     PARAMETERS: tl.constexpr, QUIET: tl.constexpr, H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr,
     REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
@@ -353,7 +355,7 @@ def backward(
             else:
                 p = source(d_gates, before, zeros, place, s > 0, now.t - ahead, lengths, C)
                 p_above = source(d_above, now.row, zeros, place, True, now.t, lengths, C) if C.LAYERED else None
-                dh = through_gates(W, p, above, p_above, resets, reset_before, seen, scale, me, bound, C, D)
+                dh = through_gates(W, p, above, p_above, resets, reset_before, seen, scale, me, pause, bound, C, D)
                 saved_then = load_step(left, dh_end, aux_then, then, earlier, two, me, place, lengths, KEEPS_C, C)
             saved_next = saved_next + (saved_then,)
             active = within(now.t, place.length, lengths)

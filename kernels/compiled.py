@@ -94,6 +94,7 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
         "scale": "fp32" if "dropout" in options else None,
         "rate_h": None,
         "rate_c": None,
+        "pause": "i32" if p.pause else None,
     }
     if not p.backward:
         return {

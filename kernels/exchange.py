@@ -7,6 +7,8 @@ final, so no order between elements matters: there is no counter, no fence, no b
 * Every thread waits for its own words, those that it will multiply, and for nobody else's: no reduction and no barrier
   stand in a wait, and only vectors in which something is missing are read again. That is what plain PTX is for here
   (`await_assembly`): Triton has no loop of a single thread.
+* What is looked for too early is more than a look in vain: it is traffic that holds up what the others publish. Where
+  a program has nothing else to do meanwhile, a wait therefore begins with a pause (plan.py).
 * Stores go past the first-level cache (`.cg`), polls are relaxed loads at the scope of the GPU. Stores are not ordered
   among each other, so every word is tested and nothing follows from what was stored last.
 * A result that came out as all ones becomes another NaN just before it is published (not alone: nobody waits for it):
@@ -35,13 +37,15 @@ class Bound(NamedTuple):
 
 
 @triton.constexpr_function
-def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
+def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES=False, AT_ONCE=False):
     """PTX: read a thread's vectors of 16 bytes, SLOTS x CHUNKS for each of PACK tiles of rows, and again those in which
     an element is unwritten, until none is or the `Bound` is reached.
 
     Operands, each for PACK tiles: the 4 words of each vector; where the first vector is, how many words of its row
-    there are from there on, status, limit and number of the launch. PARTIAL: vectors of the last chunk may lie past the
-    end of a row, and are zero and not awaited: what lies there is the next row's.
+    there are from there on, status, limit and number of the launch, and if it PAUSES, for how many cycles. PARTIAL:
+    vectors of the last chunk may lie past the end of a row, and are zero and not awaited: what lies there is the next
+    row's. AT_ONCE: what is missing is read again as soon as it is known to be, and not when all are known: that takes
+    fewer registers and more traffic.
 
     Where a wait gives up, unwritten words of 32 bits become the quiet NaN, because rounding to tf32 would make zeros of
     them. (Two halves of 16 bits are a NaN each as they are.)
@@ -49,7 +53,11 @@ def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
     count = SLOTS * CHUNKS * PACK
     address, room, status, limit, launch = [4 * count + i * PACK for i in range(5)]
     head = ["{", ".reg .b32 found, t, left;", ".reg .pred some, q;", f"mov.b32 left, ${limit};"]
-    read, test, lost = [], ["setp.ne.b32 some, 0, 0;"], []
+    read, test, lost, pause = [], ["setp.ne.b32 some, 0, 0;"], [], []
+    if PAUSES:
+        head += [".reg .b32 begun;", "mov.u32 begun, %clock;"]
+        pause += ["PAUSE:", "mov.u32 t, %clock;", "sub.u32 t, t, begun;", f"setp.lt.u32 q, t, ${launch + PACK};"]
+        pause += ["@q bra PAUSE;"]
     for v in range(count):
         slot, chunk, tile = v // (CHUNKS * PACK), v // PACK % CHUNKS, v % PACK
         words = [f"${(v // PACK * 4 + k) * PACK + tile}" for k in range(4)]
@@ -67,18 +75,20 @@ def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
             test += [f"and.b32 t, t, {word};", "or.b32 found, found, t;"]
             lost += [] if HALVES else [f"setp.eq.b32 q, {word}, -1;", f"@q mov.b32 {word}, 0x7FC00000;"]
         test += [f"and.b32 found, found, {'0x80008000' if HALVES else '0x80000000'};"]
-        test += [f"setp.ne.b32 p{v}, found, 0;", f"or.pred some, some, p{v};"]
+        test += [f"setp.ne.b32 p{v}, found, 0;", f"or.pred some, some, p{v};", *(read[-1:] if AT_ONCE else [])]
     again = ["@!some bra DONE;", "sub.s32 left, left, 1;", "setp.lt.s32 q, left, 0;", "@q bra LOST;"]
     again += [f"and.b32 t, left, {LOOK_EVERY.value - 1};", "setp.ne.b32 q, t, 0;", "@q bra AGAIN;"]
     again += [f"ld.volatile.global.b32 t, [${status}];", "setp.eq.b32 q, t, 0;", "@q bra AGAIN;"]
     told = ["LOST:", f"st.volatile.global.b32 [${status}], ${launch};"]
-    return "\n".join([*head, "AGAIN:", *read, *test, *again, *told, *lost, "DONE:", "}"])
+    first = [*read, "AGAIN:"] if AT_ONCE else ["AGAIN:", *read]
+    return "\n".join([*head, *pause, *first, *test, *again, *told, *lost, "DONE:", "}"])
 
 
 @triton.constexpr_function
-def await_constraints(VECTORS, PACK):
-    """The operands of `await_assembly`: words, which no operand's register may serve for, and the five others."""
-    return ",".join(["=&r"] * (4 * VECTORS * PACK) + [kind for kind in "lrlrr" for _ in range(PACK)])
+def await_constraints(VECTORS, PACK, PAUSES=False):
+    """The operands of `await_assembly`: words, which no operand's register may serve for, and the others."""
+    others = "lrlrrr" if PAUSES else "lrlrr"
+    return ",".join(["=&r"] * (4 * VECTORS * PACK) + [kind for kind in others for _ in range(PACK)])
 
 
 @triton.constexpr_function
@@ -89,21 +99,25 @@ def words_of(VECTORS):
 
 @triton.jit
 def await_vectors(
-    p, room, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, PARTIAL: tl.constexpr, bound, USED: tl.constexpr,
+    p, room, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, PARTIAL: tl.constexpr, pause, bound, USED: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
     """Wait until CHUNKS chunks of SLOTS slots of a state are written -> their SLOTS x CHUNKS tiles of 32-bit words.
 
     p: pointers to vectors (tiles.py) of the first of them. room: words from there to the end of a row. PARTIAL: whether
-    the last chunk may not be whole. USED: whether anything is made of the words.
+    the last chunk may not be whole. pause: cycles before the first look, or None. USED: whether anything is made of the
+    words.
     """
     VECTORS: tl.constexpr = SLOTS * CHUNKS
     PACK: tl.constexpr = C.NB // 8
+    PAUSES: tl.constexpr = pause is not None
+    operands = p, room, bound.status, bound.limit, bound.launch
+    if PAUSES:
+        operands = operands + (pause,)
     # Pure, or the compiler makes a copy for each use of the words; but a pure one that nobody uses it would drop.
     words = tl.inline_asm_elementwise(
-        await_assembly(SLOTS, CHUNKS, C.STEP, C.WORDS, PARTIAL, C.BITS == tl.int16, PACK),
-        await_constraints(VECTORS, PACK), [p, room, bound.status, bound.limit, bound.launch], words_of(VECTORS),
-        is_pure=USED, pack=PACK,
+        await_assembly(SLOTS, CHUNKS, C.STEP, C.WORDS, PARTIAL, C.BITS == tl.int16, PACK, PAUSES, C.AT_ONCE),
+        await_constraints(VECTORS, PACK, PAUSES), operands, words_of(VECTORS), is_pure=USED, pack=PACK,
     )  # fmt: skip
     tiles = ()
     for i in tl.static_range(VECTORS):

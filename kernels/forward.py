@@ -18,6 +18,7 @@
                              words; as y, with zeros in the first B rows; or None
     passed  [L-1, R, H]      then: int8, not zero where the layer above sees a unit, `scale` times as large
     status  [1]              int32: becomes `launch` when a wait came to its limit
+    pause                    cycles from a wait's begin to its first look at what the neighbours send, or None
     shown   [R, N, HS]       becomes the outputs, where they are not what is sent to the neighbours (`dropped`); or None
     h_0     [N, B, H]        then: the initial state, or None for zeros; y has what the product sees of it
     carries [R, N, K*HS]     becomes the states of every step where aux has not them (zoneout), or the h that the cell
@@ -106,11 +107,11 @@ def load_input(x_part, biases, now, me, place, mask, C: tl.constexpr):
 
 
 @triton.jit
-def add_source(sums, W, p, bound, one, C: tl.constexpr):
-    """The sums [S, PER*UB, NB] of the weight tiles, with the products of a state added: awaits it at p and multiplies
-    it with its weights.
+def add_source(sums, W, p, pause, bound, one, C: tl.constexpr):
+    """The sums [S, PER*UB, NB] of the weight tiles, with the products of a state added: awaits it at p, after a pause,
+    and multiplies it with its weights.
     """
-    words, held = await_held(p, 1, bound, C), ()
+    words, held = await_held(p, 1, pause, bound, C), ()
     for tile in tl.static_range(tile_count(C.G, C.PER)):
         held = held + multiply_held((sums[tile],), W, tile, 1, copies(words, tile), C)
     return multiply_streamed(held, W, 1, p, bound, one, C)
@@ -124,7 +125,7 @@ def gate_tiles(sums, C: tl.constexpr):
 
 
 @triton.jit
-def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr, D: tl.constexpr):
+def hidden_part(W, p, below, p_below, resets, reset, me, pause, bound, C: tl.constexpr, D: tl.constexpr):
     """What states add to the gate sums: its own, at p, none where `reset`, and in a stack that of the layer below -> G
     tiles [NB, UB], then what the layer below adds to the C.APART last gates.
 
@@ -135,16 +136,17 @@ def hidden_part(W, p, below, p_below, resets, reset, me, bound, C: tl.constexpr,
     for _ in tl.static_range(tile_count(C.G, C.PER)):
         nothing = nothing + (zeros,)
     if not C.LAYERED:
-        return zero_where(reset, gate_tiles(add_source(nothing, W, p, bound, me.one, C), C))
+        return zero_where(reset, gate_tiles(add_source(nothing, W, p, pause, bound, me.one, C), C))
     else:
         SPLIT: tl.constexpr = len(nothing) - C.APART
         fed = nothing
         if me.n != 0:
-            fed = add_source(fed, below, p_below, bound, me.one, D)
+            fed = add_source(fed, below, p_below, None, bound, me.one, D)
         begin, apart = fed[:SPLIT] + nothing[SPLIT:], fed[SPLIT:]
         if resets is None:
-            return gate_tiles(add_source(begin, W, p, bound, me.one, C) + apart, C)
-        own, fed = gate_tiles(add_source(nothing, W, p, bound, me.one, C) + apart, C), gate_tiles(begin + apart, C)
+            return gate_tiles(add_source(begin, W, p, pause, bound, me.one, C) + apart, C)
+        own = gate_tiles(add_source(nothing, W, p, pause, bound, me.one, C) + apart, C)
+        fed = gate_tiles(begin + apart, C)
         sums = ()
         for g in tl.static_range(C.G):
             sums = sums + (tl.where(reset, 0.0, own[g]) + fed[g],)
@@ -189,17 +191,17 @@ def own_last(out, h0, place, me, B, offsets, C: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["T", "B", "begin", "limit", "launch"],
+    do_not_specialize=["T", "B", "begin", "limit", "launch", "pause"],
     do_not_specialize_on_alignment=["bias", "carry_0", "carry_n", "h_n", "h_0"],
 )
 def forward(
     x_part, weight, weight_below, bias, biases, parameters, y, fed, passed, carry_0, gates, aux, carry_n, h_n, shown,
-    h_0, carries, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, scale, rate_h,
-    rate_c, CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr, CARRIED: tl.constexpr,
-    SAVES: tl.constexpr, PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
-    N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr, SLICES: tl.constexpr, S: tl.constexpr,
-    REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
-    ALONE: tl.constexpr, LAYERED: tl.constexpr,
+    h_0, carries, dropped, kept_h, kept_c, lengths, offsets, resets, T, B, status, begin, limit, launch, pause, scale,
+    rate_h, rate_c, CELL: tl.constexpr, G: tl.constexpr, APART: tl.constexpr, STATES: tl.constexpr,
+    CARRIED: tl.constexpr, SAVES: tl.constexpr, PARAMETERS: tl.constexpr, PER: tl.constexpr, H: tl.constexpr,
+    HS: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr, UB: tl.constexpr, NB: tl.constexpr,
+    SLICES: tl.constexpr, S: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, PRECISION: tl.constexpr, ALONE: tl.constexpr, LAYERED: tl.constexpr,
 ):  # fmt: skip
     """All steps of one batch slice and set, for one unit slice: see the top of this file."""
     C: tl.constexpr = sizes(
@@ -255,7 +257,7 @@ def forward(
             else:
                 p = source(y, before, h0, place, s > 0, now.t - ahead, lengths, C)
                 p_below = source(fed_by, now.row, h0, place, True, now.t, lengths, C) if C.LAYERED else None
-                sums = hidden_part(W, p, below, p_below, resets, reset, me, bound, C, D)
+                sums = hidden_part(W, p, below, p_below, resets, reset, me, pause, bound, C, D)
             r = with_last(sums, hidden_bias, len(hidden_bias), C)
             x = with_last(as_float(x), sums[C.G :], C.APART, C)
             if C.PARAMETERS == 0:

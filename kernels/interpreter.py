@@ -30,6 +30,7 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import math
 import random
 import re
@@ -477,7 +478,9 @@ def _flushed(x):
 # Instruction -> what it computes of arrays. Infinities and zeros come out as in hardware, without a warning.
 _PTX = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
     "sub.s32": lambda a, b: a - b,
+    "sub.u32": lambda a, b: a - b,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "or.pred": lambda a, b: a | b,
@@ -485,9 +488,13 @@ _PTX = {
     "setp.eq.s32": lambda a, b: a == b,
     "setp.ne.b32": lambda a, b: a != b,
     "setp.lt.s32": lambda a, b: a < b,
+    "setp.lt.u32": lambda a, b: a.view(np.uint32) < b.view(np.uint32),
     "setp.gt.s32": lambda a, b: a > b,
     "rcp.approx.ftz.f32": lambda x: _flushed(np.float32(1) / _flushed(x)),
 }
+
+
+_clock = itertools.count(step=100)
 
 
 @functools.cache
@@ -552,6 +559,8 @@ class _Assembly:
         """What a register, or a number, holds in every thread."""
         if operand in self.registers:
             return self.registers[operand]
+        if operand == "%clock":  # goes on whenever somebody looks
+            return np.full(self.count, next(_clock) & 0xFFFFFFFF, np.uint32).view(np.int32)
         return np.full(self.count, int(operand, 0) & 0xFFFFFFFF, np.uint32).view(np.int32)
 
     def address(self, operand):

@@ -164,7 +164,7 @@ def run(
         if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
     given = {**tensors, **numbers, "status": status_word(device), "limit": WAIT_LIMIT, "T": rows.time, "B": rows.batch}
-    given |= {"lengths": rows.lengths, "offsets": rows.offsets, "resets": rows.resets}
+    given |= {"lengths": rows.lengths, "offsets": rows.offsets, "resets": rows.resets, "pause": plan.pause or None}
     for begin, grid in ready.launches:
         number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
         _launches[number] = plan, (rows.time, rows.batch), begin

@@ -139,13 +139,15 @@ def add_product(sums, j: tl.constexpr, w, x, C: tl.constexpr):
 
 
 @triton.jit
-def await_held(p, SLOTS: tl.constexpr, bound, C: tl.constexpr):
-    """Wait for as much of SLOTS slots of a state, from p on, as `multiply_held` needs -> the words of the chunks."""
+def await_held(p, SLOTS: tl.constexpr, pause, bound, C: tl.constexpr):
+    """Wait for as much of SLOTS slots of a state, from p on, as `multiply_held` needs -> the words of the chunks.
+    pause: as of `await_vectors`.
+    """
     if C.HELD == 0:
         return ()
     else:
         room = C.WORDS - vector_words(C.S)
-        return await_vectors(p, room, SLOTS, C.HELD, C.HELD * C.STEP > C.WORDS, bound, True, C)
+        return await_vectors(p, room, SLOTS, C.HELD, C.HELD * C.STEP > C.WORDS, pause, bound, True, C)
 
 
 @triton.jit
@@ -185,7 +187,7 @@ def multiply_streamed(sums, W, SLOTS: tl.constexpr, p, bound, one, C: tl.constex
                 for tile in tl.static_range(first, first + COUNT):
                     w = w + (streamed_chunk(W.streamed[tile], i, C),)
                 here = p + i * C.STEP + (first if SLOTS > 1 else 0) * C.WORDS
-                words = await_vectors(here, room, min(SLOTS, COUNT), 1, C.WORDS % C.STEP != 0, bound, True, C)
+                words = await_vectors(here, room, min(SLOTS, COUNT), 1, C.WORDS % C.STEP != 0, None, bound, True, C)
                 for tile in tl.static_range(COUNT):
                     x = words[tile] if SLOTS > 1 else copies(words, tile)[0]
                     sums = add_product(sums, first + tile, w[tile], state_operand(x, C), C)

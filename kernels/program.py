@@ -55,6 +55,7 @@ class Sizes(NamedTuple):
     PER: Any  # gates that share a tile of weights
     BACKWARD: Any  # whether it is the backward
     WAITS: Any  # waits of a tile in a step: backward the slots are awaited in so many parts
+    AT_ONCE: Any  # what a wait misses is read again at once (exchange.py): weights elsewhere leave registers no room
     DTYPE: Any  # type of weights, input part, outputs and all that is exchanged
     BITS: Any  # the integer type of that width
     PRECISION: Any  # of products of float32: "tf32" or "ieee"; None for other types
@@ -88,10 +89,10 @@ def sizes(
         PLANES=STATES + max(SAVES - G, 0) + int(READS_H), PARAMETERS=PARAMETERS, QUIET=QUIET, H=H, HS=HS, N=N,
         REVERSED=REVERSED, UB=UB, NB=NB, SLICES=SLICES, S=S, K=K, WIDE=wide(DTYPE, NB), CHUNKS=CHUNKS,
         STEP=S * chunk_words(), WORDS=HS * DTYPE.primitive_bitwidth // 32, REGISTERS=min(REGISTERS, CHUNKS),
-        HELD=min(HELD, CHUNKS), PER=PER, BACKWARD=BACKWARD, WAITS=WAITS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION,
-        ALONE=ALONE, SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB), STACK=stack(G, BACKWARD, PRECISION),
-        APART=APART if LAYERED else 0, LAYERED=LAYERED,
-        OTHER=(max(REGISTERS - CHUNKS, 0), max(HELD - CHUNKS, 0)),
+        HELD=min(HELD, CHUNKS), PER=PER, BACKWARD=BACKWARD, WAITS=WAITS,
+        AT_ONCE=REGISTERS < (2 if LAYERED else 1) * CHUNKS, DTYPE=DTYPE, BITS=BITS, PRECISION=PRECISION, ALONE=ALONE,
+        SHAPE=lone_shape(S, UB, NB) if ALONE else (NB, UB), STACK=stack(G, BACKWARD, PRECISION),
+        APART=APART if LAYERED else 0, LAYERED=LAYERED, OTHER=(max(REGISTERS - CHUNKS, 0), max(HELD - CHUNKS, 0)),
     )  # fmt: skip
     return known if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(value) for value in known))
 

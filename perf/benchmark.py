@@ -477,7 +477,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     options.modes = options.modes.split(",")
     if unknown := [mode for mode in options.modes if mode not in MODES]:
         parser.error(f"argument --modes: unknown {', '.join(unknown)}; there are {', '.join(MODES)}")
-    names = options.providers.split(",") if options.providers else DEFAULT_PROVIDERS[options.device.type]
+    names = options.providers.split(",") if options.providers else DEFAULT_PROVIDERS
     if unknown := [name for name in names if name not in PROVIDERS]:
         parser.error(f"argument --providers: unknown {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
     options.providers = list(names)

@@ -290,10 +290,8 @@ PROVIDERS = {
         TorchRL(),
     )
 }
-DEFAULT_PROVIDERS = {
-    "cuda": ("rnn_gpu", "torch.nn", "compiled cells", "flashrnn", "torchrl"),
-    "cpu": ("rnn_gpu", "torch.nn"),
-}
+# The others are asked for by name: they are not installed everywhere, and compiled cells take half a minute a case.
+DEFAULT_PROVIDERS = ("rnn_gpu", "torch.nn")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ so, and prints the ranking of the model, which is an estimate.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -348,7 +349,7 @@ def same_plan(a: Plan, b: Plan) -> bool:
     return all(getattr(a, f.name) == getattr(b, f.name) for f in dataclasses.fields(Plan) if f.name not in _SAID)
 
 
-_SAID = ("microseconds", "reason", "shared_bytes", "measured")
+_SAID = ("microseconds", "reason", "shared_bytes", "measured", "pause")
 
 
 def loss(measured: list[tuple[Plan, float]], own: Plan) -> float | None:
@@ -400,10 +401,17 @@ def without_gpu(shape: tuple, layers: int, device: Device, precision: str | None
 
 
 def ship(path: str, cases: list[Case], device: torch.device, timer, clock: Clock, say) -> int:
-    """Measure each case in training and in inference as `rnn_gpu.autotune` does, and write all choices to a file."""
+    """Measure each case in training and in inference as `rnn_gpu.autotune` does, and write all choices to a file -> how
+    many. A choice is for any T: cases that differ in it alone are measured once.
+    """
     measured.forget()
+    problems: dict[Case, Case] = {}
     for case in cases:
-        clock.check()
+        problems.setdefault(dataclasses.replace(case, time=0), case)
+    for case in problems.values():
+        if clock.left <= 0:
+            say("The budget has ended: what was not measured, the model decides.")
+            break
         dtype = getattr(torch, case.dtype)
         layer = torch_layer(case, device, dtype, library=rnn_gpu)
         input = torch.randn(case.time, case.batch_size, case.hidden_size, device=device, dtype=dtype)
@@ -464,8 +472,8 @@ def main(arguments: list[str] | None = None) -> int:
     device, clock = torch.device("cuda"), Clock(options.budget)
     mine = backends.device_of(device)
     if options.ship:
-        steps, say = progress(core(), len(core()), "case")
-        print(f"{ship(options.ship, steps, device, autotuning.device_seconds, clock, say)} choices in {options.ship}")
+        say = functools.partial(print, flush=True)
+        print(f"{ship(options.ship, core(), device, autotuning.device_seconds, clock, say)} choices in {options.ship}")
         return 0
     shapes = [(shape, options.layers)]
     if options.check:

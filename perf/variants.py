@@ -29,7 +29,8 @@ VARIANTS = {
 # Other ways to do the same, with the same results.
 ALTERNATIVES = {
     "write-through": "states are published by `.wt` stores, and not by `.cg`",
-    "one first": "after a round that failed one vector is polled until it comes, and then all that are missing",
+    "again": "what a wait misses is read again at once and not when all is known, or the other way round",
+    "hasty": "waits begin with no pause",
 }
 
 # Loaded by name, because the kernels read names of their own module: these become globals of a kernel's copy.
@@ -39,36 +40,30 @@ entry, publishable, await_vectors, await_assembly, vector_words = (
 
 
 @triton.constexpr_function
-def read_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
-    """`exchange.await_assembly` without the wait."""
-    return await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK).replace("@!some bra DONE;", "bra DONE;")
+def read_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, AT_ONCE):
+    """`exchange.await_assembly` without the wait and its pause."""
+    text = await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, False)
+    return text.replace("@!some bra DONE;", "bra DONE;").replace("@q bra PAUSE;", "")
 
 
 @triton.constexpr_function
-def one_first_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK):
-    """`exchange.await_assembly` that, after a round that failed, polls the first vector that is missing until it comes,
-    and only then all of them again: a failed round is traffic that holds up what the others wait for.
-    """
-    import re
+def other_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, AT_ONCE):
+    """`exchange.await_assembly` that reads again at once what a plan's own does not, and the other way round."""
+    return await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, not AT_ONCE)
 
-    text = await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK)
-    places = re.findall(r"@(p\d+) ld.relaxed[^\[]*\[(.*)\+(\d+)\];", text)
-    first = [f"@{p} add.s64 one, {base}, {offset};" for p, base, offset in reversed(places)]
-    poll = ["bra AGAIN;", "POLL:", "ld.relaxed.gpu.global.v4.b32 {w0, w1, w2, w3}, [one];", "mov.b32 found, 0;"]
-    for k in range(4):
-        poll += [f"sub.s32 t, {-0x10002 if HALVES else -2}, w{k};", f"and.b32 t, t, w{k};", "or.b32 found, found, t;"]
-    poll += [f"and.b32 found, found, {'0x80008000' if HALVES else '0x80000000'};", "setp.ne.b32 q, found, 0;"]
-    poll += ["@q bra MISSING;", "AGAIN:"]
-    text = text.replace("@q bra AGAIN;", "@q bra POLL;").replace("AGAIN:", "\n".join(poll))
-    text = text.replace("{\n", "{\n.reg .b64 one;\n.reg .b32 w<4>;\n", 1)
-    return text.replace("@!some bra DONE;", "\n".join(["@!some bra DONE;", *first, "MISSING:"]))
+
+@triton.constexpr_function
+def hasty_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, AT_ONCE):
+    """`exchange.await_assembly` without a pause."""
+    text = await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, AT_ONCE)
+    return text.replace("@q bra PAUSE;", "")
 
 
 @triton.jit
-def await_unused(p, SLOTS: tl.constexpr, bound, C: tl.constexpr):
+def await_unused(p, SLOTS: tl.constexpr, pause, bound, C: tl.constexpr):
     """`product.await_held` for a state that nothing multiplies: it waits for all of it."""
     room = C.WORDS - vector_words(C.S)
-    return await_vectors(p, room, SLOTS, C.CHUNKS, C.CHUNKS * C.STEP > C.WORDS, bound, False, C)
+    return await_vectors(p, room, SLOTS, C.CHUNKS, C.CHUNKS * C.STEP > C.WORDS, pause, bound, False, C)
 
 
 @triton.jit
@@ -187,9 +182,15 @@ def without_wait(backward: bool):
 
 
 @functools.cache
-def one_first(backward: bool):
-    """The kernel that polls one vector alone once a round has failed."""
-    return waiting_by(one_first_assembly, backward)
+def reading_again(backward: bool):
+    """The kernel that reads again in the other way."""
+    return waiting_by(other_assembly, backward)
+
+
+@functools.cache
+def without_pause(backward: bool):
+    """The kernel that looks as soon as it waits."""
+    return waiting_by(hasty_assembly, backward)
 
 
 @functools.cache
@@ -202,7 +203,8 @@ KERNELS = {
     "wait": without_wait,
     "product": without_product,
     "write-through": publishing_through,
-    "one first": one_first,
+    "again": reading_again,
+    "hasty": without_pause,
 }
 
 

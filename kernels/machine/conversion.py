@@ -26,9 +26,13 @@ from .values import (
 
 @instruction("mov")
 def mov(d: Decoder, s: Statement) -> Instruction:
-    """9.7.9.1, 9.7.9.2: a register; several narrow ones as a wide one, `{a, b}`; or a wide one as several."""
+    """9.7.9.1, 9.7.9.2: a register; several narrow ones as a wide one, `{a, b}`; or a wide one as several. 10.23:
+    %clock, which has gone on whenever it is read.
+    """
     target, source = s.operands
     width = WIDTH[s.op[-1]]
+    if source == "%clock":
+        return d.value(target, lambda _: d.clock())
     if source.startswith("{"):
         return _pack(d, target, split(source[1:-1]), width)
     if target.startswith("{"):

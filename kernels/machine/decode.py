@@ -5,6 +5,7 @@ What an instruction does stands in the files that `Code` imports, each function 
 or has a modifier that is not named, is a Fault when the kernel is decoded, not when it runs.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SPECIAL = (
     "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
     "%nctaid.y", "%nctaid.z", "%laneid", "%warpid",
 )  # fmt: skip
+CYCLES = 100  # between two looks at %clock
 # What an instruction is to the loop of run.py.
 VALUE, ACT, BRANCH, BARRIER, EXIT = range(5)
 
@@ -95,6 +97,11 @@ class Decoder:
         self._known: dict[tuple, int] = {}
         self._reads: list[int] = []
         self._writes: list[int] = []
+        self._clock = itertools.count(step=CYCLES)
+
+    def clock(self) -> np.ndarray:
+        """Cycles, which go on as often as somebody looks: what a pause takes, and no time of anything else."""
+        return np.full((1, 1), next(self._clock) & 0xFFFFFFFF, np.uint32)
 
     def decode(self, s: Statement) -> Instruction:
         """One statement."""
