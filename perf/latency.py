@@ -177,9 +177,10 @@ class Walk:
 
     def __init__(
         self, lines: list[Line], labels: dict[str, int], warps: int, *, late: int = 0, waiting: bool = True,
-        memory: float = LOAD, chunks: int = 1,
+        memory: float = LOAD, chunks: int = 1, pause: int = 0,
     ):  # fmt: skip
         self.lines, self.labels, self.memory, self.chunks = lines, labels, int(memory * CLOCK), chunks
+        self.pause = pause
         self.begin, self.end = time_loop(lines, labels)
         self.team = [Warp(i, self.begin) for i in range(warps)]
         self.late, self.waiting = late, waiting
@@ -195,7 +196,8 @@ class Walk:
 
     def _kind(self, line: Line) -> str:
         """What a branch in the loop is for: "retry" it goes back to poll again, "chunks" to the next chunk of streamed
-        weights, "skip" it jumps over code that polls again, "over" something else, "out" of the loop, "always".
+        weights, "pause" to look at the clock, "skip" it jumps over code that polls again, "over" something else, "out"
+        of the loop, "always".
         """
         to = target(line, self.labels)
         if to is None:
@@ -206,6 +208,8 @@ class Walk:
             return "over"
         if to <= line.at:
             inside = self.lines[to : line.at]
+            if any("SR_CLOCK" in x.text for x in inside):
+                return "pause"
             nested = any(to < (target(x, self.labels) or 0) <= x.at for x in inside if x.name == "BRA")
             return "chunks" if nested or not any(is_poll(x.text) for x in inside) else "retry"
         if any(is_poll(x.text) for x in self.lines[line.at + 1 : min(to, self.end)]):
@@ -259,6 +263,9 @@ class Walk:
         to, kind = target(line, self.labels), self.kinds[line.at]
         if kind == "always":
             return to
+        if kind == "pause":  # as if the loop took no time but the pause
+            warp.time += self.pause
+            return warp.at + 1
         if kind == "chunks":
             warp.rounds[line.at] = (warp.rounds[line.at] + 1) % self.chunks
             return to if warp.rounds[line.at] else warp.at + 1
@@ -337,7 +344,7 @@ def estimate(p: Plan, arch: int = 90, memory: float = LOAD) -> Estimate:
     prefetch wait for memory itself, 420.
     """
     lines, labels = disassemble(compile_kernel(p, arch).asm["cubin"])
-    how = dict(memory=memory, chunks=max(1, p.streamed))
+    how = dict(memory=memory, chunks=max(1, p.streamed), pause=p.pause)
     walks = [Walk(lines, labels, p.warps, late=late, **how) for late in LATE]
     alone = Walk(lines, labels, p.warps, waiting=False, **how)
     way = statistics.mean(w.microseconds for w in walks)

@@ -84,7 +84,8 @@ def _by_stretches(cell, input, states, weights, has_biases, rows, sizes, owner, 
     starts = tuple(torch.where(begins, state[owner], 0).unsqueeze(0) for state in states)
     if len(rows) == 0:  # no step of any row: an empty batch, so that gradients are zeros and not None
         y, *_ = _call(cell, input[:0].unsqueeze(0), None, starts, [weights], has_biases)
-        return input.new_zeros(input.shape[0], y.shape[-1]) + y.sum(), *states
+        zero = y.sum()
+        return input.new_zeros(input.shape[0], y.shape[-1]) + zero, *(state + zero for state in states)
     y, *final = _call(cell, input[rows], sizes, starts, [weights], has_biases)
     y = y.new_zeros(input.shape[0], y.shape[-1]).index_copy(0, rows, y)
     return y, *(torch.where(empty, state, end[0][last]) for state, end in zip(states, final, strict=True))

@@ -5,7 +5,7 @@ They derive from torch.nn's own `RNNBase`, so parameters, names, initialisation,
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import torch
@@ -63,7 +63,8 @@ def _lengths(lengths: Tensor | Sequence[int]) -> Tensor:
         return lengths
     try:
         given = list(lengths)
-        if any(isinstance(length, bool) for length in given):  # a mask
+        # A mask; or what has no order of its own.
+        if any(isinstance(length, bool) for length in given) or isinstance(lengths, (Set, Mapping)):
             raise TypeError
         # operator.index makes a constant of what torch.compile has as a symbol
         integers = [length if isinstance(length, int) else operator.index(length) for length in given]

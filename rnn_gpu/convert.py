@@ -79,6 +79,7 @@ def _swap(
             options.append(f"{name or 'the model itself'} ({more})")
         elif new is not None:
             module.__class__ = new
+            module.__dict__.pop("_known_calls", None)  # ready.py's, which no pickle of torch.nn's layer is to name
         elif table is THEIRS and isinstance(module, CellLayer):
             cells.append(f"{name or 'the model itself'} ({module.cell.name})")
         elif isinstance(module, family) and not isinstance(module, done):

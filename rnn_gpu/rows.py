@@ -27,8 +27,9 @@ def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.devic
     """
     if not _may_remember(batch_sizes):
         return _packed_rows(batch_sizes, batch, count, device)
-    version, known = _known.get(batch_sizes, (None, {}))
-    if version != batch_sizes._version:
+    values = batch_sizes.numpy().tobytes()  # by `.data` or numpy they change without a new version
+    before, known = _known.get(batch_sizes, (None, {}))
+    if before != values:
         known = {}
     # Of each stream: another one would read them before they are there.
     place = batch, count, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
@@ -40,7 +41,7 @@ def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.devic
         if capturing or type(rows.lengths) is not Tensor:
             return rows  # which hold nothing before the graph runs; or a mode's own tensors
         known[place] = rows
-        _known[batch_sizes] = batch_sizes._version, known
+        _known[batch_sizes] = values, known
     return known[place]
 
 

@@ -147,6 +147,8 @@ def test_rows_of_packed_input_are_made_anew_where_the_batch_sizes_change():
     sizes[2] = 2
     second = packed_rows(sizes, 3, 7, device)
     assert second.lengths.tolist() == [3, 3, 1] and second.offsets.tolist() == [0, 3, 5, 7]
+    sizes.numpy()[1:] = 3, 1  # of which the tensor's version says nothing
+    assert packed_rows(sizes, 3, 7, device).lengths.tolist() == [3, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU, both directions, 2 layers", "LSTM, projected"])

@@ -303,6 +303,7 @@ def test_copies_and_files_hold_nothing_of_it():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert "_known_calls" not in other.__dict__
         assert torch.equal(other(input)[0], layer(input)[0])
+    assert b"rnn_gpu" not in pickle.dumps(rnn_gpu.restore_rnns(layer))
 
 
 def test_whoever_looks_at_every_call_is_asked():

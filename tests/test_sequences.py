@@ -178,9 +178,19 @@ def test_lengths_as_a_list():
         expected = layer(input, lengths=torch.tensor([5, 2]))
         for lengths in ([5, 2], (5, 2), torch.tensor([5, 2]).numpy(), [torch.tensor(5), 2]):
             torch.testing.assert_close(layer(input, lengths=lengths), expected, rtol=0, atol=0)
-        for lengths in ([5.0, 2], [True, False], "52", 5, [[5], [2]]):
+        for lengths in ([5.0, 2], [True, False], "52", 5, [[5], [2]], {5, 2}, {5: 0, 2: 0}):
             with pytest.raises(TypeError, match="lengths should be a tensor or a list of integers, got: "):
                 layer(input, lengths=lengths)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_empty_sequences_is_differentiable(name):
+    """Catches: final states without a gradient where no row has a step, on one of the backends."""
+    layer = getattr(rnn_gpu, name)(3, 4)
+    with rnn_gpu.backend(BACKEND):
+        _, hx = layer(torch.randn(5, 2, 3), lengths=[0, 0])
+        sum(state.sum() for state in as_tuple(hx)).backward()
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "alone"])
