@@ -71,7 +71,7 @@ def test_a_call_is_few_kernels_on_the_device(name):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("name, kwargs", [
     ("LSTM", {"bidirectional": True, "num_layers": 2}), ("GRU", {}), ("RNN", {}),
-    pytest.param("GRU", {"num_layers": 3}, marks=pytest.mark.unmet),
+    ("GRU", {"num_layers": 3}),
 ])  # fmt: skip
 def test_compile(name, kwargs, mode):
     """Catches: a graph break, a launch that is replayed without its fill."""
@@ -84,7 +84,6 @@ def test_compile(name, kwargs, mode):
             torch.testing.assert_close(actual, e)  # inductor may round the products around the loop otherwise
 
 
-@pytest.mark.unmet
 def test_dropout_in_a_graph_that_is_replayed():
     """Catches: the masks of the capture in every replay."""
     layer, input = made("LSTM", num_layers=3, dropout=0.5)
@@ -191,7 +190,6 @@ def test_double_backward(name):
         assert_close_to_oracle(a.cpu(), e, p)
 
 
-@pytest.mark.unmet
 @pytest.mark.parametrize("name", NAMES)
 def test_products_of_odd_sizes(name, monkeypatch):
     """Catches: columns of wider rows that are not zeros as cuBLAS reads them, or that come out."""
@@ -214,7 +212,6 @@ def test_backward_in_eval_mode_on_cudnn_too(name):
             torch.testing.assert_close(actual, e)
 
 
-@pytest.mark.unmet
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_lean_memory_takes_less_at_its_peak(name):
     """Catches: a lean forward that keeps the gates alive after all.

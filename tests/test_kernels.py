@@ -574,22 +574,23 @@ def test_after_one_wait_gave_up_all_others_end_soon(looks, monkeypatch):
 
 
 @triton.jit
-def await_kernel(words, out, status, limit, HALVES: tl.constexpr):
+def await_kernel(words, out, status, limit, pause, HALVES: tl.constexpr, AT_ONCE: tl.constexpr):
     """Each program waits for a vector of its own, and stores what it took it for."""
     n = tl.program_id(0)
     p = words + 4 * n + tl.arange(0, 1)
     seen = tl.inline_asm_elementwise(
-        exchange.await_assembly(1, 1, 4, 4, False, HALVES, 1), exchange.await_constraints(1, 1),
-        [p, 4, status + n, limit, n + 1], exchange.words_of(1), True, 1,
+        exchange.await_assembly(1, 1, 4, 4, False, HALVES, 1, True, AT_ONCE), exchange.await_constraints(1, 1, True),
+        [p, 4, status + n, limit, n + 1, pause], exchange.words_of(1), True, 1,
     )  # fmt: skip
     for i in tl.static_range(4):
         tl.store(out + 4 * n + i + tl.arange(0, 1), seen[i])
 
 
-@pytest.mark.covering("limit", "width")
+@pytest.mark.covering("limit", "width", "at_once")
 @pytest.mark.parametrize("limit", [0, 1, 200])
 @pytest.mark.parametrize("width", [16, 32])
-def test_a_wait_is_exact(width, limit):
+@pytest.mark.parametrize("at_once", [False, True], ids=["in rounds", "at once"])
+def test_a_wait_is_exact(width, limit, at_once):
     """Catches a test for "unwritten" that misses a value next to others, or takes another value for it, an error of
     another launch's number or none, and a lost word that rounding to tf32 would make a zero.
     """
@@ -604,7 +605,7 @@ def test_a_wait_is_exact(width, limit):
     words = torch.tensor(words, dtype=torch.int32)
     out, status = torch.zeros_like(words), torch.zeros(len(words), dtype=torch.int32)
     with concurrent_programs():
-        await_kernel[(len(words),)](words, out, status, limit, width == 16)
+        await_kernel[(len(words),)](words, out, status, limit, 300, width == 16, at_once)
     assert status.tolist() == [n + 1 if is_lost else 0 for n, is_lost in enumerate(lost)]
     assert torch.equal(out, words if width == 16 else words.masked_fill(words == -1, 0x7FC00000))
 

@@ -1040,6 +1040,14 @@ def test_asynchronous_copies(wait, cached):
 # ---- What is known, and what is not ----------------------------------------------------------------------------------
 
 
+def test_the_clock_goes_on_whenever_somebody_looks():
+    """Catches a pause that never ends, and one that is none. (10.23)"""
+    code = "mov.u32 a, %clock; mov.u32 b, %clock; sub.u32 b, b, a;"
+    code += "AGAIN: mov.u32 c, %clock; sub.u32 c, c, a; setp.lt.u32 p, c, 1000; @p bra AGAIN;"
+    found = lanes(".reg .pred p; .reg .b32 a; " + code, {"b": "u32", "c": "u32"}, {})
+    assert (found["b"] > 0).all() and (found["c"] >= 1000).all() and (found["c"] < 2000).all()
+
+
 def test_every_instruction_that_is_known_is_tested():
     """Catches an instruction, or a part of a name, that the machine knows and no test of it has."""
     Machine(kernel(1, ""), 1, 0)  # now all are registered
@@ -1073,7 +1081,7 @@ def test_every_instruction_that_is_known_is_tested():
         ("add.cc.u32 x, x, x;", "add.cc.u32"),
         ("ld.b32 x, [%rd0];", "ld.b32 x"),
         ("bar.sync 1, 64;", "bar.sync 1, 64"),
-        ("mov.u32 x, %clock;", "(%clock)"),
+        ("mov.u32 x, %clock_hi;", "(%clock_hi)"),
         ("mov.u64 d, __local_depot0;", "(local memory, as of tl.sin and device_print)"),
         ("tcgen05.alloc.b32 [x], 32;", "(tensor memory): tcgen05.alloc.b32 [x], 32"),
         ("fma.rn.f64 d, d, d, d;", "fma.rn.f64"),
