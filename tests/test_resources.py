@@ -50,10 +50,10 @@ def all_in_registers(p: Plan) -> bool:
 
 
 def polled_vectors(p: Plan) -> int:
-    """Vectors that a thread awaits in a step: of the chunks that are held, and, in a loop that counts once, of one that
-    stands for the rest.
+    """Loads of vectors that a thread awaits in a step: of the chunks that are held, and, in a loop that counts once, of
+    one that stands for the rest. Where not all weights are in registers each stands there twice (exchange.py, AT_ONCE).
     """
-    slots = CELLS[p.cell].gates if p.backward else 1
+    slots = (CELLS[p.cell].gates if p.backward else 1) * (2 if p.shared + p.streamed else 1)
     return slots * (p.registers + p.shared + bool(p.streamed)) * p.slices * (p.rows // 8)
 
 
@@ -458,7 +458,7 @@ def test_signatures_are_those_of_a_launch(monkeypatch, cell, dtype, rows, option
     of = lambda value: None if value is None else "fp32" if isinstance(value, float) else names[value.dtype]
     types = {name: of(value) for name, value in tensors.items()}
     options = options if spec.states else [option for option in options if option != "cells"]
-    assert signature(p, rows, options) == types | {"status": "*i32"}
+    assert signature(p, rows, options) == types | {"status": "*i32", "pause": "i32" if p.pause else None}
 
 
 # The command.
