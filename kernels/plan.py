@@ -19,6 +19,7 @@ from .residency import (
     SPARE_BYTES,
     TILE_BATCH,
     TILE_ROWS,
+    UNITS,
     Problem,
     Residency,
     Tiling,
@@ -133,6 +134,13 @@ FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.214
 FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.166, 0.144
 FORWARD_LATE = 0.00225
 FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.34, 0.093
+# Three corrections by 317 plans that an H200 timed on 2026-11-28 (commit 2cc106c). A forward tile of 16 rows takes
+# longer, for each chunk, where all weights are in registers: 12 plans, by a median of 1.21 without it.
+FORWARD_WIDE = 0.08
+# Backward tiles in turn take longer, the more programs poll the same lines: 35 plans, by a median of 1.23 without it.
+BACKWARD_IN_TURN = 0.025
+# Tiles of 64 units backward whose weights do not stay on the chip took 33 to 195 us, 2 to 8 times what they should.
+BACKWARD_WIDE_STREAMED = 3.0
 AS_GOOD = 1.03  # times the best: what the model cannot tell apart
 # A lone program: its instructions by the formula below, and this for each (cycles an instruction and warp of a
 # multiprocessor, dependences included). LSTM, H 128, 16 bits, as above: 1.33 us forward, 3.02 backward; what exchanges
@@ -145,13 +153,17 @@ L2_BYTES_PER_MICROSECOND = 7.5e6
 ISSUE_CYCLES = 0.45  # cycles a scalar product of full float32 takes, for each warp of a multiprocessor: estimated
 CLOCK = 1.8  # gigahertz of the H200 that was measured: other devices take longer or shorter by their clock
 
-# Cycles from the begin of a wait to its first look, by the programs that exchange: what arrives with the first look
-# costs nobody a second one, and a look in vain is traffic that holds up what the others send. An H200 took on
-# 2026-11-28, B 16, with the pauses 0, 100, 200, 300, 450, least first: forward, LSTM in 16 bits, 8 programs 100, 16
-# 200, 32 300, 64 450 (5, 10, 25 and 20 % less than with none), GRU and tf32 the same; backward 8 programs 0, 16 100, 64
-# 450 (0, 3 and 17 %), tf32 0. A program with several tiles in turn has its pause in them.
-FORWARD_PAUSES = ((8, 100), (16, 200), (32, 300), (64, 450))  # from so many programs on
-BACKWARD_PAUSES = ((16, 100), (32, 200), (64, 450))
+# Cycles from the begin of a wait to its first look, from so many programs that exchange on: what arrives with the first
+# look costs nobody a second one, and a look in vain is traffic that holds up what the others send. An H200 was the
+# fastest with these on 2026-11-28, of 0 to 800 in eight steps (perf/results, commit 3a3b8ba), one tile a program, the
+# three cells, 16 and 32 bits: 5 to 25 % off a forward step, 3 to 19 % off a backward one; half or twice the pause costs
+# 2 to 6 %.
+FORWARD_PAUSES = ((8, 100), (16, 200), (32, 300), (48, 400), (64, 500))
+BACKWARD_PAUSES = ((16, 100), (32, 150), (48, 300), (64, 600))
+# Then, from a tile's publish to the next step, what was fitted to the same 26 passes: microseconds, more for the bytes
+# that all programs poll, and more for each program that exchanges with it. Half of them are within 5 %, all but one within 20 %. Not where
+# weights lie in shared memory: with 2048 units backward it would be 15 % too short, and few such plans were timed.
+FORWARD_PAUSED, BACKWARD_PAUSED = (0.281, 0.0, 0.005), (0.314, 0.09, 0.0)
 
 # Of large products, a microsecond, in tf32 and 16 bits: what layers took beyond their recurrences, on the same H200.
 PRODUCT_OPERATIONS = {"float32": 400e6, "float16": 800e6, "bfloat16": 800e6}
@@ -296,10 +308,10 @@ def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
 
 
 def _pause(problem: Problem, tiling: Tiling, unit_slices: int, residency: Residency) -> int:
-    """Cycles before the first look of a wait; none where the wait is one in a loop over chunks."""
-    if tiling.slices > 1 or problem.layers > 1 or residency.registers + residency.shared == 0:
-        return 0
-    if problem.backward and problem.dtype == "float32":
+    """Cycles before the first look of a wait; none where other tiles, another layer or weights that are read in every
+    step are pause enough.
+    """
+    if tiling.slices > 1 or problem.layers > 1 or residency.registers + residency.shared < tiling.chunks:
         return 0
     pauses = BACKWARD_PAUSES if problem.backward else FORWARD_PAUSES
     return max((pause for programs, pause in pauses if programs <= unit_slices), default=0)
@@ -335,6 +347,7 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
         tile += (p.waits - 1) * POLL_CYCLES / CLOCK / 1e3
     else:
         tile = FORWARD_TILE + FORWARD_MATRIX * matrices + FORWARD_EIGHT_WARPS * (p.warps > 4)
+        tile += FORWARD_WIDE * chunks * (p.registers == chunks and p.slices == 1 and p.rows > TILE_BATCH)
     # A stack's further wait, for what has been there for a step. Neither it nor its product hides behind the way of the
     # own state: counted in full, two layers are within 3 % of what an H200 took.
     tile += p.layered * p.waits * POLL_CYCLES / CLOCK / 1e3
@@ -342,6 +355,7 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
         tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
     tile += p.shared * chunk_bytes(gates, p.backward, p) / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
     streamed = p.streamed * chunk_bytes(gates, p.backward, p) * p.programs
+    tile *= BACKWARD_WIDE_STREAMED if p.backward and p.streamed and p.units == max(UNITS) else 1.0
     in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
     memory = L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3
     return tile * CLOCK / device.gigahertz + streamed / memory
@@ -362,7 +376,11 @@ def _step_microseconds(p: Plan, device: Device) -> float:
     # polled, and weights that each tile reads again, all come out of the second-level cache.
     again = p.slices * p.streamed * chunk_bytes(gates, p.backward, p) * p.programs
     traffic = (polled * 1e6 + again) / L2_BYTES_PER_MICROSECOND
-    return max(tile + exchange, p.slices * tile, traffic) + travel
+    if p.pause and not p.shared:
+        least, of_megabyte, of_program = BACKWARD_PAUSED if p.backward else FORWARD_PAUSED
+        return max(tile + least + of_megabyte * polled + of_program * p.unit_slices, traffic)
+    in_turn = p.slices * tile + (BACKWARD_IN_TURN * p.unit_slices if p.backward and p.slices > 1 else 0.0)
+    return max(tile + exchange, in_turn, traffic) + travel
 
 
 def product_microseconds(p: Plan, device: Device) -> float:

@@ -39,7 +39,7 @@ from .providers import DEFAULT_PROVIDERS, PROVIDERS, Candidate, Unavailable, flo
 
 WARM_UP_SECONDS = 0.2  # after the first call: clocks rise, caches and allocator settle
 WARM_UP_CALLS = 3
-SAMPLE_SECONDS = 2e-3  # a sample has as many calls as take this long
+SAMPLE_SECONDS = 8e-3  # a sample has as many calls as take this long: all but the first queue while others run
 LEAST_SAMPLES = 5  # fewer give no row
 SLEEP_CYCLES = 1_000_000  # half a millisecond, in which Python queues the first calls of a sample
 CHECK_SHARE = 0.25  # of the free memory, for the check; longer sequences are checked on their first steps

@@ -29,7 +29,7 @@ from .providers import float32_precision, torch_layer
 
 BEGIN, END = "<!-- performance table -->", "<!-- end -->"
 # Commits that had the sources which ran, where the rows name another one (perf/results/README.md).
-COMMIT_OF_SOURCES = {"5d2c2d36c166": "dd6745231596"}
+COMMIT_OF_SOURCES = {"5d2c2d36c166": "dd6745231596", "93b4176cbb82": "3a3b8baa5078"}
 NOT_MEASURED = (
     "Speed on a GPU: **not measured yet** (`python -m perf.benchmark` on a GPU, then `python -m perf.report`)."
 )
