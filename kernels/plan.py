@@ -77,6 +77,11 @@ class Plan:
     pause: int = 0
 
     @property
+    def paused(self) -> bool:
+        """Whether waits begin with a pause: the kernel is the same for any length of it."""
+        return self.pause > 0
+
+    @property
     def layered(self) -> bool:
         """Whether it is one for several layers: the kernel is the same for any number."""
         return self.layers > 1
@@ -134,12 +139,13 @@ FORWARD_EXCHANGE, BACKWARD_EXCHANGE = 0.015, 0.214
 FORWARD_MEGABYTE, BACKWARD_MEGABYTE = 0.166, 0.144
 FORWARD_LATE = 0.00225
 FORWARD_TRAVEL, BACKWARD_TRAVEL = 0.34, 0.093
-# Three corrections by 317 plans that an H200 timed on 2026-11-28 (commit 2cc106c). A forward tile of 16 rows takes
-# longer, for each chunk, where all weights are in registers: 12 plans, by a median of 1.21 without it.
+# Three corrections by 318 plans that an H200 timed on 2026-11-28 (commit 2cc106c). A forward tile of 16 rows takes
+# longer, for each chunk, where all weights are in registers: 8 plans, by a median of 1.21 without it. Backward tiles in
+# turn do, the more programs poll the same lines: 35 plans whose weights stay on the chip, 1.23. And two tiles in turn
+# of 64 units backward whose weights do not: 6 plans took 2.7 to 7.6 times what they should. (Where weights are not all
+# in registers, kernels have been compiled otherwise since.)
 FORWARD_WIDE = 0.08
-# Backward tiles in turn take longer, the more programs poll the same lines: 35 plans, by a median of 1.23 without it.
 BACKWARD_IN_TURN = 0.025
-# Tiles of 64 units backward whose weights do not stay on the chip took 33 to 195 us, 2 to 8 times what they should.
 BACKWARD_WIDE_STREAMED = 3.0
 AS_GOOD = 1.03  # times the best: what the model cannot tell apart
 # A lone program: its instructions by the formula below, and this for each (cycles an instruction and warp of a
@@ -154,15 +160,16 @@ ISSUE_CYCLES = 0.45  # cycles a scalar product of full float32 takes, for each w
 CLOCK = 1.8  # gigahertz of the H200 that was measured: other devices take longer or shorter by their clock
 
 # Cycles from the begin of a wait to its first look, from so many programs that exchange on: what arrives with the first
-# look costs nobody a second one, and a look in vain is traffic that holds up what the others send. An H200 was the
-# fastest with these on 2026-11-28, of 0 to 800 in eight steps (perf/results, commit 3a3b8ba), one tile a program, the
-# three cells, 16 and 32 bits: 5 to 25 % off a forward step, 3 to 19 % off a backward one; half or twice the pause costs
-# 2 to 6 %.
+# look costs nobody a second one, and a look in vain is traffic that holds up what the others send. Chosen by what an
+# H200 took with 0 to 800 in eight steps (2026-11-28, commit 3a3b8ba, perf/results), one tile a program, the three
+# cells, 16 and 32 bits: these take up to 23 % off a forward step and up to 18 % off a backward one, least with 8
+# programs (where two recordings contradict each other backward) and in float32 backward.
 FORWARD_PAUSES = ((8, 100), (16, 200), (32, 300), (48, 400), (64, 500))
 BACKWARD_PAUSES = ((16, 100), (32, 150), (48, 300), (64, 600))
-# Then, from a tile's publish to the next step, what was fitted to the same 26 passes: microseconds, more for the bytes
-# that all programs poll, and more for each program that exchanges with it. Half of them are within 5 %, all but one within 20 %. Not where
-# weights lie in shared memory: with 2048 units backward it would be 15 % too short, and few such plans were timed.
+# Then, from a tile's publish to the next step, what was fitted to them: microseconds, more for the bytes that all
+# programs poll, and more for each program that exchanges with it. Of the 20 passes whose weights are all in registers
+# half are within 5 %, all but one within 20 %. Not used where weights lie in shared memory: with 2048 units backward it
+# would be 15 % too short, and few such plans were timed.
 FORWARD_PAUSED, BACKWARD_PAUSED = (0.281, 0.0, 0.005), (0.314, 0.09, 0.0)
 
 # Of large products, a microsecond, in tf32 and 16 bits: what layers took beyond their recurrences, on the same H200.
@@ -303,13 +310,13 @@ def exchanging_plans(problem: Problem, resident: int) -> Iterator[Plan]:
                 streamed=tiling.chunks - found.registers - found.shared, waits=found.waits,
                 gates_per_tile=tiling.gates_per_tile, unit_slices=unit_slices, batch_slices=0, launches=0,
                 shared_bytes=found.shared_bytes, microseconds=0.0, reason="",
-                pause=_pause(problem, tiling, unit_slices, found),
+                pause=pause_of(problem, tiling, unit_slices, found),
             )  # fmt: skip
 
 
-def _pause(problem: Problem, tiling: Tiling, unit_slices: int, residency: Residency) -> int:
-    """Cycles before the first look of a wait; none where other tiles, another layer or weights that are read in every
-    step are pause enough.
+def pause_of(problem: Problem, tiling: Tiling, unit_slices: int, residency: Residency) -> int:
+    """Cycles before the first look of a wait; none where other tiles or weights that are read in every step are pause
+    enough; nor in a stack, where nobody has timed one.
     """
     if tiling.slices > 1 or problem.layers > 1 or residency.registers + residency.shared < tiling.chunks:
         return 0
@@ -355,7 +362,8 @@ def _tile_microseconds(p: Plan, device: Device) -> float:
         tile += chunks * gates * p.units * p.rows / 2 * p.warps * ISSUE_CYCLES / CLOCK / 1e3
     tile += p.shared * chunk_bytes(gates, p.backward, p) / SHARED_BYTES_PER_CYCLE / CLOCK / 1e3
     streamed = p.streamed * chunk_bytes(gates, p.backward, p) * p.programs
-    tile *= BACKWARD_WIDE_STREAMED if p.backward and p.streamed and p.units == max(UNITS) else 1.0
+    if p.backward and p.streamed and p.slices > 1 and p.units == max(UNITS):
+        tile *= BACKWARD_WIDE_STREAMED
     in_l2 = streamed / p.slices <= device.l2_bytes  # a tile's weights stay in the first-level cache at best
     memory = L2_BYTES_PER_MICROSECOND if in_l2 else device.memory_gigabytes_per_second * 1e3
     return tile * CLOCK / device.gigahertz + streamed / memory
@@ -376,8 +384,9 @@ def _step_microseconds(p: Plan, device: Device) -> float:
     # polled, and weights that each tile reads again, all come out of the second-level cache.
     again = p.slices * p.streamed * chunk_bytes(gates, p.backward, p) * p.programs
     traffic = (polled * 1e6 + again) / L2_BYTES_PER_MICROSECOND
-    if p.pause and not p.shared:
-        least, of_megabyte, of_program = BACKWARD_PAUSED if p.backward else FORWARD_PAUSED
+    paused = BACKWARD_PAUSED if p.backward else FORWARD_PAUSED
+    if p.pause and not p.shared and paused is not None:
+        least, of_megabyte, of_program = paused
         return max(tile + least + of_megabyte * polled + of_program * p.unit_slices, traffic)
     in_turn = p.slices * tile + (BACKWARD_IN_TURN * p.unit_slices if p.backward and p.slices > 1 else 0.0)
     return max(tile + exchange, in_turn, traffic) + travel

@@ -10,11 +10,10 @@ for each pass, and for programs with one tile of rows and with several:
     microseconds a step = scale x own way + us_per_MB x (programs x bytes that one polls) + offset
 
 The latencies were measured on an H200 or are published figures for Hopper; the control bits are those of Volta to
-Hopper (sm_70 to sm_90). What it cannot know: how often a round of polls fails, whether a line has left the cache before
-its first poll (the backward's measured steps look like it), how clocks differ between devices; weights that are read
-again in every step are not in the fit. The fit is of kernels of an earlier commit, which prefetched nothing, and
-reduced every poll over their warps: for those of today it is an extrapolation, and what an H200 took of two stands
-beside each figure. The clock compares variants of a kernel and shows a way that has grown; it replaces no measurement.
+Hopper (sm_70 to sm_90). What it cannot know: how often a round of polls fails, what looks in vain cost the others,
+whether a line has left the cache before its first poll, how clocks differ between devices; weights that are read again
+in every step, and several tiles whose weights lie in shared memory, are not in the fit. The clock compares variants of
+a kernel and shows a way that has grown; it replaces no measurement.
 
     python -m perf.latency lstm 1024 bf16 --waits 20    the longest waits of a step, with their lines of source
     python -m perf.latency --table                      the documented plans; --fit: how well it fits
@@ -77,9 +76,9 @@ BARRIER = 30  # cycles from the last arrival to the first instruction behind it
 STEPS, SETTLED = 8, 3  # steps that are walked, and those before they repeat
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-RESULTS = Path(__file__).with_suffix(".csv")  # measured plans, and what this clock says of their kernels
-FITTED = "7d9048c"  # the commit of these kernels
-PROFILE = Path(__file__).parent / "results" / "nvidia-h200-2026-11-27-profile.txt"  # two passes that wait as now
+# Measured plans, and what this clock says of their kernels: an H200, 2026-11-28 (perf/results), Triton 3.7.1. Those
+# without a pause ran with commit 2cc106c too, whose kernels were the same but for that.
+RESULTS, FITTED = Path(__file__).with_suffix(".csv"), "3a3b8ba"
 
 
 # Machine code ---------------------------------------------------------------------------------------------------------
@@ -394,38 +393,15 @@ def print_fit() -> None:
         what = f"{'backward' if backward else 'forward'}, {'several tiles' if several else 'one tile'} of rows"
         print(
             f"{what}: {fit.scale:.2f} x way + {fit.per_megabyte:.2f} us a MB {fit.offset:+.2f} us; {len(found)} plans "
-            f"measured with commit {FITTED}: median error {100 * statistics.median(found):.0f} %, worst "
+            f"and pauses measured with commit {FITTED}: median error {100 * statistics.median(found):.0f} %, worst "
             f"{100 * max(found):.0f} %"
         )
-    readme = PROFILE.with_name("README.md").read_text()
-    commit = re.search(rf"`{PROFILE.name}` \|.*commit (\w+)", readme)[1]
-    print(
-        f"These errors are of kernels that waited in another way. Of today's way to wait an H200 measured two passes "
-        f"(commit {commit}, perf/results/{PROFILE.name}):"
-    )
-    for p, us, plan_measured in profiled():
-        name = f"{p.cell} {'backward' if p.backward else 'forward'} H {p.hidden_size} {p.dtype}, {p.batch_size} rows"
-        said = "not compared, for its plan is another one now"
-        if str(p) == plan_measured:
-            said = f"estimate {estimate(p).microseconds:.2f} us, {estimate(p).microseconds / us:.2f} of it"
-        print(f"  {name}: {us:.2f} us a step; {said}")
 
 
-def profiled() -> list[tuple[Plan, float, str]]:
-    """Both passes of PROFILE: as planned now, microseconds that a step took, and the plan that was measured."""
-    text, found = PROFILE.read_text(), []
-    cell, dtype, hidden_size, batch = re.match(r"(\w+) (\w+) H +(\d+) B +(\d+) ", text).groups()
-    for backward, name in ((False, "forward"), (True, "backward")):
-        p = plan(cell, int(hidden_size), int(batch), 1, dtype, DEVICES["h200"], backward, None)
-        us = float(re.search(rf"recurrence {name} +([\d.]+) us", text)[1])
-        found.append((p, us, re.search(rf"^Recurrence {name},.*\n +(.*)", text, re.M)[1]))
-    return found
-
-
-def measured_before(p: Plan) -> str:
-    """Microseconds that an H200 took for this cut of the problem with the kernels of commit FITTED, or nothing."""
+def measured_of(p: Plan) -> str:
+    """Microseconds that an H200 took for this cut of the problem, or nothing."""
     key = dict(cell=p.cell, hidden_size=p.hidden_size, batch=p.batch_size, dtype=p.dtype, units=p.units, rows=p.rows)
-    key |= dict(slices=p.slices, batch_slices=p.batch_slices, warps=p.warps)
+    key |= dict(slices=p.slices, batch_slices=p.batch_slices, warps=p.warps, waits=p.waits, pause=p.pause)
     key["pass"] = "backward" if p.backward else "forward"
     found = [r["measured_us"] for r in measured() if all(r[name] == str(value) for name, value in key.items())]
     return f"{float(found[0]):.2f}" if found else ""
@@ -433,16 +409,14 @@ def measured_before(p: Plan) -> str:
 
 def print_table(arch: int) -> None:
     """The documented plans that exchange, as Markdown."""
-    columns = "plan", "programs", "MB a round", "way", "no waiting", "estimate", "before, measured"
+    columns = "plan", "programs", "MB a round", "way", "no waiting", "estimate", "measured"
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for title, plans in documented(arch).items():
         for p in plans:
             if isinstance(p, Plan) and not p.alone:
                 e, way = estimate(p, arch), "backward" if p.backward else "forward"
                 name = f"{p.cell} {way} H {p.hidden_size} {p.dtype} {p.precision or ''}, {title}"
-                figures = (
-                    f"{e.megabytes:.2f} | {e.way:.2f} | {e.alone:.2f} | {e.microseconds:.2f} | {measured_before(p)}"
-                )
+                figures = f"{e.megabytes:.2f} | {e.way:.2f} | {e.alone:.2f} | {e.microseconds:.2f} | {measured_of(p)}"
                 print(f"| {name} | {programs(p)} | {figures} |", flush=True)
     print_fit()
 
@@ -474,9 +448,9 @@ def main(arguments: list[str] | None = None) -> int:
     e = estimate(p)
     print(p)
     print(
-        f"a step: {e.microseconds:.2f} us by a line that was fitted to kernels of commit {FITTED}, an extrapolation "
-        f"(see below); one program's own way {e.way:.2f} us, {e.alone:.2f} with no waiting; {e.megabytes:.2f} MB in a "
-        f"round of polls of all programs"
+        f"a step: {e.microseconds:.2f} us by a line that was fitted to measured plans (see below); one program's own "
+        f"way {e.way:.2f} us, {e.alone:.2f} with no waiting; {e.megabytes:.2f} MB in a round of polls of all programs"
+        f"{f'; an H200 took {measured_of(p)} us' if measured_of(p) else ''}"
     )
     print(f"the {given.waits} longest waits of a step of {e.way:.2f} us, in nanoseconds from the instruction before:")
     for nanoseconds, text, source in waits(e.walk, given.waits):

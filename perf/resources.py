@@ -35,7 +35,7 @@ ARCHITECTURES = {  # compute capability * 10 -> the device that plans are made f
 # What makes one compiled kernel different from another; the batch size itself does not.
 KEY = (
     "cell", "hidden_size", "sets", "dtype", "backward", "precision", "alone", "units", "rows", "slices", "warps",
-    "registers", "shared", "waits", "gates_per_tile", "layered", "pause",
+    "registers", "shared", "waits", "gates_per_tile", "layered", "paused",
 )  # fmt: skip
 NAMED = {name: name for name in BUILT_IN} | {layer.__name__: layer.mode for layer in zoo.ZOO}  # cells, as asked for
 COLUMNS = ("MMA", "FFMA", "LDSM", "LDS", "STS", "BAR", "LDG", "STG", "SHFL", "MUFU")

@@ -405,7 +405,7 @@ def ship(path: str, cases: list[Case], device: torch.device, timer, clock: Clock
     many. A choice is for any T: cases that differ in it alone are measured once.
     """
     measured.forget()
-    problems: dict[Case, Case] = {}
+    written, problems = 0, {}
     for case in cases:
         problems.setdefault(dataclasses.replace(case, time=0), case)
     for case in problems.values():
@@ -419,7 +419,8 @@ def ship(path: str, cases: list[Case], device: torch.device, timer, clock: Clock
             with torch.set_grad_enabled(training):
                 choice = autotuning.tune(layer, input, None, None, timer, again=True)
             say(f"{case}, {'training' if training else 'inference'}: {choice.name}, {choice.reason}")
-    return measured.write_shipped(path)
+        written = measured.write_shipped(path)  # each time: a machine that is paid by the minute may be gone any moment
+    return written
 
 
 def main(arguments: list[str] | None = None) -> int:

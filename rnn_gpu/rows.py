@@ -14,7 +14,7 @@ from .kernels.rows import Rows
 from .library import fake, operator
 
 # Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
-# the version of the batch sizes that they were made from, and for each device and stream.
+# the values that they were made from, and for each device and stream.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -50,6 +50,8 @@ def _may_remember(batch_sizes: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
         return False
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take remembered rows for constants
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:  # a mode may have no values to compare with
         return False
     return not (torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled())
 

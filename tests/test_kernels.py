@@ -7,6 +7,7 @@ orders drawn from seeds.
 What the interpreter cannot show (layouts, registers, real memory) is in test_resources.py and test_gpu.py.
 """
 
+import collections
 import dataclasses
 import itertools
 import random
@@ -568,6 +569,33 @@ def test_after_one_wait_gave_up_all_others_end_soon(looks, monkeypatch):
     waits = 2 * (problem.time - 1)
     assert (polls < 2 * (limit + 2) + waits * (exchange.LOOK_EVERY + 2)) == looks
     assert looks or polls >= (waits - 2) * limit
+
+
+@pytest.mark.interpreter_only
+@pytest.mark.parametrize("waits", [1, 2])
+def test_waits_begin_with_the_pause_of_the_plan(waits, monkeypatch):
+    """Catches a pause that does not reach the kernel or ends at once, one for each part of a wait, and one of a plan
+    without any.
+    """
+    problem = Problem("lstm", 40, 5, 4, torch.float16)
+    begun, looks = collections.Counter(), collections.Counter()
+    execute = interpreter._Assembly.execute
+
+    def counted(self, name, operands, active):
+        if "%clock" in operands:
+            (begun if operands[0] == "begun" else looks)[now] += 1
+        execute(self, name, operands, active)
+
+    monkeypatch.setattr(interpreter._Assembly, "execute", counted)
+    found = {}
+    for now in (0, 1000):
+        both = [dataclasses.replace(p, pause=now) for p in plans(problem, units=16, rows=8, slices=1, waits=waits)]
+        with concurrent_programs():
+            found[now] = run(problem, both)
+    each = both[0].unit_slices * problem.time  # waits of a pass
+    assert begun == {1000: 2 * each} and looks[0] == 0
+    assert looks[1000] >= 10 * 2 * each  # the interpreter's clock goes on by 100
+    assert_same_bits(found[1000], found[0], "with a pause")
 
 
 # ---- The exchange's words --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ test_resources.py, that it computes the right thing in test_kernels.py.
 """
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnn_gpu.equations import BUILT_IN
+from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.cudnn import cudnn_microseconds
 from rnn_gpu.kernels.plan import (
     AS_GOOD,
@@ -118,6 +120,21 @@ def test_both_directions_of_a_layer_run_side_by_side_on_the_main_device(backward
         assert isinstance(p, Plan), p
         assert_fits(p, "h200")
         assert p.programs % 2 == 0
+
+
+def test_pauses_go_by_the_programs_that_exchange():
+    """Catches a pause where other tiles or streamed weights are one, in a stack or alone, or by all programs of a
+    launch, and plans that never have any.
+    """
+    for sets, backward in itertools.product((1, 2), (False, True)):
+        table = dict(planning.BACKWARD_PAUSES if backward else planning.FORWARD_PAUSES)
+        found = every_plan("lstm", 512, 16, sets, "bfloat16", DEVICES["h200"], backward)
+        for p in found:
+            none = p.alone or p.slices > 1 or p.streamed
+            assert p.pause == (0 if none else max([table[n] for n in table if n <= p.unit_slices], default=0)), p
+        assert any(p.pause for p in found)
+    stack = every_plan("lstm", 512, 16, 1, "bfloat16", DEVICES["h200"], layers=4)
+    assert not any(p.pause for p in stack)
 
 
 def test_of_plans_that_are_as_good_the_one_with_fewest_slices_is_taken():
