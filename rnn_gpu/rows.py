@@ -4,6 +4,8 @@ T steps, B rows of the batch, R rows of all steps one after another: step t has 
 offsets[t] on (packed, longest first), R = T * B or fewer.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,7 +29,8 @@ def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.devic
     """
     if not _may_remember(batch_sizes):
         return _packed_rows(batch_sizes, batch, count, device)
-    values = batch_sizes.numpy().tobytes()  # by `.data` or numpy they change without a new version
+    # By `.data` or numpy they change without a new version. Read past PyTorch: a mode may have no values.
+    values = ctypes.string_at(batch_sizes.data_ptr(), batch_sizes.nbytes)
     before, known = _known.get(batch_sizes, (None, {}))
     if before != values:
         known = {}
@@ -49,9 +52,9 @@ def _may_remember(batch_sizes: Tensor) -> bool:
     """Whether rows made now are plain tensors, that may serve any later call."""
     if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor or batch_sizes.is_inference():
         return False
-    if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take remembered rows for constants
+    if batch_sizes.device.type != "cpu" or not batch_sizes.is_contiguous():
         return False
-    if torch._C._len_torch_dispatch_stack() > 0:  # a mode may have no values to compare with
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take remembered rows for constants
         return False
     return not (torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled())
 
