@@ -24,7 +24,7 @@ from rnn_gpu.kernels.compiled import Resources, compile_kernel, compile_plan, si
 from rnn_gpu.kernels.direct import Prepared
 from rnn_gpu.kernels.machine.decode import Code
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, published_before_the_next_poll
-from rnn_gpu.kernels.plan import DEVICES, SPARE_BYTES, Plan, every_plan, plan
+from rnn_gpu.kernels.plan import DEVICES, POLL_CYCLES, SPARE_BYTES, Plan, every_plan, plan
 from rnn_gpu.kernels.spec import CELLS, padded
 
 pytestmark = pytest.mark.compiled
@@ -99,7 +99,9 @@ def assert_sound(p: Plan, r: Resources, spilled: int = 0) -> None:
     # In a forward with one chunk the assembler gives the loads of the input part, which stand just before the only poll
     # and are prefetched, the poll's own scoreboard: a first look then waits for both, and what that costs nobody has
     # measured.
-    if not p.streamed and (p.registers + p.shared > 1 or p.backward):
+    # And where many vectors are read at once, one of six scoreboards serves both; behind a pause that is longer than a
+    # load from the second-level cache this holds up nobody.
+    if not p.streamed and (p.registers + p.shared > 1 or p.backward) and p.pause < POLL_CYCLES:
         assert not loads_that_polls_wait_for(r), "a wait for the neighbours is one for memory, too"
     if all_in_registers(p):
         assert r.count("LDSM") == 0, "an operand goes through shared memory in every step"
