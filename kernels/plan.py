@@ -101,7 +101,7 @@ class Plan:
         return (
             f"{self.unit_slices} unit slices of {self.units} x {self.batch_slices} batch slices of {self.slices} x "
             f"{self.rows} rows x {of_sets} = {self.programs} programs of {self.warps} warps, {self.launches} "
-            f"launch(es); {weights}{f'; {self.pause} cycles before each look' if self.pause else ''}"
+            f"launch(es); {weights}{f'; {self.pause} cycles before a first look' if self.pause else ''}"
             f"{f'; measured {self.measured}' if self.measured else ''}"
         )
 
@@ -169,7 +169,7 @@ BACKWARD_PAUSES = ((16, 100), (32, 150), (48, 300), (64, 600))
 # Then, from a tile's publish to the next step, what was fitted to them: microseconds, more for the bytes that all
 # programs poll, and more for each program that exchanges with it. Of the 20 passes whose weights are all in registers
 # half are within 5 %, all but one within 20 %. Not used where weights lie in shared memory: with 2048 units backward it
-# would be 15 % too short, and few such plans were timed.
+# would be 15 % too short, and few such plans were timed. (None: as without a pause, for perf/recorded.py.)
 FORWARD_PAUSED, BACKWARD_PAUSED = (0.281, 0.0, 0.005), (0.314, 0.09, 0.0)
 
 # Of large products, a microsecond, in tf32 and 16 bits: what layers took beyond their recurrences, on the same H200.

@@ -70,7 +70,6 @@ OF_PLANS = {"nvidia-h200-2026-11-26-plans.jsonl": REDUCED_POLLS, "nvidia-h200-20
 # How far the model may be from what the kernels of PAUSED took where it claims to know: weights in registers, rows
 # that begin at 16 bytes, one layer of many steps.
 MOST_OFF = 0.2
-HOST_MICROSECONDS = 1500.0  # of a call: what is shorter was bound by the host in part, on 2026-11-28 in any case
 
 
 @contextlib.contextmanager
@@ -167,7 +166,6 @@ def cases(path: str, device: Device, predicted) -> list[Case]:
             aligned = padded(int(hidden_size), dtype) == int(hidden_size)
             known = aligned and layers == "1" and int(time) > 500 and all(p.shared + p.streamed == 0 for p in plans)
             times = float(by["rnn_gpu"]["step_us"]), float(by["torch.nn"]["step_us"])
-            known = known and times[0] * int(time) > HOST_MICROSECONDS
             found.append(Case(" ".join(key), kernels, known, *times, int(layers) * ours, int(layers) * theirs))
     return found
 

@@ -218,7 +218,7 @@ def of(p: Plan) -> tuple[str, ...]:
 
 def alternatives(p: Plan) -> tuple[str, ...]:
     """The other ways that there are for a plan's kernel."""
-    return () if p.alone else tuple(ALTERNATIVES)
+    return () if p.alone else tuple(way for way in ALTERNATIVES if way != "hasty" or p.paused)
 
 
 @contextlib.contextmanager

@@ -66,6 +66,15 @@ def same(layer: torch.nn.RNNBase, dtype: torch.dtype) -> torch.nn.RNNBase:
     return peer
 
 
+def cudnn_multiplies_in_full(layer: torch.nn.RNNBase) -> bool:
+    """Whether cuDNN makes products of a float32 layer on a GPU in full although tf32 is on: where its small persistent
+    kernels serve, sizes measured on an H200 with cuDNN 9.19; and where H is no multiple of 8, by one layer of 300 units
+    there, whose gradient of c0 had 0.54 times the error of loops rounded to tf32, ours 1.0. (Elsewhere it may do so,
+    too, which changes a single result by a few percent: tests/test_accuracy.py.)
+    """
+    return layer.hidden_size <= (384 if layer.mode.startswith("RNN") else 192) or layer.hidden_size % 8 > 0
+
+
 def by_loops(layer: torch.nn.RNNBase, rounding=lambda operand: operand) -> torch.nn.RNNBase:
     """The layer, computed by plain loops over time, the operands of whose products are rounded by a function.
     batch_first or not, no dropout, no projection.
@@ -93,10 +102,7 @@ def by_loops(layer: torch.nn.RNNBase, rounding=lambda operand: operand) -> torch
 
 
 def by_rounded_loops(layer: torch.nn.RNNBase) -> torch.nn.RNNBase:
-    """The same with operands rounded to tf32: the peer of results in tf32. cuDNN is none: although tf32 is on, it makes
-    some products in full, by rules of its own. (Seen on an H200 with cuDNN 9.19: all of them up to 192 units, RNN 384;
-    with 300 units its gradient of c0 had 0.54 times the error of these loops, ours 1.0.)
-    """
+    """The same with operands rounded to tf32: the peer of a result in tf32 where cuDNN would multiply in full."""
     return by_loops(layer, round_to_tf32)
 
 
