@@ -91,7 +91,7 @@ class RnnGpu:
 
     def candidate(self, weights: nn.RNNBase, case: Case) -> Candidate:
         """The layer with these weights; Unavailable, in the backend's words, where the kernels cannot serve it."""
-        from rnn_gpu import backends
+        from rnn_gpu import backends, settings
 
         layer = _like(weights, case, rnn_gpu)
         parameter = next(layer.parameters())
@@ -106,11 +106,11 @@ class RnnGpu:
                 detail = f"auto: {choice.name}"
 
         def call(x: Tensor) -> Tensor:
-            with contextlib.ExitStack() as settings:
-                settings.enter_context(rnn_gpu.backend(backend))
-                settings.enter_context(rnn_gpu.memory(self.memory))
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(rnn_gpu.backend(backend))
+                stack.enter_context(rnn_gpu.memory(self.memory))
                 if not self.side_by_side:
-                    settings.enter_context(backends.layer_by_layer())
+                    stack.enter_context(settings.layer_by_layer())
                 return layer(x)[0]
 
         return Candidate(call, dict(layer.named_parameters()), detail)

@@ -11,7 +11,6 @@ from . import batching as batching  # registers the rules of torch.func.vmap
 from . import init as init
 from . import zoo as zoo
 from .autotuning import autotune
-from .backends import backend, current_backend, current_memory, max_programs, memory
 from .cell_check import CellError, check_cell
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import replace_rnns, restore_rnns
@@ -20,6 +19,7 @@ from .flow import GradientFlow, gradient_flow
 from .kernels.spec import Cell
 from .modules import GRU, LSTM, RNN
 from .own import layer
+from .settings import backend, current_backend, current_memory, max_programs, memory
 
 __version__ = "0.1.0"
 __all__ = [

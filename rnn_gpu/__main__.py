@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from . import __version__, backends, explain, modules, selfcheck
+from . import __version__, explain, modules, selfcheck, settings
 
 
 def version_of(package: str) -> str:
@@ -23,7 +23,7 @@ def main() -> int:
     print(", ".join(f"{package} {version_of(package)}" for package in ("triton", "numpy")))
     gpu = torch.cuda.is_available()
     print(f"device: {torch.cuda.get_device_name() if gpu else 'no CUDA device'}")
-    print(f"backend setting: {backends.current_backend()}")
+    print(f"backend setting: {settings.current_backend()}")
     if not gpu:
         print("backend used: torch (PyTorch's own kernels), because there is no CUDA device")
     print("for example:")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, measured, operators
+from . import backends, measured, operators, settings
 from .backends import Choice
 from .base import _computed_in, _Layer, _sequences
 from .call import PLAIN
@@ -116,15 +116,15 @@ def first_call(
     would refuse, or in a test of pytest's.
     """
     data = _data_of(input)
-    if not _on_gpu(data) or backends.current_backend() == "torch" or _in_a_test():
+    if not _on_gpu(data) or settings.current_backend() == "torch" or _in_a_test():
         return
     if why_not(data) is not None or not _at_work.acquire(blocking=False):  # while another call is timed: by the model
         return
     try:
         ragged = lengths is not None or resets is not None or isinstance(input, PackedSequence)
         sizes = layer.mode, layer.hidden_size, layer.heads, layer.num_layers, layer.bidirectional, layer.proj_size
-        now = _differentiated(layer, data), backends.other_weights(layer), layer.memory, backends.current_memory()
-        key = batch, ragged, dtype, data.device, *sizes, *now, backends.limits(), backends.precision_of("float32")
+        now = _differentiated(layer, data), backends.other_weights(layer), layer.memory, settings.current_memory()
+        key = batch, ragged, dtype, data.device, *sizes, *now, settings.limits(), backends.precision_of("float32")
         if key not in _seen:
             _seen.add(key)
             tune(layer, input, lengths, resets, device_seconds)
@@ -322,7 +322,7 @@ def tune(
                 for p in (p for plans in groups() for p in plans):
                     ragged = trial.ragged or (drops and p.layered)
                     key = measured.key_of_plan(
-                        *problem, device, p.backward, precision, ragged, backends.limits(), saving, p.layers
+                        *problem, device, p.backward, precision, ragged, settings.limits(), saving, p.layers
                     )  # fmt: skip
                     if key not in done and (again or measured.known(key, True) is None):
                         measured.keep(key, _fastest_plan(p, device, ragged, key, trial, timer), again)
@@ -342,7 +342,7 @@ def _fastest_plan(
     own: planning.Plan, device: Device, ragged: bool, key: measured.Key, trial: _Trial, timer: Timer
 ) -> dict[str, Any]:
     """What is to be kept of the fastest of the few best plans of a pass. own: the one that holds now."""
-    cap, alone = backends.limits()
+    cap, alone = settings.limits()
     found = planning.every_plan(
         own.cell, own.hidden_size, own.batch_size, own.sets, own.dtype, device, own.backward, own.precision,
         cap or None, alone, ragged, own.layers,

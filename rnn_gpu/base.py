@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, distributed, measured, onnx, ready
+from . import backends, distributed, measured, onnx, ready, settings
 from .call import Call, directly
 from .functional import recurrent_stack
 from .heads import whole
@@ -109,7 +109,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     # torch.nn's class of the same name, whose forward serves the backend "torch"; None: there is none (own.py).
     _torch_class: Any
-    memory: backends.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
+    memory: settings.Memory | None = None  # "full", "lean" or, None, as `rnn_gpu.memory` says
     weight_dropout: float = 0.0  # probability of a recurrent weight being zeroed, in training
     recurrent_dropout: float = 0.0  # probability of a unit's h being zeroed before the recurrent product, in training
     zoneout: float | tuple[float, float] = 0.0  # probability of a unit keeping its h (LSTM: of c, and of h) in a step
@@ -167,7 +167,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     def _checked(self, option: str, value: Any) -> Any:
         """The value of one of OPTIONS as it is kept."""
         if option == "memory":
-            return None if value is None else backends.checked_memory(value)
+            return None if value is None else settings.checked_memory(value)
         if option == "clip":
             return None if value is None else positive(option, value)
         if option == "return_cells":
@@ -507,11 +507,11 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             # A transform inside a graph (torch.compile of torch.func.grad) does not show in its tensors, either.
             (compiling and route == "kernels") or any(tensor.requires_grad for tensor in tensors)
         ):
-            saving = self.memory or backends.current_memory()
+            saving = self.memory or settings.current_memory()
         if self.return_cells and saving == "nothing" and route in ("kernels", "direct"):  # which keep c for a backward
             saving = "lean"
         cell, (sets, reversed_sets) = backends.cell_of(self), (2, 2) if self.bidirectional else (1, 0)
-        how = self.bias, self.proj_size > 0, route, saving, backends.limits(), transformed
+        how = self.bias, self.proj_size > 0, route, saving, settings.limits(), transformed
         h0, *beside = states or (None,)
         c0 = torch.cat(beside, -1) if len(beside) > 1 else beside[0] if beside else None
         dropout = self.dropout if self.training else 0.0

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     projected: bool = False
     route: str = "kernels"  # functional.ROUTES
     saving: str = "nothing"  # operators.SAVING
-    limits: tuple[int, bool] = (0, True)  # of plans: backends.limits
+    limits: tuple[int, bool] = (0, True)  # of plans: settings.limits
     functional: bool = False  # write into no tensor that is not new, for torch.func
     cells: bool = False  # c of every step is a result, too
     clip: float | None = None  # most that the gradient of h may be at each step, by element

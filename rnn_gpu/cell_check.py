@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference, settings
 from .kernels.spec import FUNCTIONS, Cell, imported
 
 # Largest relative error, by norm, of an equation in float32: 1e-6 is usual, a wrong one gives 1e-2 or more.
@@ -395,7 +395,7 @@ LOOPS = (
 def _outcome(layer: Any, input: Tensor, states: Sequence[Tensor], backend: Any, **masks: Any) -> dict[str, Tensor]:
     """Output, final states and all gradients of a layer."""
     leaves = [one.clone().requires_grad_() for one in (input, *states)]
-    with backends.backend(backend):
+    with settings.backend(backend):
         output, final = layer(leaves[0], tuple(leaves[1:]) if len(states) > 1 else leaves[1], **masks)
     results = [output, *(final if isinstance(final, tuple) else (final,))]
     weights = [torch.linspace(-1, 1, one.numel(), dtype=torch.float64).view_as(one) for one in results]
@@ -424,7 +424,7 @@ def _loop(cell: Cell, report: Report) -> None:
         shape = (batch, time) if ours.batch_first else (time, batch)
         before, input = torch.randn(*shape, 5, dtype=dtype), torch.randn(*shape, 5, dtype=dtype)
         masks = dict(lengths=torch.arange(batch) % (time + 1), resets=torch.rand(*shape) < 0.3) if masked else {}
-        with torch.no_grad(), backends.backend("torch"):
+        with torch.no_grad(), settings.backend("torch"):
             states = oracle(before.double())[1]
         states = [one.to(dtype) for one in (states if isinstance(states, tuple) else (states,))]
         expected = _outcome(oracle, input.double(), [one.double() for one in states], "torch", **masks)
@@ -434,7 +434,7 @@ def _loop(cell: Cell, report: Report) -> None:
         where += (", lengths and resets" if masked else "") + (", several programs" if exchange else ", one program")
         switch.fp32_precision = precision or "ieee"
         try:
-            alone = backends.always_exchange() if exchange else contextlib.nullcontext()
+            alone = settings.always_exchange() if exchange else contextlib.nullcontext()
             with concurrent_programs(seed, torn=seed % 2 == 1), alone:
                 actual = _outcome(ours, input, states, "triton", **masks)
         except Exception as error:

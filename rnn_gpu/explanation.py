@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import backends
+from . import backends, settings
 from .kernels.cudnn import cudnn_microseconds
 from .kernels.devices import Device, named
 from .kernels.plan import Plan
@@ -127,7 +127,7 @@ def explain(
             f"explain expects an LSTM, GRU or RNN layer, or a model with one, got: {type(module).__name__}"
             + (" (cells run on PyTorch's own kernels, whatever the backend)" if cells else "")
         )
-    batch_size = backends.positive_integer("batch_size", batch_size)
+    batch_size = settings.positive_integer("batch_size", batch_size)
     if precision not in (None, "tf32", "ieee"):
         raise ValueError(f"Unknown precision {precision!r}. Select from 'tf32', 'ieee'.")
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -162,6 +162,6 @@ def explain(
         lines.append(f"Here nothing of this runs unless backend 'triton' is asked for: {untested}.")
     elif planned and not torch.cuda.is_available() and not backends.interpreting():
         lines.append("Here nothing of this runs: there is no CUDA device.")
-    if (wanted := backends.current_backend()) != "auto":
+    if (wanted := settings.current_backend()) != "auto":
         lines.append(f"The backend in force now is {wanted!r}.")
     return "\n".join(lines)

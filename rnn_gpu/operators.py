@@ -72,7 +72,7 @@ def recurrence(
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B], dropped float32 [N, B, H], kept_h and kept_c int8 [R, N,
     H] (`Rows`): each may be None. rate_h, rate_c: what stays of h and of the states in every step where there is no
     mask, or None. reversed_sets: 0 no set runs backwards in time, 1 all, 2 every second one. max_programs, alone: what
-    a plan may use, see `backends.limits`. saving: see SAVING.
+    a plan may use, see `settings.limits`. saving: see SAVING.
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; aux, what the backward needs
     besides; and what else, see `Cell.keeps_carries`, [R, N, ...], else empty.
     """

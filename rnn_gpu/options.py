@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
-from . import backends
+from . import settings
 
 Class = TypeVar("Class", bound=type)
 # By default; as constructors take them; and of a probability that of what.
@@ -27,7 +27,7 @@ PROBABILITIES = {
 
 
 class _Options(TypedDict, total=False):
-    memory: backends.Memory | None
+    memory: settings.Memory | None
     heads: int
     weight_dropout: float
     recurrent_dropout: float
@@ -49,7 +49,7 @@ class Options(_Options, total=False):
     proj_size: None  # to be told that it is the LSTM's
 
 
-def showing(options: type) -> Callable[[backends.Function], backends.Function]:
+def showing(options: type) -> Callable[[settings.Function], settings.Function]:
     """Decorates an __init__(..., **options): help and inspect show the options by name."""
 
     def showing(function: Any) -> Any:

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from . import backends, modules
+from . import backends, modules, settings
 
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 ALLOWED = 1e-5  # float32 with full products: 2e-7 is usual, and a wrong equation or a stale state gives 1e-2 or more
@@ -52,7 +52,7 @@ def differences(
     input = torch.randn(5, 3, 16, generator=generator, **here)
     d_output = torch.randn(5, 3, 2 * hidden_size, generator=generator, **here)
     try:
-        with backends.backend("triton"), backends.always_exchange() if exchange else contextlib.nullcontext():
+        with settings.backend("triton"), settings.always_exchange() if exchange else contextlib.nullcontext():
             actual = _results(layer.to(device), input.to(device), d_output.to(device))
     finally:
         switch.fp32_precision = before

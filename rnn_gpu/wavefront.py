@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, settings
 from .around import products_by_set
 from .autograd import EagerLayer
 from .call import Call, Inputs, by_kind
@@ -41,7 +41,7 @@ def groups(
     if layers == 1 or not together or call.projected or call.beyond_aten or dropout >= 1:
         return (1,) * layers  # dropout of 1 draws no random numbers
     precision = backends.precision_of("float32") if like.dtype == torch.float32 else None
-    how = "groups", call.cell, call.limits, call.saving, backends.side_by_side(), precision
+    how = "groups", call.cell, call.limits, call.saving, settings.side_by_side(), precision
     key = *how, hidden_size, like.dtype, like.device, rows.batch, rows.ragged, dropout > 0, layers, frozen
     found = remembered.get(key)
     if found is None:

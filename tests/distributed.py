@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import settings
 
 COUNT = 2  # processes
 START_LIMIT, JOB_LIMIT = 240, 120  # seconds after which processes are killed
@@ -114,7 +114,7 @@ class Processes:
 @contextlib.contextmanager
 def on_backend(name: str):
     """`rnn_gpu.backend(name)`; programs exchange their state, small as the layers are."""
-    with rnn_gpu.backend(name), backends.always_exchange():
+    with rnn_gpu.backend(name), settings.always_exchange():
         yield
 
 

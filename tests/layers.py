@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rnn_gpu
-from rnn_gpu import backends, reference
+from rnn_gpu import reference, settings
 from rnn_gpu.backends import CELL_OF_MODE
 from tests import interpreter
 from tests.problems import RoundedProducts, round_to_tf32
@@ -26,7 +26,7 @@ def exchanging_in_full():
     """The backend of this run, several programs, and products in full, to be compared with PyTorch's on a CPU."""
     before = torch._C._get_cudnn_allow_tf32()
     torch._C._set_cudnn_allow_tf32(False)  # what torch.backends.cudnn.allow_tf32 sets; torch.export reads it back
-    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+    with rnn_gpu.backend(BACKEND), settings.always_exchange():
         yield
     torch._C._set_cudnn_allow_tf32(before)
 

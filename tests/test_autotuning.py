@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
 from perf import benchmark, tune
-from rnn_gpu import autotuning, backends, measured, operators, wavefront
+from rnn_gpu import autotuning, backends, measured, operators, settings, wavefront
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import DEVICES, Plan, cut
 from rnn_gpu.rows import Rows
@@ -123,7 +123,7 @@ def test_the_fastest_plans_and_the_faster_backend_are_taken_and_say_so(clock):
     text = rnn_gpu.explain(rnn_gpu.LSTM(8, 512), 16, "h200")
     assert choice.reason in text and text.count("fastest when it was measured") == 2
     assert "estimates of a model but where they are said to be measured" in text
-    call = rnn_gpu.call.Call("lstm", 1, 0, saving="full", limits=backends.limits())
+    call = rnn_gpu.call.Call("lstm", 1, 0, saving="full", limits=settings.limits())
     for backward in (False, True):  # what a launch asks
         assert cut(operators.plan_of(call, 512, torch.zeros(1), 16, backward, False)) == clock.favourites[backward]
 
@@ -203,7 +203,7 @@ def test_the_fastest_way_of_a_stack_is_taken(clock):
     way, or a plan of its own; training and inference in two ways, which would round in two ways.
     """
     layer, input = rnn_gpu.LSTM(8, 256, 4).bfloat16(), torch.randn(3, 16, 8).bfloat16()
-    call = rnn_gpu.call.Call("lstm", 1, 0, route="direct", saving="full", limits=backends.limits())
+    call = rnn_gpu.call.Call("lstm", 1, 0, route="direct", saving="full", limits=settings.limits())
     for took, sizes in ((10.0, (1, 1, 1, 1)), (0.1, (4,))):
         clock.side_by_side = took
         choice = autotuning.tune(layer, input, None, None, clock, again=True)
@@ -247,7 +247,7 @@ def test_another_shape_or_setting_is_another_measurement(other, clock, tf32):
     elif other == "programs":
         context = rnn_gpu.max_programs(100)
     elif other == "exchange":
-        context = backends.always_exchange()
+        context = settings.always_exchange()
     elif other == "inference":
         context = torch.no_grad()
     elif other == "precision":

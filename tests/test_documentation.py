@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import rnn_gpu
-from rnn_gpu import backends, zoo
+from rnn_gpu import settings, zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,7 +57,7 @@ def commands() -> list[str]:
 def test_examples_run(page, monkeypatch):
     """Catches: an example that fails, or leaves a setting behind."""
     for name in ("_backend", "_memory", "_max_programs"):
-        monkeypatch.setattr(backends, name, getattr(backends, name))
+        monkeypatch.setattr(settings, name, getattr(settings, name))
     # PyTorch's own samples, which other tests take, forbid to set switches for the rest of the process.
     monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
     before = rnn_gpu.current_backend(), rnn_gpu.current_memory(), torch.backends.cudnn.allow_tf32

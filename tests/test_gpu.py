@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 import rnn_gpu
-from rnn_gpu import backends, wavefront, zoo
+from rnn_gpu import backends, settings, wavefront, zoo
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import Plan
@@ -597,7 +597,7 @@ def test_dropout_between_layers_side_by_side_is_that_of_one_by_one(cell, graph, 
     found = {}
     for precision in ("ieee", "tf32"):
         tf32(precision)
-        with backends.layer_by_layer():
+        with settings.layer_by_layer():
             found[precision] = results()
     tf32("ieee")
     forced_together(monkeypatch)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import rnn_gpu
-from rnn_gpu import around, autograd, backends, operators, products, wavefront
+from rnn_gpu import around, autograd, operators, products, settings, wavefront
 from rnn_gpu.call import PLAIN, Call, Inputs
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
@@ -27,7 +27,7 @@ on_the_kernels = pytest.mark.skipif(not INTERPRETED, reason="about the kernels: 
 def one_backend(monkeypatch):
     """The backend of this run, several programs, full products."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+    with rnn_gpu.backend(BACKEND), settings.always_exchange():
         yield
 
 
@@ -297,8 +297,8 @@ def test_memory_settings():
     assert layer.memory == "lean" and "memory=lean" in repr(layer) and "memory" not in repr(rnn_gpu.GRU(3, 4))
     assert rnn_gpu.restore_rnns(torch.nn.Sequential(layer))(torch.randn(2, 1, 3))[0].shape == (2, 1, 4)
     with rnn_gpu.memory("lean"):
-        assert backends.current_memory() == "lean"
-    assert backends.current_memory() == "full"
+        assert settings.current_memory() == "lean"
+    assert settings.current_memory() == "full"
     for wrong in (lambda: rnn_gpu.GRU(3, 4, memory="none"), lambda: rnn_gpu.memory("none").__enter__()):
         with pytest.raises(ValueError, match="Select from 'full', 'lean'"):
             wrong()

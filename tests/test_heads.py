@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends, zoo
+from rnn_gpu import settings, zoo
 from rnn_gpu.heads import into_sets, out_of_sets, whole
 from tests.layers import INTERPRETED, ON_BOTH_BACKENDS, block_diagonal, exchanging_in_full
 from tests.test_options import BOTH, MASKS, STACK, assert_as_by_hand
@@ -77,7 +77,7 @@ def test_heads_are_blocks_of_torch_nns_weights(name, heads, kwargs, dtype):
         outcome(layer, wholes(layer, kind), oracle, input.to(kind), states.to(kind)) for kind in (torch.float64, dtype)
     )
     for alone in (False, True):
-        backends._allow_alone = alone  # the fixture sets it back
+        settings._allow_alone = alone  # the fixture sets it back
         actual = outcome(layer, None, lambda _, x, hx: layer(x, hx), input, states)
         for key, value in actual.items():
             assert_close_to_oracle(value, expected[key].double(), peer[key], key)

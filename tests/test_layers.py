@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import backends, settings
 from rnn_gpu.kernels import cudnn
 from rnn_gpu.kernels import plan as planning
 from tests.layers import STATES, draw, outcome, pair, same
@@ -177,9 +177,9 @@ def test_backend_context():
 
 
 SETTINGS = {
-    rnn_gpu.backend: ("torch", backends.current_backend),
-    rnn_gpu.memory: ("lean", backends.current_memory),
-    rnn_gpu.max_programs: (3, lambda: backends._max_programs),
+    rnn_gpu.backend: ("torch", settings.current_backend),
+    rnn_gpu.memory: ("lean", settings.current_memory),
+    rnn_gpu.max_programs: (3, lambda: settings._max_programs),
 }
 
 
@@ -257,7 +257,7 @@ def test_wrong_settings_are_refused():
             rnn_gpu.max_programs(wrong)
     with pytest.raises(ValueError, match="Unknown memory setting 'leen'"):
         rnn_gpu.memory("leen")
-    assert backends._max_programs is None and backends.current_memory() == "full"
+    assert settings._max_programs is None and settings.current_memory() == "full"
 
 
 def test_a_shell_completes_what_is_for_users():
@@ -449,14 +449,14 @@ def test_environment_variables_are_checked_at_import():
     }
     program = """
 import importlib, json, os, sys
-import rnn_gpu.backends, rnn_gpu.measured, rnn_gpu.kernels.spec as spec
+import rnn_gpu.settings, rnn_gpu.measured, rnn_gpu.kernels.spec as spec
 for name, (values, words) in json.load(sys.stdin).items():
     for value in values:
         os.environ[name] = value
         try:
             importlib.reload(spec)
             importlib.reload(rnn_gpu.measured)
-            importlib.reload(rnn_gpu.backends)
+            importlib.reload(rnn_gpu.settings)
         except ValueError as error:
             assert str(error).startswith(f"the environment variable {name}") and words in str(error), str(error)
             assert repr(value) in str(error), str(error)
@@ -465,8 +465,8 @@ for name, (values, words) in json.load(sys.stdin).items():
         del os.environ[name]
 os.environ |= {"RNN_GPU_BACKEND": "torch", "RNN_GPU_MEMORY": "lean", "RNN_GPU_WAIT_LIMIT": "30000000"}
 importlib.reload(spec)
-importlib.reload(rnn_gpu.backends)
-assert rnn_gpu.backends.current_backend() == "torch" and rnn_gpu.backends.current_memory() == "lean"
+importlib.reload(rnn_gpu.settings)
+assert rnn_gpu.settings.current_backend() == "torch" and rnn_gpu.settings.current_memory() == "lean"
 assert spec.WAIT_LIMIT == 30_000_000
 """
     environment = {name: value for name, value in os.environ.items() if name not in wrong}

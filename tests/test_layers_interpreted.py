@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, operators, products
+from rnn_gpu.settings import always_exchange
 from tests import contract
 from tests.interpreter import concurrent_programs
 from tests.layers import STATES, assert_saved_tensors_may_be_strided, draw, outcome, pair, same
@@ -31,7 +32,7 @@ def assert_like_torch_nn(ours, oracle, time, batch, states=True, exchange=True, 
     expected = outcome(oracle, input, hx, "torch")
     peer = outcome(same(ours, dtype), input, hx, "torch")
     if exchange:
-        with backends.always_exchange():
+        with always_exchange():
             actual = outcome(ours, input, hx, "triton")
     else:
         actual = outcome(ours, input, hx, "triton")
@@ -296,7 +297,7 @@ def test_operators_keep_the_rules_of_torch_library(cell, gates):
 def test_program_cap_is_kept():
     """Catches: a plan that needs more programs at the same time than the user allows."""
     layer = rnn_gpu.LSTM(8, 64)
-    with backends.always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):
+    with always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):
         with torch.no_grad():
             capped, _ = layer(torch.ones(2, 3, 8))
         wide = backends.plan_for("lstm", 64, 3, 1, "float32", backends.device_of("cpu"), False)
@@ -317,7 +318,7 @@ def test_the_backward_keeps_to_the_limits_of_its_forward(monkeypatch):
         lambda plan, *rest, **numbers: (programs.append(plan.programs), launched(plan, *rest, **numbers)),
     )
     layer = rnn_gpu.GRU(8, 64)
-    with backends.always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):
+    with always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):
         output, _ = layer(torch.ones(2, 3, 8))
     output.sum().backward()
     assert len(programs) == 2 and max(programs) <= 2
@@ -349,7 +350,7 @@ def test_autotune_runs_all_that_it_times_and_changes_nothing(kind, monkeypatch, 
     given = pack_padded_sequence(input, [2, 1, 1]) if kind == "packed" else input
     before, numbers = [p.detach().clone() for p in layer.parameters()], torch.get_rng_state()
     seconds = iter(range(1, 1000))  # the first of what is timed is the fastest
-    with backends.always_exchange(), concurrent_programs(5):
+    with always_exchange(), concurrent_programs(5):
         choice = autotuning.tune(layer, given, lengths, None, lambda call: (call(), next(seconds))[1])
         assert choice.name == "triton" and choice.measured and all(p.measured for p in choice.plans)
         assert torch.equal(torch.get_rng_state(), numbers)

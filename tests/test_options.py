@@ -15,7 +15,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import aten, backends, zoo
+from rnn_gpu import aten, settings, zoo
 from rnn_gpu.backends import CELL_OF_MODE
 from rnn_gpu.kernels.spec import CELLS
 from rnn_gpu.rows import Rows
@@ -417,7 +417,7 @@ def test_zoneout_in_eval_is_its_expectation(name, zoneout):
 
 def test_masks_of_programs_that_hold_all_units(monkeypatch):
     """Catches: masks that only programs which exchange their state know."""
-    monkeypatch.setattr(backends, "_allow_alone", True)
+    monkeypatch.setattr(settings, "_allow_alone", True)
     for name in NAMES:
         assert_as_by_hand(getattr(rnn_gpu, name)(3, 12, **BOTH), "lengths")
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import rnn_gpu
-from rnn_gpu import backends, cell_check, zoo
+from rnn_gpu import cell_check, settings, zoo
 from rnn_gpu.kernels.spec import CELLS, Cell
 from tests.interpreter import concurrent_programs
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS
@@ -82,7 +82,7 @@ def assert_right(layer, case, seed):
     peer = outcome(ours, input, states, "torch", **masks)
     with concurrent_programs(seed, torn=True) if not exchange else concurrent_programs(seed):
         if exchange:
-            with backends.always_exchange():
+            with settings.always_exchange():
                 actual = outcome(ours, input, states, "triton", **masks)
         else:
             actual = outcome(ours, input, states, "triton", **masks)
@@ -406,7 +406,7 @@ def test_the_states_of_every_step(layer, monkeypatch):
     ours, count = layer(3, 7, bidirectional=True, return_cells=True), len(layer.cell.states)
     input, lengths, found = torch.randn(4, 3, 3), [4, 0, 2], []
     for backend in ("torch", BACKEND):
-        with rnn_gpu.backend(backend), backends.always_exchange():
+        with rnn_gpu.backend(backend), settings.always_exchange():
             output, (_, *states), *cells = ours(input, lengths=lengths)
         assert [tuple(one.shape) for one in cells] == [(4, 3, 14)] * count
         for state, of_steps in zip(states, cells, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import settings
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, same
 
 pytestmark = ON_BOTH_BACKENDS
@@ -24,7 +24,7 @@ TIME, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
 def one_backend(monkeypatch):
     """The backend of this run, several programs, full products."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+    with rnn_gpu.backend(BACKEND), settings.always_exchange():
         yield
 
 

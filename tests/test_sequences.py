@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
-from rnn_gpu import backends, base
+from rnn_gpu import base
+from rnn_gpu.settings import always_exchange
 from tests.interpreter import concurrent_programs
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, pair, same
 from tests.sequences import as_hx, as_tuple, one_at_a_time, outcome, states_of
@@ -41,7 +42,7 @@ def compare(run, oracle_run, layers, input, dtype=torch.float32, exchange=True, 
     expected = outcome(oracle_run, oracle, input.double(), states)
     peer = outcome(peer_run or oracle_run, same(layer, dtype), input, states)
     if exchange:
-        with backends.always_exchange():
+        with always_exchange():
             actual = outcome(run, layer, input, states, BACKEND)
     else:
         actual = outcome(run, layer, input, states, BACKEND)
@@ -252,7 +253,7 @@ def test_projection(kwargs, exchange):
     def run_exchange(layer, input, states):
         if not exchange:
             return run(layer, input, states)
-        with backends.always_exchange():
+        with always_exchange():
             return run(layer, input, states)
 
     expected, peers = outcome(run, oracle, input, states), outcome(run, peer, input, states)

@@ -6,7 +6,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_gpu
-from rnn_gpu import backends
+from rnn_gpu import settings
 from tests.layers import BACKEND, ON_BOTH_BACKENDS, same
 
 pytestmark = ON_BOTH_BACKENDS
@@ -20,7 +20,7 @@ COUNT, TIME, BATCH = 4, 5, 2
 def one_backend(monkeypatch):
     """The backend of this run, several programs, full products."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    with rnn_gpu.backend(BACKEND), backends.always_exchange():
+    with rnn_gpu.backend(BACKEND), settings.always_exchange():
         yield
 
 

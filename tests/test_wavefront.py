@@ -24,7 +24,7 @@ if not INTERPRETED and not ON_MACHINE:
 
 import rnn_gpu
 import rnn_gpu.zoo
-from rnn_gpu import backends, stack_operators, wavefront
+from rnn_gpu import backends, settings, stack_operators, wavefront
 from rnn_gpu.call import Call
 from rnn_gpu.kernels import launch, stack
 from rnn_gpu.kernels.plan import DEVICES, plan
@@ -213,7 +213,7 @@ def test_with_lean_memory_layers_run_one_after_another(monkeypatch):
     run = stack.forward
     monkeypatch.setattr(stack, "forward", lambda *a: launches.append(a) or run(*a))
     input, _ = draw(ours, 3, 2)
-    with concurrent_programs(7), rnn_gpu.backend("triton"), backends.always_exchange():
+    with concurrent_programs(7), rnn_gpu.backend("triton"), settings.always_exchange():
         ours(input)
         assert len(launches) == 1
         ours.memory = "lean"
@@ -566,11 +566,11 @@ def test_the_plan_chooses_groups_and_a_setting_takes_them_back(launches, monkeyp
     layer, oracle = stacked("lstm", 20, 3)
     input, _ = draw(layer, 2, 3)
     expected = oracle(input.double())[0]
-    with rnn_gpu.backend("triton"), backends.always_exchange(), torch.no_grad():
+    with rnn_gpu.backend("triton"), settings.always_exchange(), torch.no_grad():
         one, _ = layer(input)
         with rnn_gpu.max_programs(2):  # too few for three layers
             two, _ = layer(input)
-        with backends.layer_by_layer():
+        with settings.layer_by_layer():
             three, _ = layer(input)
         with monkeypatch.context() as patch:
             patch.setattr("rnn_gpu.functional.groups", lambda *_: (2, 1))
@@ -636,7 +636,7 @@ def test_a_graph_takes_the_groups_of_an_eager_call(launches, compiler):
     layer, _ = stacked("lstm", 20, 3, dropout=0.5)
     input, _ = draw(layer, 2, 3)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
-    with rnn_gpu.backend("triton"), backends.always_exchange():
+    with rnn_gpu.backend("triton"), settings.always_exchange():
         compiled(input)[0].sum().backward()
         assert launches == [(3, False), (3, True)]
         layer.eval()
