@@ -13,13 +13,20 @@ from .kernels.spec import CELLS
 
 
 def _pass_lines(plan: Plan, device: Device, layers: int, heads: int) -> list[str]:
+    """A pass of a layer, or of the layers that run side by side: who computes what, where the weights are, how long."""
     name = "backward" if plan.backward else "forward"
     known = CELLS[plan.cell].mode is not None  # to PyTorch
     theirs = f"; cuDNN {plan.layers * cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
     of_layers = f" of {plan.layers} layers" if plan.layered else ""
+    programs = (
+        f"{plan.programs} programs of {plan.warps} warps" if plan.programs > 1 else f"1 program of {plan.warps} warps"
+    )
+    rows = f"{plan.rows * plan.slices} rows" + (f" ({plan.slices} x {plan.rows} in turn)" if plan.slices > 1 else "")
+    one_of = " of a layer" if plan.layered else f" of one of {plan.sets} directions or heads" if plan.sets > 1 else ""
+    pause = f"; programs wait {plan.pause} cycles before they look for their neighbours' states" if plan.pause else ""
     return [
-        f"  {name}: {plan}",
-        f"    {plan.reason}; about {plan.shared_bytes / 1024:.0f} KiB of shared memory a program",
+        f"  {name}: {programs}, each with {plan.units} hidden units of {rows}{one_of}, for all steps",
+        f"    {plan.reason}; {plan.shared_bytes / 1024:.0f} KiB of shared memory a program{pause}",
         f"    estimated {plan.microseconds:.2f} us a step{of_layers}{theirs}",
     ] + ([f"    chosen because it was the fastest when it was measured, {plan.measured}"] if plan.measured else [])
 
@@ -155,7 +162,7 @@ def explain(
         estimates = "Times are estimates of a model, not measured"
         if any(" measured " in line for line in lines):
             estimates = "Times are estimates of a model but where they are said to be measured"
-        lines.append(f"{estimates}; docs/design.md explains it and the words above.")
+        lines.append(f"{estimates} (docs/design.md). A program is a block of threads.")
     if backends.triton_missing():
         lines.append(f"Here nothing of this runs: {backends.triton_missing()}.")
     elif untested := backends.triton_untested():
