@@ -526,6 +526,16 @@ def test_no_thread_holds_the_words_of_all_slots_of_wide_tiles(cell, hidden_size,
     assert p.rows == 8 and p.slices < 4
 
 
+@pytest.mark.parametrize(("cell", "hidden_size", "batch"), [("lstm", 768, 64), ("gru", 1024, 64)])
+def test_tiles_in_turn_read_weights_from_shared_memory_each(cell, hidden_size, batch):
+    """Catches weights that are read once for all tiles, for which registers have no room: Triton 3.8 sees to that where
+    nothing stands between the tiles.
+    """
+    p = planned(90, cell, "bfloat16", hidden_size, batch, True)
+    assert p.slices == 2 and p.shared > 0, "not the case this test is about"
+    assert compiled(p, 90).problem is None
+
+
 @pytest.mark.slow
 def test_the_usual_grid_is_sound():
     """Catches what the whole grid leaves out: batches of 16."""
