@@ -39,7 +39,7 @@ END:
 FENCE, WRITE, READ = "fence.acq_rel.gpu;", "st.relaxed.gpu.global", "ld.relaxed.gpu.global"
 
 
-def passed_on(seed: int, again: bool = True, **parts: str) -> tuple[int, int]:
+def passed_on(seed: int, again: bool = True, delay: float = 0.3, **parts: str) -> tuple[int, int]:
     """Flag and data as program 1 saw them."""
     known = dict(
         store_data="st.global",
@@ -52,7 +52,7 @@ def passed_on(seed: int, again: bool = True, **parts: str) -> tuple[int, int]:
     for name, text in (known | parts).items():
         code = code.replace(f"${name.upper()}", text)
     buffer, out = zeros(), zeros(2)
-    launch(code, [buffer, out], grid=2, seed=seed)
+    launch(code, [buffer, out], grid=2, seed=seed, delay=delay)
     return tuple(out.tolist())
 
 
@@ -102,6 +102,13 @@ def test_a_plain_load_of_what_another_program_writes_is_a_fault():
             passed_on(seed, load_data="ld.global")
         with pytest.raises(Fault, match="plain"):
             passed_on(seed, again=False, load_flag="ld.global.cg")
+
+
+def test_an_atomic_brings_no_other_store_with_it():
+    """Catches a memory too kind: an atomic on a place that is still on its way makes nothing else visible."""
+    atomic = "st.global.b32 [%rd0+128], 0; red.relaxed.gpu.global.add"
+    parts = dict(store_flag=atomic, load_flag=READ, load_data=f"{FENCE} {READ}")
+    assert {passed_on(seed, delay=0.05, **parts) for seed in range(30)} == {(1, 0), (1, 42)}
 
 
 def test_what_was_released_and_acquired_may_be_loaded_plainly():
@@ -224,8 +231,46 @@ def test_scope_cta_orders_nothing_between_programs(release, acquire, scopes):
     END:
     """
     for seed in range(3):
-        with pytest.raises(Fault, match="plain load") if "cta" in scopes else contextlib.nullcontext():
+        with pytest.raises(Fault, match=r"(which|another) program") if "cta" in scopes else contextlib.nullcontext():
             launch(code, [zeros()], grid=2, seed=seed)
+
+
+@pytest.mark.parametrize(("first", "second", "races"), [
+    ("st.global.b32 [%rd0], 5;", "st.volatile.global.b32 [%rd0], 6;", True),
+    ("st.global.b32 [%rd0], 5;", "atom.global.add.u32 x, [%rd0], 1;", True),
+    ("st.global.b32 [%rd0], 5; st.relaxed.gpu.global.b32 [%rd0], 7;", "red.global.add.u32 [%rd0], 1;", True),
+    ("st.relaxed.cta.global.b32 [%rd0], 5;", "st.relaxed.gpu.global.b32 [%rd0], 6;", True),
+    ("red.relaxed.cta.global.add.u32 [%rd0], 1;", "red.relaxed.cta.global.add.u32 [%rd0], 1;", True),
+    ("ld.relaxed.cta.global.b32 x, [%rd0];", "st.relaxed.gpu.global.b32 [%rd0], 6;", True),
+    ("st.relaxed.gpu.global.b32 [%rd0], 5;", "st.volatile.global.b32 [%rd0], 6;", False),
+    ("st.relaxed.gpu.global.b32 [%rd0], 5;", "ld.relaxed.sys.global.b32 x, [%rd0];", False),
+    ("ld.relaxed.cta.global.b32 x, [%rd0];", "ld.relaxed.cta.global.b32 x, [%rd0];", False),
+])  # fmt: skip
+def test_what_two_programs_do_to_one_place(first, second, races):
+    """Catches a strong store or an atomic after a plain store, and scope `cta` between programs, in one order only; and
+    a strong store that hides a plain one.
+    """
+    code = ".reg .pred p; .reg .b32 x; setp.ne.u32 p, tid, 0; @p bra END; mov.u32 x, %ctaid.x; setp.eq.u32 p, x, 0;"
+    code += f"@p bra FIRST; {second} bra END;"
+    for seed in range(8):
+        with pytest.raises(Fault, match=r"(which|another) program") if races else contextlib.nullcontext():
+            launch(f"{code} FIRST: {first} END:", [zeros()], grid=2, seed=seed)
+
+
+def test_scope_cta_is_strong_within_a_program():
+    """Catches a false alarm at threads of one program whose accesses are strong for it, and one that is missed at a
+    plain store among them.
+    """
+    code = """
+    .reg .b32 x; ld.relaxed.cta.global.b32 x, [%rd0]; atom.relaxed.cta.global.add.u32 x, [%rd0], 1;
+    st.relaxed.cta.global.b32 [%rd0+4], 5; ld.relaxed.cta.global.b32 x, [%rd0+4]; $
+    """
+    for seed in range(4):
+        out = zeros()
+        launch(code.replace("$", ""), [out], warps=2, seed=seed)
+        assert out[:2].tolist() == [64, 5]
+        with pytest.raises(Fault, match="race: "):
+            launch(code.replace("$", "st.global.b32 [%rd0+4], 6;"), [zeros()], warps=2, seed=seed)
 
 
 def test_an_acquire_of_what_was_there_before_the_release_orders_nothing():

@@ -29,7 +29,7 @@ def space_of(s: Statement) -> str:
 
 def order_of(s: Statement) -> str:
     """What an access orders among programs: "" for a weak one, "relaxed", "acquire", "release", "acq_rel"; or "cta",
-    nothing, because it does so within its own program.
+    nothing, because it is strong within its own program alone.
     """
     weak = s.op[0] in ("ld", "st") and not s.has(*STRONG)
     return "" if weak else "cta" if s.has("cta") else s.one_of("acquire", "release", "acq_rel") or "relaxed"

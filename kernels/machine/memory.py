@@ -11,7 +11,7 @@ import numpy as np
 
 from .order import MANY, Order
 from .parse import Fault
-from .races import Races
+from .races import Races, reach_of
 from .segment import Segment
 from .shadow import VECTOR, Lanes, check_lost, elements_of
 from .values import SIGNED, UNSIGNED
@@ -60,16 +60,17 @@ class GlobalMemory:
                 )
             yield segment, lanes if one else lanes.some(here), offset, here
 
-    def load(self, run, lanes: Lanes, width: int, count: int, strong: bool) -> np.ndarray:
-        """-> [lanes, count]."""
+    def load(self, run, lanes: Lanes, width: int, count: int, reach: int) -> np.ndarray:
+        """-> [lanes, count]. reach: `races.reach_of`."""
         size = width * count
         out = np.empty((lanes.address.size, count), UNSIGNED[width])
         for segment, some, offset, here in self.parts(run, lanes, size, "load"):
             raw = segment.view(size)[offset // size]
             if segment.shadow is not None:
-                if self.races is not None and not strong:
-                    self.races.check_load(run, segment, *segment.judged(some, segment.shadow.places(offset, size)))
-                if self.races is not None and strong:
+                if self.races is not None and reach < 2:
+                    places = segment.shadow.places(offset, size)
+                    self.races.check_load(run, segment, *segment.judged(some, places), reach)
+                if self.races is not None and reach == 2:
                     raw = self._early(run, segment, some, offset, size, raw)
                 owner = segment.owner
                 if self.pending:
@@ -118,7 +119,7 @@ class GlobalMemory:
         found = np.where(mine, late, elements_of(raw, segment.grain, size // segment.grain))
         return np.ascontiguousarray(found).view(VECTOR[size])[:, 0]
 
-    def store(self, run, lanes: Lanes, values: np.ndarray, strong: bool) -> None:
+    def store(self, run, lanes: Lanes, values: np.ndarray, reach: int) -> None:
         """Values [lanes, count] -> pending."""
         count, width = values.shape[1], values.itemsize
         size = width * count
@@ -127,8 +128,8 @@ class GlobalMemory:
             places = segment.shadow.places(offset, size)
             lost = None
             if self.races is not None:
-                self.races.check_store(run, segment, *segment.judged(some, places), "a store to", strong)
-                lost = self.races.note_store(run, segment, some, places, strong)
+                self.races.check_store(run, segment, *segment.judged(some, places), "a store to", reach)
+                lost = self.races.note_store(run, segment, some, places, reach)
             data, late = segment.view(size), segment.late.view(VECTOR[size])
             at = offset // size
             if segment.owner[places].any():  # stores to one place keep their order
@@ -140,7 +141,7 @@ class GlobalMemory:
                 segment.replaced[places] = 0
             late[at] = np.ascontiguousarray(values[here]).view(VECTOR[size])[:, 0]
             segment.owner[places] = some.program[:, None]
-            if lost is not None and not strong:
+            if lost is not None and reach < 1:
                 there = elements_of(late[at], width, count)
                 check_lost(run, some, lost, segment.shadow.written[places], values[here], there, segment.name)
             elements = offset[:, None] + width * np.arange(count)
@@ -189,13 +190,14 @@ class GlobalMemory:
 
     def _land(self, segment: Segment, at: np.ndarray, width: int) -> None:
         places = segment.shadow.places(at * width, width)
-        mine = segment.owner[places[:, 0]] != 0  # what has landed with a later store to the same place is over
-        at, places = at[mine], places[mine]
+        mine = segment.owner[places] != 0  # what has landed with a later store to the same place is over
+        places, grain = places[mine], VECTOR[segment.grain]
+        data, late = segment.view(segment.grain), segment.late.view(grain)
         if segment.polled:
-            segment.before.view(VECTOR[width])[at] = segment.view(width)[at]
+            segment.before.view(grain)[places] = data[places]
             segment.landed[places], segment.replaced[places] = self.version, 1
-        segment.view(width)[at] = segment.late.view(VECTOR[width])[at]
-        self.order.land(segment.base + at * width)
+        data[places] = late[places]
+        self.order.land(segment.base + places * segment.grain)
         segment.owner[places] = 0
 
     def atomic(self, run, lanes: Lanes, width: int, function, order: str) -> np.ndarray:
@@ -205,8 +207,9 @@ class GlobalMemory:
         old, changed = np.zeros(lanes.address.size, UNSIGNED[width]), False
         for segment, some, offset, here in self.parts(run, lanes, width, "atomic"):
             self.prepare(run, segment, some)
-            if segment.owner[segment.shadow.places(offset, width)].any():
-                self.commit(np.ones(self.programs + 1), run.random)
+            if segment.owner[segment.shadow.places(offset, width)].any():  # what is still on its way there has come
+                self.version += 1
+                self._land(segment, np.unique(offset // width), width)
             segment.replaced[segment.shadow.places(offset, width)] = 0
             view = segment.view(width)
             numbers = np.arange(old.size)[here]
@@ -226,8 +229,8 @@ class GlobalMemory:
                 changed |= view[place] != old[numbers[i]]
             if self.races is not None:
                 places = segment.shadow.places(offset, width)
-                self.races.check_store(run, segment, *segment.judged(some, places), "an atomic on", True)
-                self.races.note_store(run, segment, some, places, True)
+                self.races.check_store(run, segment, *segment.judged(some, places), "an atomic on", reach_of(order))
+                self.races.note_store(run, segment, some, places, reach_of(order))
         self.order.time += 1
         self.version += bool(changed)  # one that leaves all as it is may be a poll
         return old

@@ -2,14 +2,20 @@
 
 A weak load (plain, `.ca`, `.cg`, `.nc`) of what another program writes in the launch is a fault, whichever comes first:
 it may be served from a cache for ever. A strong one (volatile, relaxed, acquire) is not. Threads that hand data on by
-release and acquire are known (order.py), and what is ordered so may be loaded plainly.
+release and acquire are known (order.py), and what is ordered so may be loaded plainly. An access in scope `cta` is
+strong for its own program, and weak for all others.
 """
 
 import numpy as np
 
 from .order import MANY, Order
 from .segment import Segment
-from .shadow import Lanes, name_of
+from .shadow import Lanes, keys_at_odds, name_of
+
+
+def reach_of(order: str) -> int:
+    """How far an access is strong (`access.order_of`): 0 nowhere, 1 in its program, 2 everywhere."""
+    return {"": 0, "cta": 1}.get(order, 2)
 
 
 class Races:
@@ -48,18 +54,27 @@ class Races:
         keys = segment.shadow.last_readers(places)
         return self._unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
 
-    def check_load(self, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> None:
-        """A weak load of places [lanes, grains]."""
+    def _plain_writers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
+        """Where another program has written last of those whose stores were not strong for all, and the lane does not
+        know that to be over.
+        """
+        writer, last = segment.plain[places], segment.plain_key[places]
+        foreign = (writer != 0) & (writer != lanes.program[:, None])
+        return self._unordered(lanes, places, foreign, writer, last, last, segment.plain_clock[places])
+
+    def check_load(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, reach: int) -> None:
+        """A load of places [lanes, grains] that is not strong for all programs."""
         program = lanes.program[:, None]
         writer = segment.program[places]
         foreign = self._other_writers(segment, lanes, places)
         if foreign.any():
             who = _program(run, writer[foreign][0])
             why = "in this launch, and no release that an acquire has seen orders it"
-            run.fail_at(f"a plain load of {segment.name}, which {who} {why}", lanes.which[foreign.any(1)])
+            what = "a load in scope cta" if reach else "a plain load"
+            run.fail_at(f"{what} of {segment.name}, which {who} {why}", lanes.which[foreign.any(1)])
         keys, odd = segment.shadow.writers_at_odds(places, lanes)
         odd &= writer == program
-        if odd.any():
+        if odd.any() and not reach:
             run.fail_at(
                 f"race: {name_of(keys[odd][0])} wrote this of {segment.name}, and no barrier since",
                 lanes.which[odd.any(1)],
@@ -70,6 +85,9 @@ class Races:
             over = (earlier != 0) & (earlier != program) & ~self._other_readers(segment, lanes, places)
             for readers in (segment.last, segment.first, shadow.last, shadow.first):
                 readers[places[over]] = 0
+        segment.owned |= reach == 1
+        if segment.owned:
+            segment.own_loads[places] = (reach == 1) & (segment.own_loads[places] | (segment.last[places] == 0))
         shadow.note_read(places, lanes)
         number = np.broadcast_to(program, places.shape).ravel()
         at = places.ravel()
@@ -78,35 +96,44 @@ class Races:
         at, mirrored = at[::-1], MANY - number[::-1]
         segment.first[at] = np.maximum(segment.first[at], mirrored)
 
-    def check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, what: str, strong: bool) -> None:
-        """Strong ones may race with one another, and with what other programs store plainly; nothing with a plain
-        load, or a plain store of another thread of the program.
-        """
+    def check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, what: str, reach: int) -> None:
+        """Strong ones may race with one another, and with nothing else. (A strong load may race with a plain store.)"""
         program, writer, last = lanes.program[:, None], segment.program[places], segment.last[places]
         shadow = segment.shadow
-        if not strong:
-            foreign = self._other_writers(segment, lanes, places)
-            if foreign.any():
-                who = _program(run, writer[foreign][0])
-                run.fail_at(f"{what} {segment.name}, which {who} too", lanes.which[foreign.any(1)])
+        foreign = (self._plain_writers if reach == 2 else self._other_writers)(segment, lanes, places)
+        if foreign.any():
+            who = _program(run, (segment.plain[places] if reach == 2 else writer)[foreign][0])
+            how = "in scope cta" if segment.own_store[places][foreign][0] else "plainly"
+            how = how if reach == 2 else "too"
+            run.fail_at(f"{what} {segment.name}, which {who} {how}", lanes.which[foreign.any(1)])
         foreign = self._other_readers(segment, lanes, places)
         if foreign.any():
-            run.fail_at(f"{what} {segment.name} that another program loads plainly", lanes.which[foreign.any(1)])
+            how = "in scope cta" if segment.own_loads[places][foreign][0] else "plainly"
+            run.fail_at(f"{what} {segment.name} that another program loads {how}", lanes.which[foreign.any(1)])
         wrote = (writer == program) & shadow.writers_at_odds(places, lanes)[1]
-        if strong:
-            wrote &= segment.plain[places]
         reads = (last == program) & shadow.readers_at_odds(places, lanes)
+        if reach:
+            plain = (segment.plain[places] == program) & ~segment.own_store[places]
+            wrote = plain & keys_at_odds(segment.plain_key[places], lanes)
+            reads &= ~segment.own_loads[places]
         for odd, did in ((wrote, "wrote"), (reads, "reads")):
             if np.any(odd):
                 where = lanes.which[odd.any(1)]
                 run.fail_at(f"race: another thread {did} this of {segment.name}, and no barrier since", where)
 
-    def note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, strong: bool) -> np.ndarray | None:
+    def note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, reach: int) -> np.ndarray | None:
         """Remember a store -> which of its places [lanes, grains] another lane of it has, as `Shadow.note_write`."""
         program = lanes.program[:, None]
+        strong = reach == 2
         several = strong and self._other_writers(segment, lanes, places)
         segment.program[places] = np.where(several, MANY, program)
-        segment.clock[places], segment.plain[places] = self.order.time, not strong
+        segment.clock[places] = self.order.time
+        if not strong:
+            segment.plain[places], segment.plain_key[places] = program, lanes.fine[:, None]
+            segment.plain_clock[places] = self.order.time
+            segment.owned |= reach == 1
+            if segment.owned:
+                segment.own_store[places] = reach == 1
         for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
             readers[places] = 0  # whoever is ordered behind this store is so behind those loads
         judged = True if segment.meant is None else ~segment.meant[places]

@@ -22,7 +22,12 @@ class Segment:
         self.writable, self.shadow = True, Shadow(self.size, self.grain, fine)
         count = self.shadow.written.size
         self.program, self.last, self.first, self.clock, self.read_clock = (np.zeros(count, np.int32) for _ in range(5))
-        self.plain = np.zeros(count, bool)  # whether the last store was
+        # The last store that was not strong for all programs: by which one, which thread (a fine key) and when.
+        self.plain, self.plain_clock = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        self.plain_key = np.zeros(count, np.int64)
+        # Whether that one was strong for its own program, whether all loads since the last store were, and whether any
+        # access was.
+        self.own_store, self.own_loads, self.owned = np.zeros(count, bool), np.zeros(count, bool), False
         room = -(-self.size // 32) * 32
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .parse import Fault
+from .races import reach_of
 from .shadow import Lanes
 from .values import UNSIGNED
 from .warpgroup import Outstanding
@@ -52,7 +53,7 @@ class Services:
         if space == "shared":
             values = launch.shared.load(self, lanes, width, count)
         else:
-            values = launch.memory.load(self, lanes, width, count, order != "")
+            values = launch.memory.load(self, lanes, width, count, reach_of(order))
             known = launch.memory.order
             if order == "acquire" or (order == "relaxed" and launch.fences and known.released):
                 learn = known.acquire if order == "acquire" else known.read
@@ -76,7 +77,7 @@ class Services:
             self.launch.shared.store(self, lanes, values)
             return
         memory, known = self.launch.memory, self.launch.memory.order
-        memory.store(self, lanes, values, order != "")
+        memory.store(self, lanes, values, reach_of(order))
         if order == "release" or (order == "relaxed" and self.launch.fences):
             tell = known.release if order == "release" else known.write
             for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):

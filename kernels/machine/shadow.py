@@ -132,6 +132,13 @@ def _fine(keys: np.ndarray) -> np.ndarray:
     return keys >> 10 << 30 | keys & 1023
 
 
+def keys_at_odds(fine: np.ndarray, lanes: Lanes) -> np.ndarray:
+    """Which fine keys [lanes, grains] are of another thread that no barrier separates from the lane."""
+    key = lanes.fine[:, None]
+    since = np.where((fine ^ key) & 0x3E0 == 0, key & ~np.int64(1023), key >> 30 << 30)
+    return (fine >= since) & ((fine ^ key) & 1023 != 0)
+
+
 def elements_of(raw: np.ndarray, width: int, count: int) -> np.ndarray:
     """Vectors [lanes] -> their elements [lanes, count]."""
     return np.ascontiguousarray(raw).view(UNSIGNED[width]).reshape(raw.shape[0], count)
