@@ -292,6 +292,28 @@ def test_control_a_product_without_its_waits_and_fences_is_found(edit, said):
         product_kernel[(1, 1, 1)](a, b, c, 64, 64, 96, 64, 64, 32, 1, num_warps=4, num_stages=1)
 
 
+def _past_a_product(ptx, number, behind=""):
+    """The last warp goes past a product."""
+    m = list(re.finditer(r"wgmma\.mma_async[^;]*;", ptx))[number]
+    head = "{ .reg .pred fourth; .reg .b32 thread; mov.u32 thread, %tid.x; setp.ge.u32 fourth, thread, 96;"
+    return f"{ptx[: m.start()]} {head} @fourth bra PAST; {m[0]} PAST: {behind.format(m[0])} }} {ptx[m.end() :]}"
+
+
+@pytest.mark.parametrize(
+    ("number", "behind", "said"),
+    [
+        (-1, "", "a product of four warps that warp 3 did not come to"),
+        (1, "", r"a product of four warps, while warp \d came to another one"),
+        (-1, "bar.sync 0; @!fourth bra END; {} END:", r"a product of four warps, while .*, or behind a barrier"),
+    ],
+)
+def test_control_a_product_that_three_of_four_warps_come_to_is_found(number, behind, said):
+    """Catches a warp that never comes to a product, to another one in its place, or behind a barrier."""
+    a, b, c = torch.randn(64, 64).half(), torch.randn(64, 64).half(), torch.zeros(64, 64)
+    with pytest.raises(Fault, match=said), on_machine(90, edit=lambda ptx: _past_a_product(ptx, number, behind)):
+        first_product_kernel[(1,)](a, b, c, 64)
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype", "form"),
     [

@@ -17,7 +17,7 @@ from .segment import Segment
 from .services import LANES
 from .shared import SharedMemory
 from .values import UNSIGNED
-from .warpgroup import Outstanding
+from .warpgroup import Meeting, Outstanding
 
 
 class Machine:
@@ -99,6 +99,7 @@ class Launch:
         self._set_special()
         self.copies: dict[int, list] = {}  # row -> groups of asynchronous copies, the open one last
         self.products: dict[int, Outstanding] = {}  # row -> products that it has not waited for
+        self.meetings: dict[int, Meeting] = {}  # the first row of four warps -> products that not all have come to
         together = np.array([x.together for x in code.code] + [False])
         self.together = lambda at: together[np.minimum(at, len(together) - 1)]
         absent = np.array([schedule.absent(code.kernel.name, index) for index in self.index])
@@ -159,6 +160,11 @@ class Launch:
             raise Fault(
                 self.message("a barrier that some warps of the program never reach", row, None, int(self.at[row]) - 1)
             )
+        for row, meeting in self.meetings.items():
+            if (missing := meeting.missing()) is not None:
+                warp, came, at = missing
+                what = f"a product of four warps that warp {(row + warp) % self.warps} did not come to"
+                raise Fault(self.message(what, row + came, None, at))
         self.memory.commit(np.ones(len(self.index) + 1), self.random)
         self.counts.most = int(self.count.max(initial=0))
 

@@ -6,7 +6,7 @@ from .parse import Fault
 from .races import reach_of
 from .shadow import Lanes
 from .values import UNSIGNED
-from .warpgroup import Outstanding
+from .warpgroup import Meeting, Outstanding
 
 LANES = np.arange(32)
 
@@ -187,9 +187,18 @@ class Services:
                     "a product of four warps with no wgmma.fence since its registers were used", 32 * i + LANES
                 )
             known.used |= dict.fromkeys(accumulators, shape)
+            self._meet(launch.meetings.setdefault(row - row % launch.warps % 4, Meeting()), row, 32 * i + LANES)
             mine = np.unique(np.concatenate([address[i] for address in addresses]))
             places = launch.shared.hold(self, mine, int(launch.program[row]), 32 * i + LANES)
             known.groups[-1].append((frozenset((*accumulators, *a)), places))
+
+    def _meet(self, meeting: Meeting, row: int, which: np.ndarray) -> None:
+        """A warp comes to a product of four."""
+        launch, warp = self.launch, row % self.launch.warps
+        other = meeting.come(warp % 4, (self.at, int(launch.barriers[launch.program[row]])))
+        if other is not None:
+            there = warp - warp % 4 + other
+            self.fail_at(f"a product of four warps, while warp {there} came to another one, or behind a barrier", which)
 
     def commit_products(self) -> None:
         """The products since the last group are a group."""

@@ -3,8 +3,8 @@
 A warp has 16 of the 64 rows, with fragments as those of `mma`, 8 columns after 8 columns, and computes them by itself
 here, at once. But until `wait_group` its registers count as on their way, for all but other products, and whoever
 writes the shared memory that it reads is at fault (`Outstanding`). `wgmma.fence` must stand between other accesses of
-its registers and the product, `fence.proxy.async` behind what wrote its shared memory. Not checked: that four warps
-come together.
+its registers and the product, `fence.proxy.async` behind what wrote its shared memory. All four warps must come to the
+same products, with no barrier of the program between them (`Meeting`).
 """
 
 import re
@@ -47,6 +47,33 @@ class Outstanding:
         """Until all closed groups but the latest `left` are over -> the places that they read."""
         over, self.groups = self.groups[: -1 - left], self.groups[-1 - left :]
         return [places for group in over for _, places in group]
+
+
+class Meeting:
+    """The products, (number of the instruction, barriers of the program before it), that some of four warps have come
+    to and others not yet.
+    """
+
+    def __init__(self):
+        self.ahead: list[list[tuple[int, int]]] = [[] for _ in range(4)]
+
+    def come(self, warp: int, product: tuple[int, int]) -> int | None:
+        """One of the four comes to a product -> another one that came to another product in its place, or None."""
+        self.ahead[warp].append(product)
+        number = len(self.ahead[warp]) - 1
+        for other, products in enumerate(self.ahead):
+            if len(products) > number and products[number] != product:
+                return other
+        if all(self.ahead):
+            for products in self.ahead:
+                del products[0]
+        return None
+
+    def missing(self) -> tuple[int, int, int] | None:
+        """A warp that did not come to a product, one that did, and which."""
+        counts = [len(products) for products in self.ahead]
+        came = int(np.argmax(counts))
+        return (int(np.argmin(counts)), came, self.ahead[came][min(counts)][0]) if any(counts) else None
 
 
 class Operand:
