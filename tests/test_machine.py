@@ -516,6 +516,12 @@ def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
         ("atom.global.add.u32 x, [%rd0+128], 1;", "atomic outside of argument 0"),
         ("red.global.add.v2.f32 [%rd0+4], {tid, tid};", "misaligned atomic of 8 bytes"),
         ("ld.shared.b32 x, [global_smem];", "read before it is written"),
+        (
+            ".local .align 4 .b8 own[8]; st.local.b32 [own], tid; ld.local.b32 x, [own+4];",
+            "^local memory is read before",
+        ),
+        (".local .align 4 .b8 own[8]; ld.local.v2.b32 {x, y}, [own+4];", "misaligned load of 8 bytes"),
+        (".local .align 4 .b8 own[8]; st.local.b32 [own+8], tid;", "store at byte 8 of 8 bytes of local memory"),
         ("setp.lt.u32 p, tid, 5; @p bar.sync 0;", "lanes of a warp"),
         ("setp.lt.u32 p, tid, 5; @p bra AWAY; bar.sync 0; AWAY:", "only some lanes"),
         ("setp.lt.u32 p, tid, 5; @p shfl.sync.bfly.b32 x, tid, 1, 31, -1;", "only some lanes"),

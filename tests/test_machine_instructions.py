@@ -386,6 +386,18 @@ def test_integer_arithmetic(kind):
         assert_integers(f"mad.wide.{kind} $0, $1, $2, $3;", wide, lambda a, b, c: a * b + c, kind, kind, wide)
 
 
+def test_products_with_carries():
+    """Catches a carry of the other half of a product, and one that is lost or counted twice."""
+    given = {name: ("u32", np.array(integers(32, seed), np.uint64)) for seed, name in enumerate("abcd")}
+    code = "mad.lo.cc.u32 low, a, b, c; madc.hi.cc.u32 high, a, b, d; madc.lo.u32 more, a, b, c;"
+    found = lanes(code, dict.fromkeys(("low", "high", "more"), "u32"), given)
+    for i, (a, b, c, d) in enumerate(zip(*(x.tolist() for _, x in given.values()), strict=True)):
+        low = (a * b & 0xFFFFFFFF) + c
+        high = (a * b >> 32) + d + (low >> 32)
+        expected = [x & 0xFFFFFFFF for x in (low, high, low + (high >> 32))]
+        assert [int(found[name][i]) for name in ("low", "high", "more")] == expected
+
+
 def test_saturated_sum():
     """Catches add.sat that wraps."""
     assert_integers(
@@ -863,6 +875,23 @@ def test_loads_extend_and_vectors_keep_their_order():
     assert torch.equal(out[:, 1], first & 255) and torch.equal(out[:, 2], first & 255) and (out[:, 3] == 7).all()
 
 
+def test_local_memory_is_each_threads_own():
+    """Catches threads that share it, and elements of vectors or of another width in another place."""
+    out = torch.zeros(64, 4, dtype=torch.int16)
+    launch(
+        """
+        .local .align 16 .b8 one[4]; .local .align 16 .b8 two[16]; .reg .b64 there; .reg .b32 at, x; .reg .b16 h<4>;
+        mov.b64 there, one; st.local.b32 [there], 7; mov.b64 there, two; cvt.u32.u64 at, there;
+        st.local.v2.b32 [at+8], {tid, 5}; ld.local.v4.b16 {h0, h1, h2, h3}, [there+8]; ld.local.b32 x, [one];
+        cvt.u16.u32 h1, x; mad.wide.u32 offset, tid, 8, %rd0; st.global.v4.b16 [offset], {h0, h1, h2, h3};
+        """,
+        [out],
+        warps=2,
+    )
+    expected = torch.tensor([[i, 7, 5, 0] for i in range(64)], dtype=torch.int16)
+    assert torch.equal(out, expected)
+
+
 ATOMICS = {
     ("add", "u32"): lambda xs, start: start + sum(xs),
     ("max", "s32"): lambda xs, start: max(start, *xs),
@@ -1082,7 +1111,8 @@ def test_every_instruction_that_is_known_is_tested():
         ("ld.b32 x, [%rd0];", "ld.b32 x"),
         ("bar.sync 1, 64;", "bar.sync 1, 64"),
         ("mov.u32 x, %clock_hi;", "(%clock_hi)"),
-        ("mov.u64 d, __local_depot0;", "(local memory, as of tl.sin and device_print)"),
+        ("cvta.local.u64 d, d;", "(generic addresses of local memory, as of device_print)"),
+        ("mad.lo.cc.u64 d, d, d, d;", "(carries of u64)"),
         ("tcgen05.alloc.b32 [x], 32;", "(tensor memory): tcgen05.alloc.b32 [x], 32"),
         ("fma.rn.f64 d, d, d, d;", "fma.rn.f64"),
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {d,d}, {d}, {d}, {d,d};", "m8n8k4"),

@@ -352,6 +352,27 @@ def test_a_layer_norm(arch):
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x.float(), (300,), weight, bias), atol=1e-4, rtol=1e-4)
 
 
+@triton.jit
+def waves_kernel(x, sines, cosines, COUNT: tl.constexpr):
+    """sin and cos of x."""
+    at = tl.arange(0, COUNT)
+    values = tl.load(x + at)
+    tl.store(sines + at, tl.sin(values))
+    tl.store(cosines + at, tl.cos(values))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sines_and_cosines(arch):
+    """Catches local memory, carries and constants of the module, by which large numbers are reduced: of some lanes."""
+    x = torch.randn(256) * 2.0 ** torch.randint(-20, 120, (256,))
+    x[:4] = torch.tensor([0.0, 105615.0, float("inf"), float("nan")])
+    sines, cosines = torch.zeros(256), torch.zeros(256)
+    with on_machine(arch, seed=6):
+        waves_kernel[(1,)](x, sines, cosines, 256)
+    for found, function in ((sines, torch.sin), (cosines, torch.cos)):
+        torch.testing.assert_close(found, function(x.double()).float(), atol=3e-7, rtol=3e-7, equal_nan=True)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_sums_behind_a_lock(arch):
     """Catches false alarms, and lost sums, where programs hand plain data on by a lock that acquires and releases."""

@@ -22,7 +22,7 @@ from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import launch, layer, machine_code
 from rnn_gpu.kernels.compiled import Resources, compile_kernel, compile_plan, signature
 from rnn_gpu.kernels.direct import Prepared
-from rnn_gpu.kernels.machine.decode import Code
+from rnn_gpu.kernels.machine.code import Code
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, published_before_the_next_poll
 from rnn_gpu.kernels.plan import DEVICES, POLL_CYCLES, SPARE_BYTES, Plan, every_plan, plan
 from rnn_gpu.kernels.spec import CELLS, padded

@@ -1,7 +1,7 @@
 """Loads, stores, atomics and asynchronous copies. (PTX ISA 9.7.9.8 to 9.7.9.27, 9.7.13.6, 9.7.13.7)
 
-What memory makes of them stands in memory.py. An address is of global or of shared memory by its instruction; generic
-addresses are not known.
+What memory makes of them stands in memory.py, shared.py and local.py. An address is of one of these by its instruction;
+generic addresses are not known.
 """
 
 import operator
@@ -21,7 +21,7 @@ HINTS = (
 
 def space_of(s: Statement) -> str:
     """The memory that an instruction names."""
-    space = s.one_of("global", "shared")
+    space = s.one_of("global", "shared", "local")
     if space is None:
         raise ValueError("generic addresses")
     return space
@@ -49,7 +49,7 @@ def vector(text: str) -> list[str]:
     return split(text[1:-1]) if text.startswith("{") else [text]
 
 
-@instruction("ld", "param global shared volatile relaxed acquire mmio " + HINTS)
+@instruction("ld", "param global shared local volatile relaxed acquire mmio " + HINTS)
 def ld(d: Decoder, s: Statement) -> Instruction:
     """9.7.9.8."""
     kind, width = s.op[-1], WIDTH[s.op[-1]]
@@ -83,7 +83,7 @@ def _parameter(d: Decoder, s: Statement) -> Instruction:
     return d.act(load)
 
 
-@instruction("st", "global shared volatile relaxed release mmio " + HINTS)
+@instruction("st", "global shared local volatile relaxed release mmio " + HINTS)
 def st(d: Decoder, s: Statement) -> Instruction:
     """9.7.9.11."""
     width, space = WIDTH[s.op[-1]], space_of(s)

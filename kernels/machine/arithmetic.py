@@ -10,7 +10,7 @@ import numpy as np
 from .decode import Decoder, Instruction, instruction
 from .floating import floating, fma
 from .operands import bits, of
-from .parse import WIDTH, Statement
+from .parse import CARRY, WIDTH, Statement
 from .values import SIGNED, UNSIGNED, is_float, odd_sum
 
 
@@ -43,10 +43,12 @@ def mul(d: Decoder, s: Statement) -> Instruction:
     return of(d, s, operator.mul, *[bits(kind)] * 2, result=bits(kind))
 
 
-@instruction("mad", "lo hi wide rn ftz")
+@instruction("mad madc", "lo hi wide rn ftz cc")
 def mad(d: Decoder, s: Statement) -> Instruction:
-    """9.7.1.4: a * b + c; of floating point it is fma (9.7.3.7)."""
+    """9.7.1.4: a * b + c; of floating point it is fma (9.7.3.7). 9.7.2.5, 9.7.2.6: with a carry, in or out."""
     kind = s.op[-1]
+    if s.has("cc", "madc"):
+        return _carried(d, s)
     if _numbers(kind):
         return fma(d, s)
     if s.has("wide", "hi"):
@@ -67,6 +69,22 @@ def _wide(d: Decoder, s: Statement, function: Callable) -> Instruction:
     double = f"{kind[0]}{16 * width}"
     big, rest = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * width], [double] * (len(s.operands) - 3)
     return of(d, s, lambda a, b, *c: function(a.astype(big) * b.astype(big), *c), kind, kind, *rest, result=double)
+
+
+def _carried(d: Decoder, s: Statement) -> Instruction:
+    if s.op[-1] != "u32":
+        raise ValueError(f"carries of {s.op[-1]}")
+    a, b, c = d.sources(s.operands[1:], *["u32"] * 3)
+    given = d.source(CARRY, 0) if s.op[0] == "madc" else d.constant(0, 0)
+    target, carry, upper = d.target(s.operands[0]), d.target(CARRY if s.has("cc") else "_"), s.has("hi")
+
+    def act(run, mask):
+        x, y, z, more = (run.frame[i].astype(np.uint64) for i in (a, b, c, given))
+        total = ((x * y) >> np.uint64(32) if upper else (x * y) & np.uint64(0xFFFFFFFF)) + z + more
+        run.put(target, total.astype(np.uint32), mask)
+        run.put(carry, total >> np.uint64(32) > 0, mask)
+
+    return d.act(act)
 
 
 @instruction("div", "rn rz rm rp ftz approx full")

@@ -8,7 +8,9 @@ program stores becomes visible a little at a time, between two such draws.
 
 import numpy as np
 
-from .decode import SPECIAL, Code
+from .code import Code
+from .decode import SPECIAL
+from .local import LocalMemory
 from .memory import GlobalMemory
 from .parse import Fault
 from .run import DONE, NOWHERE, READY, WAITING, Run
@@ -83,6 +85,9 @@ class Launch:
         programs = len(self.index)
         rows = programs * self.warps
         self.memory = GlobalMemory(code.grain["global"], programs, schedule.races)
+        for name, data in code.kernel.data.items():
+            self.memory.add(np.frombuffer(data, np.uint8), name)
+        self.local = LocalMemory(sum(max(code.kernel.local.values(), default=(0, 0))), 32 * rows)
         products = any(x.holds for x in code.code)
         self.shared = SharedMemory(machine.shared, programs, code.grain["shared"], self.fine, schedule.races, products)
         self.program = np.repeat(np.arange(programs), self.warps)

@@ -36,6 +36,9 @@ WIDTH = {
 }
 
 
+CARRY = "%cc"  # the register of a carry, which instructions do not name
+
+
 class Fault(RuntimeError):
     """What a kernel does is wrong, or this machine does not know it."""
 
@@ -74,6 +77,8 @@ class Kernel:
     registers: dict[str, int] = field(default_factory=dict)  # name -> bytes, 0 for a predicate
     labels: dict[str, int] = field(default_factory=dict)  # name -> number of the statement behind it
     statements: list[Statement] = field(default_factory=list)
+    local: dict[str, tuple[int, int]] = field(default_factory=dict)  # arrays of local memory: where, how many bytes
+    data: dict[str, bytes] = field(default_factory=dict)  # arrays of the module in global memory
 
 
 _TOKEN = re.compile(
@@ -87,6 +92,7 @@ _TOKEN = re.compile(
     )""",
     re.X,
 )
+_ARRAY = re.compile(r"\.b8\s+([\w$]+)\[(\d+)\](?:\s*=\s*\{([^}]*)\})?")
 _NAME = re.compile(r"[%$\w]+")
 
 
@@ -101,6 +107,8 @@ def parse(ptx: str) -> Kernel:
         if words[1].lstrip(".") not in WIDTH:
             raise Fault(f"a parameter that this machine does not know: {parameter}")
         kernel.parameters[words[-1]] = WIDTH[words[1].lstrip(".")]
+    for name, size, numbers in re.findall(rf"\.global\b[^;]*?{_ARRAY.pattern}", ptx[: entry.start()]):
+        kernel.data[name] = bytes(map(int, filter(None, numbers.split(",")))).ljust(int(size), b"\0")
     tokens = _tokens(re.sub(r"/\*.*?\*/", "", ptx[entry.end() :], flags=re.S))
     where, scopes, made = "", [], 0
     for i, (kind, text) in enumerate(tokens):
@@ -118,8 +126,13 @@ def parse(ptx: str) -> Kernel:
             _, register_type, names = text.split(None, 2)
             for name in _registers(names):
                 kernel.registers[_renamed(name, scopes)] = WIDTH[register_type[1:]]
+        elif text.startswith(".local") and (array := _ARRAY.search(text)):
+            begin = max((-(-(at + size) // 16) * 16 for at, size in kernel.local.values()), default=0)
+            kernel.local[array[1]] = begin, int(array[2])
         elif not text.startswith("."):
             kernel.statements.append(_statement(_renamed(text, scopes), where))
+            if kernel.statements[-1].has("cc"):
+                kernel.registers[CARRY] = 0
     return kernel
 
 

@@ -50,8 +50,8 @@ class Services:
         if not lanes.which.size:
             return np.zeros((self.warps, 32, count), UNSIGNED[width])
         launch = self.launch
-        if space == "shared":
-            values = launch.shared.load(self, lanes, width, count)
+        if space != "global":
+            values = (launch.shared if space == "shared" else launch.local).load(self, lanes, width, count)
         else:
             values = launch.memory.load(self, lanes, width, count, reach_of(order))
             known = launch.memory.order
@@ -73,8 +73,8 @@ class Services:
         if not lanes.which.size:
             return
         values = values.reshape(32 * self.warps, -1)[lanes.which]
-        if space == "shared":
-            self.launch.shared.store(self, lanes, values)
+        if space != "global":
+            (self.launch.shared if space == "shared" else self.launch.local).store(self, lanes, values)
             return
         memory, known = self.launch.memory, self.launch.memory.order
         memory.store(self, lanes, values, reach_of(order))
