@@ -135,6 +135,27 @@ def test_float32_rounds_once_in_every_direction(name, mode):
         assert_bits(found[~zero], expected[~zero])
 
 
+def test_fused_products_of_float64_round_once():
+    """Catches last bits of a product that are lost, above all where the sum cancels, and at both ends of the range."""
+    draw = np.random.default_rng(1)
+    for scale in (0, 0, 300, 520, 1023):
+        a, b, c = (draw.standard_normal(32) * 2.0 ** draw.integers(-scale, scale + 1, 32) for _ in range(3))
+        with np.errstate(all="ignore"):
+            c[:16] = np.nan_to_num(-(a * b), posinf=1e300, neginf=-1e300)[:16] * draw.choice([1, 1 + 2**-50, 0.5], 16)
+            a[31], b[30], c[29] = np.inf, np.nan, 0
+            expected = a * b + c
+        for i in range(30):
+            try:
+                expected[i] = float(Fraction(a[i]) * Fraction(b[i]) + Fraction(c[i]))
+            except OverflowError:
+                assert np.isinf(expected[i])
+        found = value_of("fma.rn.f64 $0, $1, $2, $3;", "f64", ("f64", a), ("f64", b), ("f64", c)).view(np.float64)
+        np.testing.assert_array_equal(found, expected)
+    zeros = [np.array([0.0, -0.0, 1.0, -1.0] * 8), np.full(32, -0.0), np.array([-0.0] * 31 + [0.0])]
+    found = value_of("fma.rn.f64 $0, $1, $2, $3;", "f64", *(("f64", x) for x in zeros)).view(np.float64)
+    assert_bits(np.signbit(found), np.signbit(zeros[0] * zeros[1] + zeros[2]))
+
+
 @pytest.mark.parametrize("name", ["add", "mul", "fma"])
 def test_float32_of_nan_infinities_and_denormals_is_as_ieee_has_it(name):
     """Catches another NaN than hardware makes, and denormals taken for zero."""
@@ -803,6 +824,37 @@ def test_products_of_matrices(kind, k, result):
         np.testing.assert_array_equal(value, expected[rows, columns])
 
 
+@pytest.mark.parametrize(("rows", "k"), [(8, 4), (16, 4), (16, 8), (16, 16)])
+def test_products_of_float64(rows, k):
+    """The same, of float64 with one number in a register, and sums that float32 does not have."""
+    draw = np.random.default_rng(k)
+    a, b, c = (draw.integers(-(1 << 20), 1 << 20, shape) * 1.0 for shape in ((rows, k), (k, 8), (rows, 8)))
+    group, member = np.arange(32) // 4, np.arange(32) % 4
+    given = [a[group + 8 * (i % 2), member + 4 * (i // 2)] for i in range(rows * k // 32)]
+    inputs = {f"a{i}": ("f64", x) for i, x in enumerate(given)}
+    inputs |= {f"b{i}": ("f64", b[member + 4 * i, group]) for i in range(k // 4)}
+    places = [(group + 8 * (i // 2), 2 * member + i % 2) for i in range(rows // 4)]
+    inputs |= {f"c{i}": ("f64", c[place]) for i, place in enumerate(places)}
+    names = lambda letter: ", ".join(name.replace("c", "d") for name in inputs if name[0] == letter)
+    code = f"mma.sync.aligned.m{rows}n8k{k}.row.col.f64.f64.f64.f64 "
+    code += f"{{{names('c')}}}, {{{names('a')}}}, {{{names('b')}}}, {{{names('c').replace('d', 'c')}}};"
+    found = lanes(code, {f"d{i}": "f64" for i in range(rows // 4)}, inputs)
+    for i, place in enumerate(places):
+        np.testing.assert_array_equal(found[f"d{i}"].view(np.float64), (a @ b + c)[place])
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_sums_of_integers_wrap_or_are_cut_off(saturates):
+    """Catches `.satfinite` that wraps, and a sum without it that does not."""
+    word, most = ("b32", np.uint64(0x7F7F7F7F)), ("b32", np.uint64(0x7FFFFFFF))
+    inputs = {"a": word, "b": word, "c": most}
+    code = f"mma.sync.aligned.m16n8k32.row.col.{'satfinite.' if saturates else ''}s32.s8.s8.s32 "
+    code += "{d0, d1, d2, d3}, {a, a, a, a}, {b, b}, {c, c, c, c};"
+    found = lanes(code, {f"d{i}": "b32" for i in range(4)}, inputs)
+    total = (1 << 31) - 1 + 32 * 127 * 127
+    assert (found["d3"] == (0x7FFFFFFF if saturates else total & 0xFFFFFFFF)).all()
+
+
 def test_tf32_ignores_the_low_bits():
     """Catches products of whole float32 numbers where a tensor core has 10 bits."""
     x = np.float32(1 + 2.0**-12)
@@ -1114,8 +1166,8 @@ def test_every_instruction_that_is_known_is_tested():
         ("cvta.local.u64 d, d;", "(generic addresses of local memory, as of device_print)"),
         ("mad.lo.cc.u64 d, d, d, d;", "(carries of u64)"),
         ("tcgen05.alloc.b32 [x], 32;", "(tensor memory): tcgen05.alloc.b32 [x], 32"),
-        ("fma.rn.f64 d, d, d, d;", "fma.rn.f64"),
-        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {d,d}, {d}, {d}, {d,d};", "m8n8k4"),
+        ("fma.rz.f64 d, d, d, d;", "rounding rz"),
+        ("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {d,d}, {d}, {d}, {d,d};", "fragments of another size"),
     ],
 )
 def test_what_is_not_known_is_an_error_that_names_it(code, named):

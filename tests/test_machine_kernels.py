@@ -292,6 +292,41 @@ def test_control_a_product_without_its_waits_and_fences_is_found(edit, said):
         product_kernel[(1, 1, 1)](a, b, c, 64, 64, 96, 64, 64, 32, 1, num_warps=4, num_stages=1)
 
 
+@triton.jit
+def sum_of_products_kernel(a, b, c, K, M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
+    """c [M, N] = a [M, K] b [N, K]^T by one program."""
+    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BK)
+    total = tl.zeros((M, N), TYPE)
+    for k in range(0, K, BK):
+        x, y = tl.load(a + rows[:, None] * K + k + inner), tl.load(b + columns * K + k + inner[:, None])
+        total = tl.dot(x, y, total, out_dtype=TYPE)
+    tl.store(c + rows[:, None] * N + columns, total)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "tile", "form"),
+    [
+        (80, torch.int8, (32, 32, 32), r"mma.*m16n8k32.*s32\.s8"),
+        (90, torch.int8, (64, 32, 64), r"wgmma.*m64n32k32\.s32\.s8"),
+        (120, torch.int8, (64, 32, 64), r"mma.*m16n8k32.*s32\.s8"),
+        (80, torch.float64, (16, 16, 16), r"mma.*m8n8k4.*f64"),
+        (90, torch.float64, (32, 16, 16), r"mma.*f64"),
+        (120, torch.float64, (16, 16, 16), r"fma\.rn\.f64"),
+    ],
+)
+def test_products_of_integers_and_of_float64(arch, kind, tile, form):
+    """Catches numbers of 8 bits read in another order, sums that are rounded, and products in another type."""
+    M, N, BK = tile
+    out, name = (torch.int32, tl.int32) if kind == torch.int8 else (torch.float64, tl.float64)
+    a, b = (torch.randn(rows, 2 * BK, dtype=torch.float64) for rows in (M, N))
+    a, b = ((100 * x).clamp(-128, 127).to(kind) if kind == torch.int8 else x for x in (a, b))
+    c, texts = torch.zeros(M, N, dtype=out), []
+    with on_machine(arch, seed=7, edit=lambda ptx: texts.append(ptx) or ptx):
+        sum_of_products_kernel[(1,)](a, b, c, 2 * BK, M, N, BK, name, num_stages=1)
+    assert re.search(form, texts[0])
+    torch.testing.assert_close(c, a.to(out) @ b.to(out).T, rtol=1e-13, atol=1e-13)
+
+
 def _past_a_product(ptx, number, behind=""):
     """The last warp goes past a product."""
     m = list(re.finditer(r"wgmma\.mma_async[^;]*;", ptx))[number]

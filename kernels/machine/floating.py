@@ -12,7 +12,7 @@ import numpy as np
 from .decode import Decoder, Instruction, instruction
 from .operands import of
 from .parse import Statement
-from .values import FLOATS, UNSIGNED, flush, from_halves, fused, halves, odd_sum, rounded
+from .values import FLOATS, UNSIGNED, flush, from_halves, fused, fused_double, halves, odd_sum, rounded
 
 NAN = {"f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
 DIRECTED = ("rz", "rm", "rp")
@@ -88,7 +88,7 @@ def fma(d: Decoder, s: Statement) -> Instruction:
     """9.7.3.7, 9.7.4.6: a * b + c, rounded once."""
     number = s.op[-1].removesuffix("x2")
     if number == "f64":
-        raise ValueError("fused products of float64")
+        return floating(d, s, fused_double)
     odd = lambda a, b, c: odd_sum(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
     if number in ("f16", "bf16") and s.op[-2] != "f32":
         once = lambda a, b, c: rounded(odd(a, b, c), number, "rn").astype(np.float32)

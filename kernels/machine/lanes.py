@@ -1,24 +1,17 @@
-"""What the lanes of a warp do together: shuffles, votes, reductions, and products of matrices. (PTX ISA 9.7.9, 9.7.13,
-9.7.14)
+"""What the lanes of a warp do together: shuffles, votes, reductions, and matrices to and from shared memory. (PTX ISA
+9.7.9, 9.7.13, 9.7.14; products: products.py)
 
 All of them are `together`: run.py calls them when all 32 lanes of a warp are there, and a warp whose lanes never
-meet is a Fault. A fragment is the part of a matrix that a lane holds; lane = 4 * group + member.
+meet is a Fault.
 """
-
-import re
 
 import numpy as np
 
 from .decode import Decoder, Instruction, instruction
 from .parse import Statement, split
-from .values import eighth_to_float, from_halves, halves
+from .products import whole
 
 LANES = np.arange(32)
-
-
-def whole(x: np.ndarray, run) -> np.ndarray:
-    """A register for every lane, [warps, 32]."""
-    return np.broadcast_to(x, (run.warps, 32))
 
 
 def together(d: Decoder, members: str, action) -> Instruction:
@@ -107,94 +100,6 @@ def redux(d: Decoder, s: Statement) -> Instruction:
         run.put(target, found, mask)
 
     return together(d, s.operands[2], reduce)
-
-
-# Products of matrices -------------------------------------------------------------------------------------------------
-
-
-def fragments(words: list[np.ndarray], run) -> np.ndarray:
-    """Registers -> [warps, words, 8 groups, 4 members]."""
-    return np.stack([whole(word, run) for word in words], 1).reshape(run.warps, len(words), 8, 4)
-
-
-def elements(words: np.ndarray, kind: str) -> np.ndarray:
-    """uint32 [...] -> its numbers, [..., 1, 2 or 4], the lowest first."""
-    if kind == "tf32":
-        return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
-    if kind in ("f16", "bf16"):
-        return halves(words, kind)
-    each = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
-    if kind in ("e4m3", "e5m2"):
-        return eighth_to_float(each, kind)
-    return each.view(np.int8) if kind == "s8" else each
-
-
-def left(words: np.ndarray, kind: str) -> np.ndarray:
-    """Fragments of A [warps, words, 8, 4] -> [warps, 16, k]: word i has rows from 8 * (i % 2) on, and the columns after
-    its member in the half i // 2.
-    """
-    x = elements(words, kind)
-    warps, count, _, _, width = x.shape
-    x = x.reshape(warps, count // 2, 2, 8, 4, width).transpose(0, 2, 3, 1, 4, 5)
-    return x.reshape(warps, 16, count // 2 * 4 * width)
-
-
-def right(words: np.ndarray, kind: str) -> np.ndarray:
-    """Fragments of B [warps, words, 8, 4] -> [warps, k, 8]: the group is the column."""
-    x = elements(words, kind)
-    warps, count, _, _, width = x.shape
-    return x.transpose(0, 1, 3, 4, 2).reshape(warps, count * 4 * width, 8)
-
-
-def accumulator(words: np.ndarray, kind: str) -> np.ndarray:
-    """Fragments of C [warps, words, 8, 4] -> [warps, 16, 8]: two neighbours of a row, then two of the row 8 below."""
-    x = halves(words, "f16") if kind == "f16" else words.view(np.int32 if kind == "s32" else np.float32)
-    warps = x.shape[0]
-    if kind != "f16":
-        x = x.reshape(warps, 2, 2, 8, 4).transpose(0, 1, 3, 4, 2)
-    return x.reshape(warps, 16, 8)
-
-
-def results(product: np.ndarray, kind: str) -> np.ndarray:
-    """[warps, 16, 8] -> fragments of D, [warps, words, 32]."""
-    warps = product.shape[0]
-    x = product.reshape(warps, 2, 8, 4, 2)
-    if kind == "f16":
-        return from_halves(x.astype(np.float32), "f16").reshape(warps, 2, 32)
-    x = x.astype(np.int32 if kind == "s32" else np.float32).transpose(0, 1, 4, 2, 3)
-    return np.ascontiguousarray(x).view(np.uint32).reshape(warps, 4, 32)
-
-
-def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str) -> np.ndarray:
-    """a @ b + c, summed in float64 and rounded once (integers: exactly)."""
-    if kind == "s32":
-        return (a.astype(np.int64) @ b.astype(np.int64) + c).astype(np.int32)
-    product = a.astype(np.float64) @ b.astype(np.float64) + c
-    product = product.astype(np.float32)
-    return np.where(np.isnan(product), np.uint32(0x7FFFFFFF).view(np.float32), product)
-
-
-@instruction("mma", "sync aligned m16n8k4 m16n8k8 m16n8k16 m16n8k32 row col satfinite e4m3 e5m2 kind::f8f6f4")
-def mma(d: Decoder, s: Statement) -> Instruction:
-    """9.7.14.5: D = A B + C of 16 x 8 x k: tf32 (whose low 13 bits are ignored), f16, bf16, e4m3, e5m2, s8, u8."""
-    k = int(re.search(r"m16n8k(\d+)", ".".join(s.op))[1])
-    d_kind, a_kind, b_kind, c_kind = s.op[-4:]
-    width = {"tf32": 4, "f16": 2, "bf16": 2, "s8": 1, "u8": 1, "e4m3": 1, "e5m2": 1}[a_kind]
-    if d_kind != c_kind or d_kind not in ("f32", "f16", "s32") or s.has("satfinite") or not s.has("row"):
-        raise ValueError("this product")
-    targets, *sources = (split(text[1:-1]) for text in s.operands)
-    if [len(x) for x in sources] != [16 * k * width // 128, 8 * k * width // 128, 2 if c_kind == "f16" else 4]:
-        raise ValueError("fragments of another size")
-    a, b, c = ([d.source(text, 4) for text in texts] for texts in sources)
-    slots = [d.target(text) for text in targets]
-
-    def product(run, mask):
-        x, y, z = (fragments([run.frame[i] for i in words], run) for words in (a, b, c))
-        found = multiply(left(x, a_kind), right(y, b_kind), accumulator(z, c_kind), d_kind)
-        for i, slot in enumerate(slots):
-            run.put(slot, results(found, d_kind)[:, i], mask)
-
-    return d.act(product, together=True)
 
 
 def _matrices(s: Statement) -> int:

@@ -7,6 +7,8 @@ exact (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved
 2008).
 """
 
+from fractions import Fraction
+
 import numpy as np
 
 from .parse import WIDTH
@@ -98,12 +100,16 @@ def odd(value: np.ndarray, error: np.ndarray) -> np.ndarray:
     return np.where(inexact, (bits + np.where(away, 1, -1)).view(np.float64), value)
 
 
-def odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a + b of float64, rounded to odd (Knuth's two-sum gives the error)."""
-    total = a + b
+def _lost(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """What their sum `total` lacks of a + b (Knuth)."""
     part = total - a
-    error = (a - (total - part)) + (b - part)
-    return odd(total, np.where(np.isfinite(total), error, 0))
+    return (a - (total - part)) + (b - part)
+
+
+def odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b of float64, rounded to odd."""
+    total = a + b
+    return odd(total, np.where(np.isfinite(total), _lost(a, b, total), 0))
 
 
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -120,6 +126,40 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         product, c = np.broadcast_to(product, total.shape)[doubtful], np.broadcast_to(c, total.shape)[doubtful]
         result[doubtful] = odd_sum(product, c).astype(np.float32)
     return result
+
+
+def fused_double(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float64, rounded once to nearest even.
+
+    The product is `upper + lower` exactly (Dekker); the sum of three numbers is rounded by way of `odd` (Boldo and
+    Melquiond). Numbers so large or small that parts of them would be lost are done as fractions.
+    """
+    a, b, c = np.broadcast_arrays(a, b, c)
+    upper = a * b
+    (a1, a2), (b1, b2) = _parts(a), _parts(b)
+    lower = ((a1 * b1 - upper) + a1 * b2 + a2 * b1) + a2 * b2
+    rest = c + lower
+    total = upper + rest
+    result = total + odd_sum(_lost(c, lower, rest), _lost(upper, rest, total))
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    simple = ~finite | (a == 0) | (b == 0)  # no sum, but perhaps a zero with a sign
+    result = np.where(simple, upper + c, result)
+    sizes = [(np.abs(x) > 2.0**-300) & (np.abs(x) < 2.0**300) for x in (a, b, c)]
+    odd = ~simple & ~(sizes[0] & sizes[1] & (sizes[2] | (c == 0)))
+    for place in zip(*np.nonzero(odd), strict=True):
+        exact = Fraction(float(a[place])) * Fraction(float(b[place])) + Fraction(float(c[place]))
+        try:
+            result[place] = float(exact)
+        except OverflowError:
+            result[place] = np.inf if exact > 0 else -np.inf
+    return result
+
+
+def _parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The upper and the lower half of the digits of float64 (Veltkamp)."""
+    scaled = x * 134217729.0
+    upper = scaled - (scaled - x)
+    return upper, x - upper
 
 
 def rounded(x: np.ndarray, kind: str, mode: str, saturate: bool = False) -> np.ndarray:

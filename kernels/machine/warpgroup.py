@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .decode import Decoder, Instruction, instruction
-from .lanes import elements, fragments, left, multiply, results, whole
 from .parse import Statement, split
+from .products import FORMS, SUMS, accumulator, elements, fragments, left, multiply, results, whole
 
 LANES = np.arange(32)
 CHUNK = 16  # bytes that a swizzle moves together
@@ -124,8 +124,8 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
         return d.act(lambda run, mask: run.fence_products(), together=True)
     n, k = map(int, re.search(r"m64n(\d+)k(\d+)", ".".join(s.op)).groups())
     d_kind, kind, _ = s.op[-3:]
-    width = {"tf32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}[kind]
-    if d_kind != "f32" or k * width != 32 or s.op[-2] != s.op[-1]:
+    width = FORMS[kind]
+    if d_kind != ("s32" if kind in ("s8", "u8") else "f32") or k * width != 32 or s.op[-2] != s.op[-1]:
         raise ValueError("this product")
     accumulators = split(s.operands[0][1:-1])
     fresh = s.operands[3] == "0"
@@ -135,7 +135,7 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
     a = [d.source(text, 4) for text in split(s.operands[1][1:-1])] if in_registers else d.source(s.operands[1], 8)
     b, adds = d.source(s.operands[2], 8), d.source(s.operands[3], 0)
     given = [int(text) for text in s.operands[4:]]
-    if given[:2] != [1, 1]:
+    if given[:2] not in ([], [1, 1]):  # integers have none
         raise ValueError("signs")
     trans_a, trans_b = (False, *map(bool, given[2:]))[-2:] if len(given) > 2 else (False, False)
 
@@ -160,11 +160,10 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
         y = matrix(run, b, n, trans_b)
         keep = whole(run.frame[adds], run)[:, :1, None]
         for j in range(n // 8):
-            before = np.zeros((run.warps, 16, 8), np.float32)
+            before = np.zeros((run.warps, 16, 8), SUMS[d_kind])
             if not fresh:
-                words = fragments([run.frame[i] for i in held[4 * j : 4 * j + 4]], run).view(np.float32)
-                words = words.reshape(run.warps, 2, 2, 8, 4).transpose(0, 1, 3, 4, 2).reshape(run.warps, 16, 8)
-                before = np.where(keep, words, before)
+                words = fragments([run.frame[i] for i in held[4 * j : 4 * j + 4]], run)
+                before = np.where(keep, accumulator(words, d_kind), before)
             found = results(multiply(x, y[:, 8 * j : 8 * j + 8].swapaxes(1, 2), before, d_kind), d_kind)
             for i in range(4):
                 run.put(targets[4 * j + i], found[:, i], mask)
