@@ -37,7 +37,7 @@ class Bound(NamedTuple):
 
 
 @triton.constexpr_function
-def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES=False, AT_ONCE=False):
+def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES, AT_ONCE):
     """PTX: read a thread's vectors of 16 bytes, SLOTS x CHUNKS for each of PACK tiles of rows, and again those in which
     an element is unwritten, until none is or the `Bound` is reached.
 
@@ -85,7 +85,7 @@ def await_assembly(SLOTS, CHUNKS, STEP, WORDS, PARTIAL, HALVES, PACK, PAUSES=Fal
 
 
 @triton.constexpr_function
-def await_constraints(VECTORS, PACK, PAUSES=False):
+def await_constraints(VECTORS, PACK, PAUSES):
     """The operands of `await_assembly`: words, which no operand's register may serve for, and the others."""
     others = "lrlrrr" if PAUSES else "lrlrr"
     return ",".join(["=&r"] * (4 * VECTORS * PACK) + [kind for kind in others for _ in range(PACK)])
