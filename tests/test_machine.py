@@ -285,7 +285,34 @@ def test_an_acquire_of_what_was_there_before_the_release_orders_nothing():
     assert seen == {(1, 42), "plain"}
 
 
-def test_a_program_sees_its_own_stores_at_once():
+@pytest.mark.parametrize(
+    ("between", "write", "after", "orders"),
+    [
+        ("", "st.volatile.global", FENCE, False),
+        ("fence.acq_rel.cta;", "st.volatile.global", "membar.cta;", True),
+        ("", "st.release.cta.global", FENCE, True),
+        (FENCE, "st.volatile.global", FENCE, True),
+        (FENCE, "st.volatile.global", "", False),
+    ],
+)
+def test_stores_are_seen_in_any_order_by_other_threads_of_the_program(between, write, after, orders):
+    """Catches a memory too kind to threads that trust a flag of their own program, and a fence that orders nothing."""
+    code = f"""
+    .reg .pred p; .reg .b32 flag, data; setp.eq.u32 p, tid, 0; @p bra WRITE; setp.ne.u32 p, tid, 32; @p bra END;
+    READ: ld.volatile.global.b32 flag, [%rd0+128]; setp.eq.u32 p, flag, 0; @p bra READ;
+    {after} ld.volatile.global.b32 data, [%rd0]; st.global.b32 [%rd1], data; bra END;
+    WRITE: st.global.b32 [%rd0], 42; {between} {write}.b32 [%rd0+128], 1;
+    END:
+    """
+    seen = set()
+    for seed in range(30):
+        out = zeros(1)
+        launch(code, [zeros(), out], warps=2, seed=seed, delay=0.05)
+        seen.add(out.item())
+    assert seen == ({42} if orders else {0, 42})
+
+
+def test_a_thread_sees_its_own_stores_at_once():
     """Catches a delay where there must be none, in part of an element too."""
     for seed in range(5):
         out = zeros()
@@ -472,7 +499,9 @@ def test_a_strong_store_or_an_atomic_after_a_plain_store_is_a_fault(write, dista
 
 
 def test_warps_that_stand_together_part():
-    """Catches warps in lockstep: each stores, then looks at the other's place, and either may be far ahead."""
+    """Catches warps in lockstep: each stores, then looks at the other's place, and either may be far ahead, or neither
+    sees the other's store yet.
+    """
     code = """
     .reg .b32 other, x; mad.wide.u32 offset, tid, 4, %rd0; st.volatile.global.b32 [offset], 7;
     xor.b32 other, tid, 32; mad.wide.u32 offset, other, 4, %rd0; ld.volatile.global.b32 x, [offset];
@@ -483,7 +512,7 @@ def test_warps_that_stand_together_part():
         out = zeros()
         launch(code, [zeros(), out], warps=2, seed=seed)
         seen.add((out[0].item(), out[32].item()))
-    assert seen == {(7, 7), (7, 0), (0, 7)}
+    assert seen == {(7, 7), (7, 0), (0, 7), (0, 0)}
 
 
 def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():

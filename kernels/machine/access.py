@@ -92,8 +92,8 @@ def st(d: Decoder, s: Statement) -> Instruction:
     order = order_of(s)
 
     def store(run, mask):
-        if order == "release":
-            run.show(mask)
+        if s.has("release"):
+            run.release(mask, order)
         run.store(space, run.address(base, offset), run.vector(sources, width), mask, order)
 
     return d.act(store, tells=space == "global")
@@ -173,8 +173,8 @@ def atom(d: Decoder, s: Statement) -> Instruction:
         return change
 
     def act(run, mask):
-        if order in ("release", "acq_rel"):
-            run.show(mask)
+        if s.has("release", "acq_rel"):
+            run.release(mask, order)
         values = [run.vector(slots, width).view(UNSIGNED[WIDTH[kind]]) for slots in sources]
         old = run.atomic(space, run.address(base, offset), values, step, mask, order)
         for i, target in enumerate(targets):

@@ -39,9 +39,9 @@ def fence(d: Decoder, s: Statement) -> Instruction:
     """
     if s.has("async"):
         return Instruction(s, ACT, lambda run, mask: run.fence_proxy(mask))
-    if s.has("cta", "proxy"):
-        return Instruction(s, ACT, lambda run, mask: None)
     acquires, releases = not s.has("release"), not s.has("acquire")
+    if s.has("cta", "proxy"):
+        return Instruction(s, ACT, lambda run, mask: run.share(mask) if s.has("cta") and releases else None)
     return Instruction(s, ACT, lambda run, mask: run.fence(mask, acquires, releases), fences=True)
 
 

@@ -1,8 +1,9 @@
 """Global memory as PTX's model allows it to be. (PTX ISA 8)
 
-What a program stores is seen by itself at once, by others late, element by element, in any order (`commit` makes some
-of it visible); an aligned element is never torn, a vector is. A fence, or a release, of a thread makes visible what it
-has stored itself, and what a barrier ordered before: no more of its program.
+What a thread stores is seen by itself at once, by others of its program behind a barrier, or when the first of them
+happens to see it; by other programs late, element by element, in any order (`commit` makes some of it visible). An
+aligned element is never torn, a vector is. A fence, or a release, of a thread makes visible what it has stored itself,
+and what a barrier ordered before: no more of its program. In scope `cta` it does so for its program alone.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from .segment import Segment
 from .shadow import VECTOR, Lanes, check_lost, elements_of
 from .values import SIGNED, UNSIGNED
 
+SEEN, UNSEEN = 1, 2  # whether another thread of the program may have seen what has become visible, or nobody
 SEGMENT = 40  # bits of an address within an allocation
 
 
@@ -72,15 +74,14 @@ class GlobalMemory:
                     self.races.check_load(run, segment, *segment.judged(some, places), reach)
                 if self.races is not None and reach == 2:
                     raw = self._early(run, segment, some, offset, size, raw)
-                owner = segment.owner
                 if self.pending:
-                    raw = self._own(segment, some, offset, size, raw, owner)
+                    raw = self._own(run, segment, some, offset, size, raw, reach)
             out[here] = elements_of(raw, width, count)
         return out
 
     def _early(self, run, segment: Segment, lanes: Lanes, offset, size: int, raw) -> np.ndarray:
         """What a strong load finds that may be served ahead of earlier ones of its thread, back to a fence, an acquire
-        or a barrier: some values that others, of another program, have taken the place of and nobody has seen yet.
+        or a barrier: some values that those of other threads have taken the place of, and nobody has seen them yet.
         """
         if size < segment.grain:  # a part of what is stored at once
             segment.replaced[offset // segment.grain] = 0
@@ -94,8 +95,11 @@ class GlobalMemory:
             return raw
         places = segment.shadow.places(offset, size)
         writer = segment.program[places]
-        early = (segment.replaced[places] != 0) & (writer != lanes.program[:, None]) & (writer != MANY)
+        early = (segment.replaced[places] != 0) & (writer != MANY)
         early &= segment.landed[places] > run.launch.ordered[run.rows[lanes.which >> 5]][:, None]
+        if (own := early & (writer == lanes.program[:, None])).any():
+            unseen = (segment.replaced[places] == UNSEEN) & segment.shadow.writers_at_odds(places, lanes)[1]
+            early &= ~own | unseen
         if self.order.released:
             early &= ~np.isin(lanes.address, list(self.order.released))[:, None]
         segment.replaced[places[~early]] = 0
@@ -105,16 +109,28 @@ class GlobalMemory:
         found = np.where(early, before, elements_of(raw, segment.grain, count))
         return np.ascontiguousarray(found).view(vector)[:, 0]
 
-    def _own(self, segment: Segment, lanes: Lanes, offset, size: int, raw, owner) -> np.ndarray:
-        """What a program has stored itself it sees, visible or not."""
+    def _own(self, run, segment: Segment, lanes: Lanes, offset, size: int, raw, reach: int) -> np.ndarray:
+        """What a program has stored itself it sees, visible or not; but strong loads may miss what another thread has
+        stored, with no barrier since, that nobody else of the program has seen.
+        """
+        owner = segment.owner
         if size < segment.grain:  # a part of what is stored at once
             late = segment.late.view(VECTOR[size])[offset // size]
-            return np.where(owner[offset // segment.grain] == lanes.program, late, raw)
+            return np.where(abs(owner[offset // segment.grain]) == lanes.program, late, raw)
         grain = SIGNED[segment.grain]
         owners = elements_of(owner.view(VECTOR[size])[offset // size], segment.grain, size // segment.grain).view(grain)
-        mine = owners == lanes.program[:, None].astype(grain)
+        program = lanes.program[:, None].astype(grain)
+        mine = abs(owners) == program
         if not mine.any():
             return raw
+        if reach and (unseen := owners == program).any():
+            places = segment.shadow.places(offset, size)
+            unseen &= segment.shadow.writers_at_odds(places, lanes)[1]
+            if unseen.any():
+                if run.random.random() < run.launch.schedule.early:
+                    mine &= ~unseen
+                else:
+                    owner[places[unseen]] = -np.broadcast_to(program, places.shape)[unseen]
         late = elements_of(segment.late.view(VECTOR[size])[offset // size], segment.grain, size // segment.grain)
         found = np.where(mine, late, elements_of(raw, segment.grain, size // segment.grain))
         return np.ascontiguousarray(found).view(VECTOR[size])[:, 0]
@@ -157,6 +173,13 @@ class GlobalMemory:
         """Make each element that is pending visible with the chance of its program ([programs + 1])."""
         self._show(lambda lanes: chance[lanes.program], random)
 
+    def share(self, lanes: Lanes) -> None:
+        """Make what the threads of these lanes have stored visible in their programs."""
+        for segment, at, width, by, of, _ in self.pending:
+            covered = np.isin(by.program << 10 | by.fine & 1023, lanes.program << 10 | lanes.fine & 1023)[of]
+            places = segment.shadow.places(at[covered] * width, width)
+            segment.owner[places] = -abs(segment.owner[places])
+
     def fence(self, lanes: Lanes, random) -> None:
         """Make visible what the threads of these lanes have stored, and what barriers ordered before."""
         thread = lanes.fine & 1023
@@ -195,7 +218,8 @@ class GlobalMemory:
         data, late = segment.view(segment.grain), segment.late.view(grain)
         if segment.polled:
             segment.before.view(grain)[places] = data[places]
-            segment.landed[places], segment.replaced[places] = self.version, 1
+            segment.landed[places] = self.version
+            segment.replaced[places] = np.where(segment.owner[places] > 0, UNSEEN, SEEN)
         data[places] = late[places]
         self.order.land(segment.base + places * segment.grain)
         segment.owner[places] = 0

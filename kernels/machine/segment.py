@@ -30,9 +30,9 @@ class Segment:
         self.own_store, self.own_loads, self.owned = np.zeros(count, bool), np.zeros(count, bool), False
         room = -(-self.size // 32) * 32
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
-        self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none
+        self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none; < 0: others saw it
         self.before = np.zeros(room, np.uint8)  # values that the latest visible ones took the place of
-        self.replaced = np.zeros(room // self.grain, np.uint8)  # where, and nobody has seen it yet
+        self.replaced = np.zeros(room // self.grain, np.uint8)  # where no other program has seen it yet (memory.SEEN)
         self.landed = np.zeros(count, np.int32)  # when
 
     def excuse(self, offset: int, meant: np.ndarray) -> None:

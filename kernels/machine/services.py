@@ -124,6 +124,14 @@ class Services:
         """What these threads have stored, and what barriers ordered before, becomes visible."""
         self.launch.memory.fence(self.lanes(np.zeros((self.warps, 32), np.int64), mask), self.random)
 
+    def share(self, mask: np.ndarray | None) -> None:
+        """What these threads have stored becomes visible in their programs."""
+        self.launch.memory.share(self.lanes(np.zeros((self.warps, 32), np.int64), mask))
+
+    def release(self, mask: np.ndarray | None, order: str) -> None:
+        """The same before an access that releases, for whom it does."""
+        (self.share if order == "cta" else self.show)(mask)
+
     def fence_proxy(self, mask: np.ndarray | None) -> None:
         """What these threads have written to shared memory, and what barriers ordered before, products may read."""
         self.launch.shared.fence_proxy(self.lanes(np.zeros((self.warps, 32), np.int64), mask))
