@@ -158,6 +158,31 @@ def test_a_fence_releases_only_what_is_before_it():
             )
 
 
+@pytest.mark.parametrize("relaxed", ["none", "one", "all"])
+@pytest.mark.parametrize(("before", "after"), [
+    ("red.relaxed.gpu.global.add.u32 [%rd0], 5;", "ld.global.b32 x, [%rd0];"),
+    ("ld.global.b32 x, [%rd0];", "st.global.b32 [%rd0], 20;"),
+    ("ld.global.b32 x, [%rd0];", "st.volatile.global.b32 [%rd0], 20;"),
+])  # fmt: skip
+def test_the_last_of_several_programs_knows_of_all_of_them(before, after, relaxed):
+    """Catches false alarms where one of many goes on alone, as behind a barrier of all programs; and one that knows of
+    some only.
+    """
+    code = f"""
+    .reg .pred p; .reg .b32 x, n; setp.ne.u32 p, tid, 0; @p bra END; {before}
+    mov.u32 n, %ctaid.x; setp.lt.u32 p, n, {dict(none=0, one=1, all=4)[relaxed]};
+    @p atom.relaxed.gpu.global.add.u32 n, [%rd0+128], 1; @!p atom.acq_rel.gpu.global.add.u32 n, [%rd0+128], 1;
+    setp.ne.u32 p, n, 3; @p bra END;
+    {after} ld.global.b32 x, [%rd0]; st.global.b32 [%rd1], x; END:
+    """
+    for seed in range(6):
+        out = zeros(1)
+        fault = pytest.raises(Fault, match=r"(several|which|another) program")
+        with contextlib.nullcontext() if relaxed == "none" else fault:
+            launch(code, [zeros(), out], grid=4, seed=seed)
+            assert out.item() == 20
+
+
 # All threads of program 0 store a word, its first one sets a flag that the first one of program 1 waits for. Thread
 # $READER of that one keeps word $WORD.
 HAND_ON = """

@@ -116,6 +116,11 @@ class Order:
     def _nothing(self) -> Known:
         return Known(np.zeros(self.programs + 1, np.int64))
 
+    def over(self, program: int, thread: int, crowd: dict[int, tuple[int, int, int]]) -> bool:
+        """Whether a thread knows that the accesses of all other programs of a crowd are over."""
+        knows = self.known(program, thread)
+        return all(p == program or any(known.covers(p, *access) for known in knows) for p, access in crowd.items())
+
     def unordered(self, lanes: tuple[np.ndarray, np.ndarray], other, last, first, time) -> np.ndarray:
         """Which accesses of the programs `other` (`Known.covers`) the threads (program, fine key) cannot know to be
         over; all [n].

@@ -8,6 +8,7 @@ strong for its own program, and weak for all others.
 
 import numpy as np
 
+from .crowd import Crowds
 from .order import MANY, Order
 from .segment import Segment
 from .shadow import Lanes, keys_at_odds, name_of
@@ -33,6 +34,16 @@ class Races:
         found[foreign] = self.order.unordered(some, *(x[foreign] for x in (other, last, first, time)))
         return found
 
+    def _among(
+        self, crowds: Crowds, lanes: Lanes, places: np.ndarray, found: np.ndarray, many: np.ndarray
+    ) -> np.ndarray:
+        """What is left of `found` where many programs were, when the lane knows of each of them."""
+        if self.order.acquired:
+            for i, j in zip(*np.nonzero(found & many), strict=True):
+                crowd = crowds.at[int(places[i, j])]
+                found[i, j] = not self.order.over(int(lanes.program[i]), int(lanes.fine[i]), crowd)
+        return found
+
     def _other_writers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
         """Where another program has written last, and the lane does not know that to be over."""
         writer = segment.program[places]
@@ -40,7 +51,8 @@ class Races:
         if not foreign.any():
             return foreign
         last = segment.shadow.last_writer(places)
-        return self._unordered(lanes, places, foreign, writer, last, last, segment.clock[places])
+        found = self._unordered(lanes, places, foreign, writer, last, last, segment.clock[places])
+        return self._among(segment.writers, lanes, places, found, writer == MANY)
 
     def _other_readers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
         """The same where one has loaded plainly since the last store."""
@@ -49,10 +61,9 @@ class Races:
         foreign = (last != 0) & ((last != program) | (first != program))
         if not foreign.any():
             return foreign
-        reader = np.where(last != program, last, first)
-        reader = np.where((last != first) & (last != program) & (first != program), MANY, reader)
-        keys = segment.shadow.last_readers(places)
-        return self._unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
+        reader, keys = np.where(last != first, MANY, last), segment.shadow.last_readers(places)
+        found = self._unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
+        return self._among(segment.readers, lanes, places, found, reader == MANY)
 
     def _plain_writers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
         """Where another program has written last of those whose stores were not strong for all, and the lane does not
@@ -85,9 +96,12 @@ class Races:
             over = (earlier != 0) & (earlier != program) & ~self._other_readers(segment, lanes, places)
             for readers in (segment.last, segment.first, shadow.last, shadow.first):
                 readers[places[over]] = 0
+            segment.readers.forget(places[over])
         segment.owned |= reach == 1
         if segment.owned:
             segment.own_loads[places] = (reach == 1) & (segment.own_loads[places] | (segment.last[places] == 0))
+        before = segment.last[places]
+        before = before, *shadow.last_readers(places), segment.read_clock[places]
         shadow.note_read(places, lanes)
         number = np.broadcast_to(program, places.shape).ravel()
         at = places.ravel()
@@ -95,6 +109,10 @@ class Races:
         segment.read_clock[at] = self.order.time
         at, mirrored = at[::-1], MANY - number[::-1]
         segment.first[at] = np.maximum(segment.first[at], mirrored)
+        several = segment.last[places] != MANY - segment.first[places]
+        if several.any():
+            fine = lanes.fine[:, None]
+            segment.readers.join(several, places, before, (program, fine, fine, np.array(self.order.time)))
 
     def check_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, what: str, reach: int) -> None:
         """Strong ones may race with one another, and with nothing else. (A strong load may race with a plain store.)"""
@@ -124,24 +142,33 @@ class Races:
     def note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, reach: int) -> np.ndarray | None:
         """Remember a store -> which of its places [lanes, grains] another lane of it has, as `Shadow.note_write`."""
         program = lanes.program[:, None]
-        strong = reach == 2
+        shadow, time, strong = segment.shadow, np.array(self.order.time), reach == 2
         several = strong and self._other_writers(segment, lanes, places)
+        before = segment.program[places], segment.clock[places]
         segment.program[places] = np.where(several, MANY, program)
-        segment.clock[places] = self.order.time
+        if strong and (lost := segment.program[places] != program).any():  # several before, or in this very instruction
+            segment.program[places[lost]] = MANY
+            several, last, fine = segment.program[places] == MANY, shadow.last_writer(places), lanes.fine[:, None]
+            segment.writers.join(several, places, (before[0], last, last, before[1]), (program, fine, fine, time))
+            segment.writers.forget(places[~several])
+        else:
+            segment.writers.forget(places)
+        segment.readers.forget(places)
+        segment.clock[places] = time
         if not strong:
             segment.plain[places], segment.plain_key[places] = program, lanes.fine[:, None]
-            segment.plain_clock[places] = self.order.time
+            segment.plain_clock[places] = time
             segment.owned |= reach == 1
             if segment.owned:
                 segment.own_store[places] = reach == 1
-        for readers in (segment.last, segment.first, segment.shadow.last, segment.shadow.first):
+        for readers in (segment.last, segment.first, shadow.last, shadow.first):
             readers[places] = 0  # whoever is ordered behind this store is so behind those loads
         judged = True if segment.meant is None else ~segment.meant[places]
         lost = (segment.program[places] != program) & judged
         if lost.any() and not strong:
             who = _program(run, segment.program[places][lost][0])
             run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[lost.any(1)])
-        lost = segment.shadow.note_write(places, lanes)
+        lost = shadow.note_write(places, lanes)
         return None if lost is None else lost & judged
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .crowd import Crowds
 from .shadow import VECTOR, Lanes, Shadow
 from .values import SIGNED
 
@@ -29,6 +30,7 @@ class Segment:
         # access was.
         self.own_store, self.own_loads, self.owned = np.zeros(count, bool), np.zeros(count, bool), False
         room = -(-self.size // 32) * 32
+        self.writers, self.readers = Crowds(), Crowds()  # where `program` is MANY, or `first` another one than `last`
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none; < 0: others saw it
         self.before = np.zeros(room, np.uint8)  # values that the latest visible ones took the place of
