@@ -66,6 +66,7 @@ from .program import (
     of_layer,
     other_source,
     part_kept,
+    parted,
     place_of,
     rows_before,
     save,
@@ -73,7 +74,6 @@ from .program import (
     source,
     starts_anew,
     this_program,
-    times,
     walk,
     within,
     zero_where,
@@ -370,10 +370,11 @@ def backward(
             dh = clipped(dh, clip)
             if KEEPS_H:
                 part = part_kept(kept_h, rate_h, now.row, place, there, C)
-                straight_h, dh = part * dh, (1.0 - part) * dh
+                straight, rest = parted(part, (dh,))
+                straight_h, dh = straight[0], rest[0]
             if KEEPS_C:
                 part = part_kept(kept_c, rate_c, now.row, place, there, C)
-                straight_c, dc = times(part, dc), times(1.0 - part, dc)
+                straight_c, dc = parted(part, dc)
             if C.PARAMETERS == 0:
                 slots, kept = CELL(factors, dh, dc)
             else:

@@ -393,26 +393,37 @@ def load_parameters(p, me, place, C: tl.constexpr):
 
 @triton.jit
 def part_kept(mask, rate, row, place, there, C: tl.constexpr):
-    """What stays of a unit's value of the step before, 0 to 1: by the mask [R, N, H], or everywhere the same."""
-    return rate if mask is None else load_or_zero(mask, row, place, there, C.H, C)
+    """What stays of a unit's value of the step before: a tile of the mask int8 [R, N, H], or a rate, 0 to 1."""
+    return rate if mask is None else tl.load(entry(mask, row, place, C.H, C), mask=there, other=0)
+
+
+@triton.jit
+def chosen(part, old, new):
+    """`old` where a mask is set and `new` where it is not, whatever the other is; of a rate the mixture."""
+    if part.dtype.is_int():
+        x = tl.where(part != 0, old, new)
+    else:
+        x = part * old + (1.0 - part) * new
+    return x
 
 
 @triton.jit
 def mixed(part, new, old):
-    """The tiles `new`, but for the part that stays of `old`: exactly either where that is 0 or 1."""
+    """The tiles `new`, but for the part that stays of `old`."""
     x = ()
     for i in tl.static_range(len(new)):
-        x = x + (part * old[i] + (1.0 - part) * new[i],)
+        x = x + (chosen(part, old[i], new[i]),)
     return x
 
 
 @triton.jit
-def times(part, tiles):
-    """The tiles, each times the same."""
-    x = ()
+def parted(part, tiles):
+    """The gradient of `mixed` by `old`, and that by `new`."""
+    by_old, by_new = (), ()
     for i in tl.static_range(len(tiles)):
-        x = x + (part * tiles[i],)
-    return x
+        by_old = by_old + (chosen(part, tiles[i], 0.0),)
+        by_new = by_new + (chosen(part, 0.0, tiles[i]),)
+    return by_old, by_new
 
 
 @triton.jit

@@ -109,7 +109,7 @@ def drawn(call: Call, rows: Rows, input: Tensor, weight_hh: Tensor) -> Rows:
         rows = rows._replace(dropped=functional.dropout(ones, call.recurrent_dropout))
     for name, p in zip(("kept_h", "kept_c"), call.zoneout or (0.0, 0.0), strict=True):
         if p > 0:
-            kept = torch.rand(input.shape[0], sets, size, device=input.device) < p
+            kept = torch.rand(input.shape[0], sets, size, dtype=torch.float32, device=input.device) < p
             rows = rows._replace(**{name: kept.to(torch.int8)})
     return rows
 

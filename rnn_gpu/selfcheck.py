@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, in a process of its own, 
 cannot share one.
 """
 
+import argparse
 import contextlib
 import os
 import subprocess
@@ -98,10 +99,15 @@ def in_interpreter(cells: list[str]) -> bool:
 
 
 def main(cells: list[str]) -> int:
-    """0 if the check, wherever it can run, passed."""
+    """0 if the check of these cells, wherever it can run, passed."""
     here = torch.cuda.is_available() or backends.interpreting()
     return 0 if (check if here else in_interpreter)(cells) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(LAYERS)))
+    parser = argparse.ArgumentParser(prog="python -m rnn_gpu.selfcheck", description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", metavar="cell", help=f"of {', '.join(LAYERS)} (default: all)")
+    cells = parser.parse_args().cells or list(LAYERS)
+    if unknown := [cell for cell in cells if cell not in LAYERS]:
+        parser.error(f"unknown cell {unknown[0]!r}. Select from {', '.join(map(repr, LAYERS))}.")
+    sys.exit(main(cells))

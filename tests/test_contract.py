@@ -217,8 +217,8 @@ def test_unknown_nonlinearity_of_a_cell_raises_when_called():
 
 
 DOCUMENTED = (
-    rnn_gpu, rnn_gpu.backends, rnn_gpu.cells, rnn_gpu.convert, rnn_gpu.explanation, rnn_gpu.flow, rnn_gpu.init,
-    rnn_gpu.modules,
+    rnn_gpu, rnn_gpu.cells, rnn_gpu.convert, rnn_gpu.explanation, rnn_gpu.flow, rnn_gpu.init,
+    rnn_gpu.modules, rnn_gpu.settings,
 )  # fmt: skip
 
 

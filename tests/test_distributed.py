@@ -241,8 +241,8 @@ def test_example_with_torchrun(tmp_path):
 def test_cap_on_programs_from_the_environment():
     """Catches: RNN_GPU_MAX_PROGRAMS, which torchrun hands to every process, without an effect on the plan."""
     plan = "import rnn_gpu; print(rnn_gpu.explain(rnn_gpu.LSTM(8, 1024), 64, 'h100'))"
-    assert "= 128 programs" in run_python("-c", plan)
-    assert "= 128 programs" not in run_python("-c", plan, RNN_GPU_MAX_PROGRAMS="120")
+    assert ": 128 programs" in run_python("-c", plan)
+    assert ": 128 programs" not in run_python("-c", plan, RNN_GPU_MAX_PROGRAMS="120")
 
 
 # ---- Two GPUs: ready, not run yet ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rnn_gpu
 from rnn_gpu import around, autograd, operators, products, settings, wavefront
@@ -50,6 +50,38 @@ def test_backward_in_eval_mode(name):
     expected = gradients(layer.train(), input)
     for actual, e in zip(gradients(layer.eval(), input), expected, strict=True):
         assert torch.equal(actual, e)
+
+
+@on_the_kernels
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("LSTM", {}), ("GRU", {"bidirectional": True}), ("LSTM", {"heads": 2}), ("LSTM", {"num_layers": 2})],
+)
+def test_selective_checkpoints(name, kwargs):
+    """Catches: an operator that writes into what another one gave, which a checkpoint that keeps results gives again
+    without that: gate sums taken for gates, in silence.
+    """
+    layer, input = getattr(rnn_gpu, name)(3, 20, **kwargs), leaf(TIME, BATCH, 3)
+    run = lambda input: layer(input)[0]
+    (expected,) = torch.autograd.grad(run(input).sum(), input)
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    for kept in (lambda *_, **__: CheckpointPolicy.MUST_SAVE, [torch.ops.rnn_gpu.recurrence.default], products):
+        contexts = lambda kept=kept: create_selective_checkpoint_contexts(kept)
+        found = torch.autograd.grad(checkpoint(run, input, use_reentrant=False, context_fn=contexts).sum(), input)
+        torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("GRU", 1), ("LSTM", 2)])
+def test_third_derivatives(name, layers):
+    """Catches: a backward that is differentiated with no gradient at all of the layer's results."""
+    layer, input = getattr(rnn_gpu, name)(3, 4, layers), leaf(4, 2, 3)
+
+    def third(layer):
+        (first,) = torch.autograd.grad(layer(input)[0].sin().sum(), input, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), input, create_graph=True)
+        return torch.autograd.grad(second.pow(2).sum(), input)[0]
+
+    torch.testing.assert_close(third(layer), third(same(layer, torch.float32)))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masks"])

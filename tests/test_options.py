@@ -470,6 +470,30 @@ def test_masks_are_drawn_from_their_distributions():
         assert abs((mask != 0).double().mean() - p) < 6 * (p * (1 - p) / mask.numel()) ** 0.5
     assert set(first.dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
     assert first.kept_h.dtype == torch.int8
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(draw(1).kept_h, first.kept_h)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_unit_that_is_kept_does_not_see_what_is_not(name):
+    """Catches: a mask that is multiplied with, which makes NaN of the other value's NaN or infinity."""
+    layer, input = getattr(rnn_gpu, name)(3, 32, zoneout=0.5), torch.randn(3, 2, 3)
+    input[2, 0] = torch.nan
+    with masks_of_a_forward() as drawn:
+        output = layer(input.requires_grad_())[0]
+    kept = drawn[0].kept_h.view(3, 2, 32).bool()
+    assert torch.equal(output[2].isnan(), ~kept[2] & torch.tensor([[True], [False]]))
+    assert torch.equal(output[2][kept[2]], output[1][kept[2]])
+    (gradient,) = torch.autograd.grad(output, input, torch.where(kept[1, :, :1], torch.inf, 1.0).expand(output.shape))
+    with rnn_gpu.backend("torch"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rnn_gpu.functional, "drawn", lambda *_: drawn[0])
+        output = layer(input)[0]
+        expected = torch.autograd.grad(output, input, torch.where(kept[1, :, :1], torch.inf, 1.0).expand(output.shape))
+    assert torch.equal(gradient.isnan(), expected[0].isnan())
 
 
 @pytest.mark.parametrize("name", NAMES)
