@@ -317,6 +317,8 @@ def test_an_acquire_of_what_was_there_before_the_release_orders_nothing():
         ("fence.acq_rel.cta;", "st.volatile.global", "membar.cta;", True),
         ("", "st.release.cta.global", FENCE, True),
         (FENCE, "st.volatile.global", FENCE, True),
+        (FENCE, "st.volatile.global", "membar.cta;", True),
+        (FENCE, "st.volatile.global", "ld.acquire.cta.global.b32 flag, [%rd0+128];", True),
         (FENCE, "st.volatile.global", "", False),
     ],
 )

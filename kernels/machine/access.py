@@ -62,6 +62,8 @@ def ld(d: Decoder, s: Statement) -> Instruction:
 
     def load(run, mask):
         values = run.load(space, run.address(base, offset), width, len(targets), mask, order)
+        if s.has("acquire") and order == "cta":
+            run.fence_own(mask, True, False)
         for i, (target, holder) in enumerate(zip(targets, holders)):
             run.put(target, extended(values[..., i], kind, holder), mask)
 
@@ -177,6 +179,8 @@ def atom(d: Decoder, s: Statement) -> Instruction:
             run.release(mask, order)
         values = [run.vector(slots, width).view(UNSIGNED[WIDTH[kind]]) for slots in sources]
         old = run.atomic(space, run.address(base, offset), values, step, mask, order)
+        if s.has("acquire", "acq_rel") and order == "cta":
+            run.fence_own(mask, True, False)
         for i, target in enumerate(targets):
             run.put(target, np.ascontiguousarray(old).view(UNSIGNED[width])[..., i], mask)
 

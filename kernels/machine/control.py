@@ -41,7 +41,7 @@ def fence(d: Decoder, s: Statement) -> Instruction:
         return Instruction(s, ACT, lambda run, mask: run.fence_proxy(mask))
     acquires, releases = not s.has("release"), not s.has("acquire")
     if s.has("cta", "proxy"):
-        return Instruction(s, ACT, lambda run, mask: run.share(mask) if s.has("cta") and releases else None)
+        return Instruction(s, ACT, lambda run, mask: run.fence_own(mask, acquires, releases) if s.has("cta") else None)
     return Instruction(s, ACT, lambda run, mask: run.fence(mask, acquires, releases), fences=True)
 
 

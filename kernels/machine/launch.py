@@ -94,7 +94,8 @@ class Launch:
         self.thread = np.tile(32 * np.arange(self.warps), programs)[:, None] + LANES
         self.at, self.status = np.zeros(rows, np.int64), np.zeros(rows, np.int8)
         self.parted, self.lane_at = np.zeros(rows, bool), np.zeros((rows, 32), np.int64)
-        self.ordered = np.zeros(rows, np.int64)  # the version of memory when a warp last ordered its loads
+        # The version of memory when a warp last ordered its loads, and those of what its own program stores.
+        self.ordered, self.ordered_own = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.count, self.seen = np.zeros(rows, np.int64), np.full(rows, -1, np.int64)
         self.barriers, self.warp_barriers = np.ones(programs, np.int64), np.zeros(rows, np.int64)
         self.arrived = np.zeros(programs, np.int64)

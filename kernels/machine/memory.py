@@ -96,9 +96,11 @@ class GlobalMemory:
         places = segment.shadow.places(offset, size)
         writer = segment.program[places]
         early = (segment.replaced[places] != 0) & (writer != MANY)
-        early &= segment.landed[places] > run.launch.ordered[run.rows[lanes.which >> 5]][:, None]
+        rows, landed = run.rows[lanes.which >> 5], segment.landed[places]
+        early &= landed > run.launch.ordered[rows][:, None]
         if (own := early & (writer == lanes.program[:, None])).any():
-            unseen = (segment.replaced[places] == UNSEEN) & segment.shadow.writers_at_odds(places, lanes)[1]
+            unseen = (segment.replaced[places] == UNSEEN) & (landed > run.launch.ordered_own[rows][:, None])
+            unseen &= segment.shadow.writers_at_odds(places, lanes)[1]
             early &= ~own | unseen
         if self.order.released:
             early &= ~np.isin(lanes.address, list(self.order.released))[:, None]

@@ -143,11 +143,12 @@ class Races:
         """Remember a store -> which of its places [lanes, grains] another lane of it has, as `Shadow.note_write`."""
         program = lanes.program[:, None]
         shadow, time, strong = segment.shadow, np.array(self.order.time), reach == 2
-        several = strong and self._other_writers(segment, lanes, places)
+        several = self._other_writers(segment, lanes, places) if strong else np.zeros(places.shape, bool)
         before = segment.program[places], segment.clock[places]
-        segment.program[places] = np.where(several, MANY, program)
-        if strong and (lost := segment.program[places] != program).any():  # several before, or in this very instruction
-            segment.program[places[lost]] = MANY
+        segment.program[places] = program
+        several |= strong & (segment.program[places] != program)  # in this very instruction
+        if np.any(several):
+            segment.program[places[several]] = MANY
             several, last, fine = segment.program[places] == MANY, shadow.last_writer(places), lanes.fine[:, None]
             segment.writers.join(several, places, (before[0], last, last, before[1]), (program, fine, fine, time))
             segment.writers.forget(places[~several])

@@ -128,6 +128,13 @@ class Services:
         """What these threads have stored becomes visible in their programs."""
         self.launch.memory.share(self.lanes(np.zeros((self.warps, 32), np.int64), mask))
 
+    def fence_own(self, mask: np.ndarray | None, acquires: bool, releases: bool) -> None:
+        """A fence in scope `cta`."""
+        if releases:
+            self.share(mask)
+        if acquires:
+            self.launch.ordered_own[self.rows] = self.launch.memory.version
+
     def release(self, mask: np.ndarray | None, order: str) -> None:
         """The same before an access that releases, for whom it does."""
         (self.share if order == "cta" else self.show)(mask)
