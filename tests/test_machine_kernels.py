@@ -408,6 +408,34 @@ def test_sines_and_cosines(arch):
         torch.testing.assert_close(found, function(x.double()).float(), atol=3e-7, rtol=3e-7, equal_nan=True)
 
 
+@triton.jit
+def phases_kernel(x, count, P, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """All programs sum all rows of x, then each writes its own, with a barrier of all programs behind either."""
+    program, at = tl.program_id(0), tl.arange(0, BLOCK)
+    for step in range(STEPS):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for p in range(P):
+            total += tl.load(x + p * BLOCK + at)
+        for phase in range(2):
+            tl.debug_barrier()
+            tl.atomic_add(count, 1)
+            while tl.atomic_add(count, 0, sem="acquire") < P * (2 * step + phase + 1):
+                pass
+            tl.debug_barrier()
+            if phase == 0:
+                tl.store(x + program * BLOCK + at, total / P)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_phases_of_all_programs(arch):
+    """Catches false alarms where all programs load plainly what each of them wrote before a barrier of all of them."""
+    x, count = torch.randn(5, 128), torch.zeros(1, dtype=torch.int32)
+    expected = x.mean(0).expand(5, 128)
+    with on_machine(arch, seed=8):
+        phases_kernel[(5,)](x, count, 5, 2, 128)
+    torch.testing.assert_close(x, expected)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_sums_behind_a_lock(arch):
     """Catches false alarms, and lost sums, where programs hand plain data on by a lock that acquires and releases."""
