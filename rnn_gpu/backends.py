@@ -342,7 +342,7 @@ def kernels_for(
     choice = _weighed(problem, device, training, ragged, precision, *stack)
     if beyond_aten(module):
         choice = choice._replace(least_time=1)
-        if choice.plans and choice.name == "torch":
+        if choice.plans:
             return choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
     if not choice.plans or not measured.anything() or beyond_aten(module):
         return choice
@@ -425,7 +425,7 @@ def _weighed(
     if CELLS[problem[0]].mode is None:
         return Choice("triton", f"{estimate}; PyTorch has no such layer", groups[0], groups=groups)
     theirs = sum(cudnn.cudnn_microseconds(p, device, *layers) for p in groups[0])
-    estimate += f", cuDNN {theirs:.1f}{', for each layer' if together > 1 else ''}"
+    estimate += f", cuDNN {theirs:.1f}{', for each layer' if layers[0] > 1 else ''}"
     if theirs < ours:
         return Choice("torch", estimate, groups[0], groups=groups)
     launches = len(groups) * (layers[0] // together)  # of all layers

@@ -12,10 +12,11 @@ from .kernels.plan import Plan
 from .kernels.spec import CELLS
 
 
-def _pass_lines(plan: Plan, device: Device, layers: int, heads: int) -> list[str]:
-    """A pass of a layer, or of the layers that run side by side: who computes what, where the weights are, how long."""
+def _pass_lines(plan: Plan, device: Device, layers: int, heads: int, known: bool) -> list[str]:
+    """A pass of a layer, or of the layers that run side by side: who computes what, where the weights are, how long;
+    cuDNN's time where it knows such a layer.
+    """
     name = "backward" if plan.backward else "forward"
-    known = CELLS[plan.cell].mode is not None  # to PyTorch
     theirs = f"; cuDNN {plan.layers * cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
     of_layers = f" of {plan.layers} layers" if plan.layered else ""
     programs = (
@@ -43,7 +44,7 @@ def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...], 
     if backends.heads_of(layer) > 1:
         return "layers: one after another: the input of a layer with heads is that of all heads"
     if backends.beyond_aten(layer):
-        return "layers: one after another: gradients are clipped, or c of every step is asked for, layer by layer"
+        return f"layers: one after another: with {layer.beyond_torch()} each is computed by itself"
     if training and backends.saving_of(layer, training) == "lean":
         return "layers: one after another: lean memory makes the gates of one layer again at a time"
     if max(sizes) == 1:
@@ -87,9 +88,10 @@ def _layer_lines(
         lines.append(f"for T below {choice.least_time} it takes torch, whose calls take the host less time")
     if layer.num_layers > 1 and choice.plans:
         lines.append(_layers_line(layer, choice.groups, training))
+    known = CELLS[backends.cell_of(layer)].mode is not None and not backends.beyond_aten(layer)
     for plans in dict.fromkeys(choice.groups or (choice.plans,)):
         for plan in plans:
-            lines += _pass_lines(plan, gpu, layer.num_layers, heads)
+            lines += _pass_lines(plan, gpu, layer.num_layers, heads, known)
     if choice.plans and layer.proj_size > 0:
         lines.append(_projection_line(layer, choice.plans))
     if not choice.plans:
@@ -159,7 +161,9 @@ def explain(
         planned = planned or any(line.startswith("  ") for line in found)
         lines += [f"{name}: {found[0]}" if name else found[0], *found[1:]]
     if planned:
-        estimates = "Times are estimates of a model, not measured"
+        estimates = (
+            "Times are estimates of a model that was fitted on an H200, cuDNN's too: rnn_gpu.autotune measures both"
+        )
         if any(" measured " in line for line in lines):
             estimates = "Times are estimates of a model but where they are said to be measured"
         lines.append(f"{estimates} (docs/design.md). A program is a block of threads.")
