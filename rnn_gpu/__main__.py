@@ -20,7 +20,9 @@ def version_of(package: str) -> str:
 
 def main() -> int:
     """0 if the self-check passed."""
-    argparse.ArgumentParser(prog="python -m rnn_gpu", description=__doc__.partition(": ")[2]).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m rnn_gpu", description="Versions, device, the backend, and a check of seconds."
+    ).parse_args()
     print(f"rnn_gpu {__version__}, Python {platform.python_version()}, torch {torch.__version__}", end=", ")
     print(", ".join(f"{package} {version_of(package)}" for package in ("triton", "numpy")))
     gpu = torch.cuda.is_available()

@@ -23,7 +23,8 @@ def _pass_lines(plan: Plan, device: Device, layers: int, heads: int, known: bool
         f"{plan.programs} programs of {plan.warps} warps" if plan.programs > 1 else f"1 program of {plan.warps} warps"
     )
     rows = f"{plan.rows * plan.slices} rows" + (f" ({plan.slices} x {plan.rows} in turn)" if plan.slices > 1 else "")
-    one_of = " of a layer" if plan.layered else f" of one of {plan.sets} directions or heads" if plan.sets > 1 else ""
+    of_sets = "directions" if heads == 1 else "heads" if plan.sets == heads else "heads in both directions"
+    one_of = " of a layer" if plan.layered else f" of one of {plan.sets} {of_sets}" if plan.sets > 1 else ""
     pause = f"; programs wait {plan.pause} cycles before they look for their neighbours' states" if plan.pause else ""
     return [
         f"  {name}: {programs}, each with {plan.units} hidden units of {rows}{one_of}, for all steps",

@@ -105,8 +105,12 @@ def main(cells: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m rnn_gpu.selfcheck", description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="*", metavar="cell", help=f"of {', '.join(LAYERS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m rnn_gpu.selfcheck", description="Small layers against torch.nn in float64."
+    )
+    parser.add_argument(
+        "cells", nargs="*", type=str.lower, metavar="cell", help=f"of {', '.join(LAYERS)} (default: all)"
+    )
     cells = parser.parse_args().cells or list(LAYERS)
     if unknown := [cell for cell in cells if cell not in LAYERS]:
         parser.error(f"unknown cell {unknown[0]!r}. Select from {', '.join(map(repr, LAYERS))}.")

@@ -82,7 +82,8 @@ KEPT = "Tensor y, Tensor gates, Tensor aux"
 def serves(call: Call, layers: int, dropout: float) -> bool:
     """Whether a call is one of this file's. dropout: between the layers."""
     together = layers > 1 and call.sets == 1 and call.heads == 1 and CELLS[call.cell].side_by_side
-    in_a_graph = call.route == "kernels" and not call.functional
+    # One operator, that writes into nothing given: right under a mode that looks on, but no transform knows it.
+    in_a_graph = call.route == "kernels" and not (call.functional and backends.transforming())
     drawn = dropout < 1  # of 1 draws no random numbers
     return in_a_graph and together and drawn and not call.projected and not call.beyond_aten
 

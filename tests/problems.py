@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from rnn_gpu import reference
 from rnn_gpu.kernels.plan import DEVICES, Device, Plan, plan
-from rnn_gpu.kernels.spec import CELLS, chunk_width, padded
+from rnn_gpu.kernels.spec import CELLS, chunk_width, padded, runs_backwards
 from tests.tolerances import assert_close_to_oracle
 
 
@@ -243,7 +243,9 @@ def changed(p: Plan, **changes) -> Plan:
 
 
 def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str = "full"):
-    """layer.forward on a copy of x_part -> y, c_n, aux, and that copy: the gates, if `saving` is "full"."""
+    """layer.forward on a copy of x_part -> y, c_n, aux, and that copy: the gates, if `saving` is "full". h_n must
+    be the outputs of each set's last step.
+    """
     from rnn_gpu.kernels import layer
 
     gates = given.x_part.flatten(0, 1).clone()
@@ -252,10 +254,13 @@ def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str =
     c_n = (
         None if given.c0 is None else torch.empty_like(given.c0, dtype=torch.float32)
     )  # all that the kernel knows of c
-    y, _, c_n, aux, _ = layer.forward(
+    y, h_n, c_n, aux, _ = layer.forward(
         forward_plan, gates, given.weight_hh, given.bias_hn, *states, rows, problem.reversed_sets, saving, c_n
     )
     steps = (problem.time, problem.batch)
+    for n, last in enumerate(h_n):
+        shown = y.unflatten(0, steps)[0 if runs_backwards(problem.reversed_sets, n) else -1, :, n]
+        assert torch.equal(last.nan_to_num(), shown.nan_to_num()), "h_n is not the last output"
     return y.unflatten(0, steps), c_n, None if aux is None else aux.unflatten(0, steps), gates.unflatten(0, steps)
 
 

@@ -237,7 +237,7 @@ def test_as_a_module():
     for block in rnn_gpu.init.orthogonal_(layer).weight_hh_l0.split(4):
         torch.testing.assert_close(block @ block.T, torch.eye(4))
     assert "LSTM of 8 hidden units in 2 heads, 1 layer(s)" in rnn_gpu.explain(layer, 16)
-    assert "of one of 2 directions or heads" in rnn_gpu.explain(rnn_gpu.LSTM(8, 512, heads=2), 16, "h200")
+    assert "of one of 2 heads" in rnn_gpu.explain(rnn_gpu.LSTM(8, 512, heads=2), 16, "h200")
     flow = rnn_gpu.gradient_flow(layer, input)
     assert flow.norms.shape == (1, 1, 5) and bool(flow.norms.isfinite().all())
     with torch.no_grad():
