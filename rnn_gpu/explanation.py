@@ -1,6 +1,6 @@
 """What would run for a layer, and why, in words and numbers."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.modules.rnn import RNNCellBase
@@ -33,7 +33,7 @@ def _pass_lines(plan: Plan, device: Device, layers: int, heads: int, known: bool
     ] + ([f"    chosen because it was the fastest when it was measured, {plan.measured}"] if plan.measured else [])
 
 
-def _layers_line(layer: torch.nn.RNNBase, groups: tuple[tuple[Plan, ...], ...], training: bool) -> str:
+def _layers_line(layer: Any, groups: tuple[tuple[Plan, ...], ...], training: bool) -> str:
     """Which layers of a stack run side by side, and why not more."""
     sizes = [plans[0].layers for plans in groups]
     if layer.bidirectional:
