@@ -543,7 +543,7 @@ def test_warps_that_stand_together_part():
 
 
 def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
-    """Catches a wait_group that is left out, and one that leaves a group too many."""
+    """Catches a wait_group that is left out, one that leaves a group too many, and one of some lanes alone."""
     code = """
     .reg .b32 to, x; shl.b32 to, tid, 4; mad.wide.u32 offset, tid, 16, %rd0;
     cp.async.cg.shared.global [to], [offset], 16; cp.async.commit_group; cp.async.commit_group; $
@@ -553,6 +553,9 @@ def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
     for wait in ("", "cp.async.wait_group 2;"):
         with pytest.raises(Fault, match=r"^race: an asynchronous copy to this .* was not waited for\n"):
             launch(code.replace("$", wait), [zeros(128)], shared=512)
+    some = ".reg .pred p; setp.lt.u32 p, tid, 9; @p cp.async.wait_group 0;"
+    with pytest.raises(Fault, match=r"^only some lanes reach what a whole warp does"):
+        launch(code.replace("$", some), [zeros(128)], shared=512)
 
 
 # ---- Addresses, barriers and waits -----------------------------------------------------------------------------------

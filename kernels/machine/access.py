@@ -194,12 +194,13 @@ def copy(d: Decoder, s: Statement) -> Instruction:
     """9.7.9.25.3: asynchronous copies from global to shared memory, which count as this thread's once it has waited for
     their group. The bytes past `source size` are zeros.
     """
+    # Groups are counted by warp: PTX counts them by thread, so some lanes alone are refused.
     if s.has("commit_group"):
-        return d.act(lambda run, mask: run.commit_copies(mask))
+        return d.act(lambda run, mask: run.commit_copies(), together=True)
     if s.has("wait_group"):
-        return d.act(lambda run, mask, left=int(s.operands[0], 0): run.wait_for_copies(left, mask))
+        return d.act(lambda run, mask, left=int(s.operands[0], 0): run.wait_for_copies(left), together=True)
     if s.has("wait_all"):  # those of no group yet, too
-        return d.act(lambda run, mask: (run.commit_copies(mask), run.wait_for_copies(0, mask)))
+        return d.act(lambda run, mask: (run.commit_copies(), run.wait_for_copies(0)), together=True)
     to, to_offset = d.address(s.operands[0])
     source, source_offset = d.address(s.operands[1])
     size = int(s.operands[2], 0)

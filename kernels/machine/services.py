@@ -169,12 +169,12 @@ class Services:
             groups = self.launch.copies.setdefault(row, [[]])
             groups[-1].append((lanes.which[mine] % 32, lanes.address[mine], size))
 
-    def commit_copies(self, mask) -> None:
+    def commit_copies(self) -> None:
         """The copies since the last group are a group."""
         for row in self.rows.tolist():
             self.launch.copies.setdefault(row, [[]]).append([])
 
-    def wait_for_copies(self, left: int, mask) -> None:
+    def wait_for_copies(self, left: int) -> None:
         """Until all groups but the latest `left` have arrived."""
         for i, row in enumerate(self.rows.tolist()):
             groups = self.launch.copies.get(row, [[]])
