@@ -156,8 +156,8 @@ def multiply_held(sums, W, first: tl.constexpr, SLOTS: tl.constexpr, words, C: t
     awaited for each of them, as far as the weights are held.
     """
     if C.SLICES > 1 and C.HELD > C.REGISTERS and first == 0:
-        # Or Triton 3.8 reads weights from shared memory once for all tiles in turn, and registers spill. No cost: it
-        # takes the place of the barrier before the sums' way through shared memory.
+        # Or Triton 3.8 reads weights from shared memory once for all tiles in turn, and registers spill. It
+        # takes the place of the barrier before the sums' way through shared memory, which Triton then leaves out.
         tl.debug_barrier()
     for tile in tl.static_range(SLOTS):
         for i in tl.static_range(C.HELD):

@@ -492,7 +492,7 @@ def choose(
         if reason and wanted == "triton":
             raise RuntimeError(f"backend 'triton' cannot serve this call: {reason}.")
         return None if reason else 1
-    if isinstance(batch_size, torch.SymInt):  # of make_fx, whose graph is for any size
+    if isinstance(batch_size, torch.SymInt):  # of make_fx: what is chosen for the size that it traces with
         batch_size = batch_size.node.hint
     precision = precision_of("float32") if dtype == torch.float32 else None
     sizes = module.mode, module.hidden_size, heads_of(module), module.num_layers, module.bidirectional

@@ -53,7 +53,7 @@ class Call(NamedTuple):
     route: str = "kernels"  # functional.ROUTES
     saving: str = "nothing"  # operators.SAVING
     limits: tuple[int, bool] = (0, True)  # of plans: settings.limits
-    functional: bool = False  # write into no tensor that is not new, for torch.func
+    functional: bool = False  # write into no tensor that is not new: for torch.func, and modes that look on
     cells: bool = False  # c of every step is a result, too
     clip: float | None = None  # most that the gradient of h may be at each step, by element
     zoneout: tuple[float, float] | None = None  # probabilities that h and the states are kept; in eval what stays

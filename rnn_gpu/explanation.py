@@ -19,9 +19,7 @@ def _pass_lines(plan: Plan, device: Device, layers: int, heads: int, known: bool
     name = "backward" if plan.backward else "forward"
     theirs = f"; cuDNN {plan.layers * cudnn_microseconds(plan, device, layers, heads):.2f}" if known else ""
     of_layers = f" of {plan.layers} layers" if plan.layered else ""
-    programs = (
-        f"{plan.programs} programs of {plan.warps} warps" if plan.programs > 1 else f"1 program of {plan.warps} warps"
-    )
+    programs = f"{plan.programs} program{'s' if plan.programs > 1 else ''} of {plan.warps} warps"
     rows = f"{plan.rows * plan.slices} rows" + (f" ({plan.slices} x {plan.rows} in turn)" if plan.slices > 1 else "")
     of_sets = "directions" if heads == 1 else "heads" if plan.sets == heads else "heads in both directions"
     one_of = " of a layer" if plan.layered else f" of one of {plan.sets} {of_sets}" if plan.sets > 1 else ""

@@ -392,6 +392,13 @@ def test_explain_takes_models_inference_and_precisions():
     full, tf32 = (rnn_gpu.explain(model["a"], 4, "h200", precision=p) for p in ("ieee", "tf32"))
     assert "float32 (ieee products), training" in full and "float32 (tf32 products), training" in tf32
     assert full.replace("ieee", "tf32") != tf32
+    for options in ({"num_layers": 2, "bidirectional": True}, {"num_layers": 4}):
+        assert ", for each layer" in rnn_gpu.explain(rnn_gpu.LSTM(256, 512, **options), 16, "h200")
+    zoneout = rnn_gpu.explain(rnn_gpu.LSTM(256, 512, 2, zoneout=0.1), 16, "h200")
+    assert "do not know zoneout=0.1" in zoneout and "one another: with zoneout=0.1 each" in zoneout.replace(
+        "after ", ""
+    )
+    assert "us a step; cuDNN" not in zoneout
 
 
 def test_explain_says_where_the_factors_of_a_projection_would_be_better():

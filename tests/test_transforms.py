@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_gpu
@@ -128,6 +129,15 @@ def test_an_empty_batch(name, kwargs):
     assert jvp(run, (input,), (input,))[1].shape == run(input).shape
     (first,) = torch.autograd.grad(run(x := input.requires_grad_()).sum(), x, create_graph=True)
     assert torch.autograd.grad(first.sum() + x.sum(), x)[0].shape == x.shape
+
+
+def test_make_fx_with_symbols():
+    """Catches: a choice between backends, or a plan, that is looked for by a symbol, which no dictionary takes."""
+    layer, x = rnn_gpu.GRU(3, 5), torch.randn(TIME, BATCH, 3)
+    parameters = dict(layer.named_parameters())
+    run = lambda parameters, x: functional_call(layer, parameters, (x,))[0]
+    graph = make_fx(run, tracing_mode="symbolic")(parameters, x)
+    torch.testing.assert_close(graph(parameters, x), layer(x)[0])
 
 
 @every_layer
