@@ -20,7 +20,7 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
-from rnn_gpu.kernels.plan import DEVICES
+from rnn_gpu.kernels.devices import named
 
 from . import cases as grids
 from . import ledger
@@ -226,7 +226,7 @@ def cell_table(mine: list[dict[str, Row]]) -> str:
 
 def auto_takes(case: grids.Case, precision: str, device: str, training: bool) -> str:
     """The backend that "auto" takes, by the model of the plan as it stands in the code; "?" for an unknown device."""
-    known = next((d for d in DEVICES.values() if d.name in device), None)
+    known = named(device)
     if known is None:
         return "?"
     dtype = getattr(torch, case.dtype)

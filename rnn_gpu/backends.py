@@ -18,7 +18,7 @@ from . import measured, settings
 from .equations import CELL_OF_MODE
 from .kernels import cudnn, machine
 from .kernels import plan as planning
-from .kernels.devices import DEVICES, Device, named
+from .kernels.devices import DEVICES, Device, named, of_sizes
 from .kernels.spec import CELLS, TRITON_VERSIONS
 
 Sizes = tuple[str, int, int, int, str]  # cell, hidden units, batch, sets, type
@@ -149,10 +149,11 @@ def interpreting() -> bool:
 @functools.cache
 def _properties(index: int) -> Device:
     found: Any = torch.cuda.get_device_properties(index)
-    like = named(found.name) or DEVICES["a100"]
+    arch = found.major * 10 + found.minor
+    like = named(found.name) or of_sizes(arch, found.multi_processor_count)
     return Device(
         name=found.name,
-        arch=found.major * 10 + found.minor,
+        arch=arch,
         multiprocessors=found.multi_processor_count,
         shared_memory=found.shared_memory_per_block_optin,
         gigahertz=getattr(found, "clock_rate", like.gigahertz * 1e6) / 1e6,
@@ -162,8 +163,8 @@ def _properties(index: int) -> Device:
 
 
 def device_of(device: torch.device | str) -> Device:
-    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or the name of a GPU, such as "H200"
-    (`kernels.devices.named`). ValueError for what is neither.
+    """What the plan must know of a device: "cuda", "cuda:1", a torch.device, or the name of a GPU, such as "H200", or
+    its sizes (`kernels.devices.named`). ValueError for what is neither.
     """
     if isinstance(device, str) and (known := named(device)) is not None:
         return known
@@ -171,7 +172,10 @@ def device_of(device: torch.device | str) -> Device:
         device = torch.device(device)
     except RuntimeError:
         names = ", ".join(repr(gpu.name.removeprefix("NVIDIA ")) for gpu in DEVICES.values())
-        raise ValueError(f"Unknown device {device!r}. Select a torch device or one of {names}.") from None
+        raise ValueError(
+            f"Unknown device {device!r}. Select a torch device or one of {names}; or give a GPU's compute capability and "
+            "size: 'sm_89, 24 multiprocessors'."
+        ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(f"device {str(device)!r} is not available: PyTorch finds no GPU here")

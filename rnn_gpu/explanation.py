@@ -112,7 +112,8 @@ def explain(
 
     module: a layer of this library or of torch.nn, or a model with such layers inside. batch_size: rows of the batch.
     device: a CUDA device, or the name of a GPU that need not be here, as people write it: "H200", "rtx 4090", "L4",
-    "NVIDIA A100-SXM4-40GB"; default: the current GPU, or an H200 where there is none. dtype: default that of the
+    "NVIDIA A100-SXM4-40GB", or of one that has no name here its compute capability and size, "sm_89, 24
+    multiprocessors"; default: the current GPU, or an H200 where there is none. dtype: default that of the
     layer's parameters; give autocast's where it is used. ragged: plan for sequences that are packed, end early
     (lengths) or start anew (resets). training: forward and backward; False: inference. precision: of float32 products,
     "tf32" or "ieee" (full); default: as PyTorch's switches for RNNs say.

@@ -358,6 +358,13 @@ def test_explain_names_the_reason_for_torch():
         ("A10", "NVIDIA A10"),
         ("NVIDIA L4", "NVIDIA L4"),
         ("l40s", "NVIDIA L40S"),
+        ("GB200", "NVIDIA GB200"),
+        ("NVIDIA GH200 480GB", "NVIDIA GH200"),
+        ("4070 ti", "NVIDIA RTX 4070 Ti"),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA RTX 5090 Laptop"),
+        ("RTX 3080 12 GB", "NVIDIA RTX 3080 12GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "NVIDIA RTX 6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA RTX PRO 6000 Max-Q"),
     ],
 )
 def test_explain_knows_gpus_by_the_names_people_write(name, gpu):
@@ -365,16 +372,30 @@ def test_explain_knows_gpus_by_the_names_people_write(name, gpu):
     assert f"on {gpu} (" in rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
 
 
-@pytest.mark.parametrize(
-    "name", ["RTX 4090 Laptop GPU", "RTX 3080 Ti", "A1000", "RTX 4080 SUPER", "H20", "gtx 970", ""]
-)
+@pytest.mark.parametrize("name", ["RTX 4090 Max-Q", "RTX 4090 Ti", "A1000", "RTX 6000", "H2", "gtx 970", "sm_89", ""])
 def test_explain_does_not_take_one_gpu_for_another(name):
-    """Catches: a GPU with other multiprocessors planned for as the one whose name its own begins with."""
-    with pytest.raises(ValueError, match=f"Unknown device {name!r}. Select a torch device or one of 'H200', 'H100'"):
+    """Catches: a GPU with other multiprocessors planned for as the one whose name its own begins with; an error that
+    leaves a user without a way on.
+    """
+    with pytest.raises(
+        ValueError, match=f"Unknown device {name!r}. Select a torch device or one of 'H200', 'H100'"
+    ) as e:
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
+    assert "give a GPU's compute capability and size: 'sm_89, 24 multiprocessors'" in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["T4", "Tesla V100-SXM2-16GB"])
+def test_explain_takes_a_gpu_by_its_sizes():
+    """Catches: sizes that are read as others; a GPU of the same sizes that is planned for in another way."""
+    layer = rnn_gpu.LSTM(8, 512)
+    text = rnn_gpu.explain(layer, 16, "sm_89, 128 multiprocessors")
+    assert text.startswith("on a GPU of compute capability 8.9 (128 multiprocessors, 99 KiB of shared memory each)")
+    assert text.partition("\n")[2] == rnn_gpu.explain(layer, 16, "RTX 4090").partition("\n")[2]
+    for same in ("compute capability 8.9, 128 SMs", "SM_89: 128 multiprocessors"):
+        assert rnn_gpu.explain(layer, 16, same) == text
+    assert "(7 multiprocessors, 227 KiB" in rnn_gpu.explain(layer, 16, "sm_110, 7 multiprocessors")
+
+
+@pytest.mark.parametrize("name", ["T4", "Tesla V100-SXM2-16GB", "GTX 1080 Ti", "Quadro RTX 6000", "sm_75, 4 SMs"])
 def test_explain_says_that_a_gpu_is_too_old(name):
     """Catches: an unknown name where the answer is known."""
     text = rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)

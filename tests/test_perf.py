@@ -92,7 +92,7 @@ def test_operations_are_those_of_the_products():
     assert cases.flops(stacked, "forward+backward") == 3 * 2 * 3 * 8 * (2 * (8 + 8) + 2 * (16 + 8)) * 3 * 5
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", ["h200", "h100pcie", "a100", "b200", "a10", "rtx3080", "l4", "rtx4090", "rtx5090"])
 def test_the_floor_lies_below_what_the_plan_predicts(name):
     """Catches a floor that grows with a smaller case, or one that the model of the plan goes below."""
     device = DEVICES[name]

@@ -108,7 +108,8 @@ def test_any_problem_has_a_plan_that_fits_or_a_reason(
         assert_fits(p, device, cap, allow_alone)
     else:
         assert str(hidden_size) in p and "programs" in p, p
-        assert sets == 2 or cap is not None, f"no plan where one is promised: {p}"
+        few = DEVICES[device].multiprocessors < 100  # a small GPU may have no room for the largest layers
+        assert sets == 2 or cap is not None or few, f"no plan where one is promised: {p}"
     assert p == plan(*arguments) == cached_plan(*arguments), "the same problem, another plan"
 
 
