@@ -173,8 +173,8 @@ def device_of(device: torch.device | str) -> Device:
     except RuntimeError:
         names = ", ".join(repr(gpu.name.removeprefix("NVIDIA ")) for gpu in DEVICES.values())
         raise ValueError(
-            f"Unknown device {device!r}. Select a torch device or one of {names}; or give a GPU's compute capability and "
-            "size: 'sm_89, 24 multiprocessors'."
+            f"Unknown device {device!r}. Select a torch device or one of {names}; or give a GPU's compute capability "
+            "and size: 'sm_89, 24 multiprocessors'."
         ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -390,8 +390,8 @@ def test_explain_takes_a_gpu_by_its_sizes():
     text = rnn_gpu.explain(layer, 16, "sm_89, 128 multiprocessors")
     assert text.startswith("on a GPU of compute capability 8.9 (128 multiprocessors, 99 KiB of shared memory each)")
     assert text.partition("\n")[2] == rnn_gpu.explain(layer, 16, "RTX 4090").partition("\n")[2]
-    for same in ("compute capability 8.9, 128 SMs", "SM_89: 128 multiprocessors"):
-        assert rnn_gpu.explain(layer, 16, same) == text
+    for name in ("compute capability 8.9, 128 SMs", "SM_89: 128 multiprocessors"):
+        assert rnn_gpu.explain(layer, 16, name) == text
     assert "(7 multiprocessors, 227 KiB" in rnn_gpu.explain(layer, 16, "sm_110, 7 multiprocessors")
 
 
