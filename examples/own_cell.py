@@ -3,7 +3,7 @@
     python examples/own_cell.py           trains for some seconds, on a GPU or a CPU
     python examples/own_cell.py --check   proves the equations first; no GPU needed, a minute or two
     python examples/own_cell.py --quick   some steps of training, to see that it runs
-    python -m rnn_gpu.check examples/own_cell.py
+    python -m rnn_gpu.check_cell examples/own_cell.py
 
 The cell is the "update gate" RNN (UGRNN; Collins, Sohl-Dickstein and Sussillo, "Capacity and trainability in recurrent
 neural networks", 2017): u = sigmoid(x_u + r_u), n = tanh(x_n + r_n), h' = u * h + (1 - u) * n. It learns to say, at
@@ -62,13 +62,13 @@ UGRNN = rnn_gpu.layer(CELL)
 def train(steps: int, device: str) -> float:
     """Train on parity -> the share of right answers in the last steps."""
     torch.manual_seed(0)
-    layer, head = UGRNN(1, 32, device=device), torch.nn.Linear(32, 2, device=device)
-    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=0.02)
+    ugrnn, head = UGRNN(1, 32, device=device), torch.nn.Linear(32, 2, device=device)
+    optimizer = torch.optim.Adam([*ugrnn.parameters(), *head.parameters()], lr=0.02)
     right = []
     for i in range(steps):
         signs = torch.randint(2, (8, 64, 1), device=device)
         parity = signs.cumsum(0)[..., 0] % 2
-        output, _ = layer(2.0 * signs - 1)
+        output, _ = ugrnn(2.0 * signs - 1)
         scores = head(output)
         loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), parity.flatten())
         optimizer.zero_grad()

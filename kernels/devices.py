@@ -183,7 +183,7 @@ def named(name: str) -> Device | None:
     sizes = BY_HAND.fullmatch(name.strip().lower())
     if sizes is not None:
         major, minor, multiprocessors = map(int, sizes.groups())
-        return of_sizes(10 * major + minor, multiprocessors)
+        return of_sizes(10 * major + minor, multiprocessors) if multiprocessors > 0 else None
     vendor = ("nvidia", "geforce", "tesla", "gpu", "blackwell")
     one_word = re.sub(r"\b([0-9]+) gb\b", r"\1gb", name.lower())
     words = [word for word in re.findall("[a-z0-9]+", one_word) if word not in vendor]
@@ -196,10 +196,8 @@ def named(name: str) -> Device | None:
     return None
 
 
-def of_sizes(arch: int, multiprocessors: int) -> Device | None:
-    """A GPU of which no more is known; the rest is that of the known one that is most like it. None for no GPU."""
-    if multiprocessors < 1:
-        return None
+def of_sizes(arch: int, multiprocessors: int) -> Device:
+    """A GPU of which no more is known; the rest is that of the known one that is most like it."""
     like = min(
         (*DEVICES.values(), *TOO_OLD.values()),
         key=lambda known: (abs(known.arch - arch), abs(known.multiprocessors - multiprocessors)),

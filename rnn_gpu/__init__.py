@@ -18,7 +18,7 @@ from .explanation import explain
 from .flow import GradientFlow, gradient_flow
 from .kernels.spec import Cell
 from .modules import GRU, LSTM, RNN
-from .own import layer
+from .own import CellLayer, layer
 from .settings import backend, current_backend, current_memory, max_programs, memory
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "RNN",
     "Cell",
     "CellError",
+    "CellLayer",
     "GRUCell",
     "GradientFlow",
     "LSTMCell",
@@ -60,11 +61,12 @@ def __dir__() -> list[str]:
 
 
 def check(device: torch.device | str | None = None) -> None:
-    """Wait for `device` (default: all that were used) and raise RuntimeError if a wait inside a kernel on it did not
-    end.
+    """Did every launch come to its end? Wait for `device` (default: all that were used) and raise RuntimeError if a
+    wait inside a kernel on it did not end.
 
     Every call of a layer looks for such an error without waiting; this looks at once, after the replay of a CUDA
-    graph for instance.
+    graph for instance. It looks at no numbers: `python -m rnn_gpu` says whether the kernels are right on a machine,
+    `check_cell` whether a cell of your own is, and `explain` what would run.
     """
     from .backends import triton_missing
 

@@ -9,6 +9,15 @@ import torch
 
 from . import __version__, explain, modules, selfcheck, settings
 
+QUESTIONS = """\
+other questions (docs/api.md):
+  python -m rnn_gpu.selfcheck                are the kernels right on this machine? (that part alone)
+  python -m rnn_gpu.check_cell my_cell.py    is a cell of your own right?
+  rnn_gpu.explain(model, batch_size)         which backend and plan would run a model, and why? runs nothing
+  rnn_gpu.check()                            did every launch come to its end?
+  rnn_gpu.autotune(layer, input)             what is fastest on this GPU?
+"""
+
 
 def version_of(package: str) -> str:
     """The installed version, or "not installed"."""
@@ -21,7 +30,10 @@ def version_of(package: str) -> str:
 def main() -> int:
     """0 if the self-check passed."""
     argparse.ArgumentParser(
-        prog="python -m rnn_gpu", description="Versions, device, the backend, and a check of seconds."
+        prog="python -m rnn_gpu",
+        description="Versions, device, which backend would run and why, and whether the kernels are right here.",
+        epilog=QUESTIONS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     print(f"rnn_gpu {__version__}, Python {platform.python_version()}, torch {torch.__version__}", end=", ")
     print(", ".join(f"{package} {version_of(package)}" for package in ("triton", "numpy")))

@@ -1,4 +1,4 @@
-"""Whether a cell of one's own is right: `check_cell`, and the command `python -m rnn_gpu.check`.
+"""Whether a cell of one's own is right: `check_cell`, and the command `python -m rnn_gpu.check_cell`.
 
 Three parts. The step in plain torch, by finite differences. Its Triton functions against it, in Triton's interpreter:
 element by element, where a wrong equation can be named, then in the loop over time. And compiled for GPUs that need not
@@ -23,13 +23,16 @@ import textwrap
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import backends, reference, settings
 from .kernels.spec import FUNCTIONS, Cell, imported
+
+if TYPE_CHECKING:
+    from .own import CellLayer
 
 # Largest relative error, by norm, of an equation in float32: 1e-6 is usual, a wrong one gives 1e-2 or more.
 ALLOWED = 1e-4
@@ -83,14 +86,14 @@ class Report:
     __repr__ = __str__
 
 
-def check_cell(cell: Cell) -> Report:
-    """Check a cell, in a minute or two, with no GPU: its step's gradient by finite differences in float64; the Triton
-    functions against the step, element by element and then in the loop, in the interpreter (all types, several programs
-    and one, odd sizes, both directions, rows that end early and start anew, lean memory); registers, spills and
-    instructions of a time step for sm_80, 90 and 100.
+def check_cell(cell: "Cell | type[CellLayer]") -> Report:
+    """Is a cell of your own right? Checked in a minute or two, with no GPU: its step's gradient by finite differences
+    in float64; the Triton functions against the step, element by element and then in the loop, in the interpreter (all
+    types, several programs and one, odd sizes, both directions, rows that end early and start anew, lean memory);
+    registers, spills and instructions of a time step for sm_80, 90 and 100.
 
-    -> a report in words, for print. CellError, with that report, where something is wrong: its first error names the
-    first equation that is. TypeError for what is no Cell (or no class that `layer` made).
+    cell: a description, or the class that `layer` made of it. -> a report in words, for print. CellError, with that
+    report, where something is wrong: its first error names the first equation that is. TypeError for what is neither.
 
     The cell's functions stand at the top of a file, or of a notebook; they may use what they import, and functions and
     numbers beside them (Triton functions: `triton.jit` ones, and `GAIN = tl.constexpr(1.5)`).
@@ -510,7 +513,9 @@ def run_part(part: str, path: str, name: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all cells of a file are right."""
-    parser = argparse.ArgumentParser(prog="python -m rnn_gpu.check", description="Whether cells of your own are right.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rnn_gpu.check_cell", description="Are cells of your own right? As rnn_gpu.check_cell."
+    )
     parser.add_argument("file", help="my_cell.py, my_cell.py:NAME, or a module: all cells at its top level, or one")
     path, _, name = parser.parse_args(arguments).file.rpartition(":")
     path, name = (path, name) if path and not os.path.exists(f"{path}:{name}") else (name, "")

@@ -21,6 +21,11 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 __all__ = ["chrono_", "orthogonal_", "unit_forget_bias_"]
 
 
+def __dir__() -> list[str]:
+    """What is there for users."""
+    return __all__
+
+
 @torch.no_grad()
 def orthogonal_(layer: Module, gain: float = 1.0, *, generator: torch.Generator | None = None) -> Module:
     """Make the recurrent weights orthogonal, gate by gate: each [H, H] of `weight_hh` a random orthogonal matrix times

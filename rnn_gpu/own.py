@@ -15,7 +15,7 @@ from .reference import check_step
 
 
 class CellLayer(_Layer[Any]):
-    """What the layers of all such cells share; `layer` makes their classes.
+    """The base of the layers of all such cells, and their type in annotations; `layer` makes their classes.
 
     T steps, B rows, I = input_size, H = hidden_size, L = num_layers, D = 2 if bidirectional else 1.
 
@@ -58,8 +58,10 @@ class CellLayer(_Layer[Any]):
         **options: Unpack[Options],
     ) -> None:
         """Arguments and initialisation as torch.nn's layers; options: see the class. ValueError, before the first
-        layer is made, for a cell whose step is none.
+        layer is made, for a cell whose step is none. TypeError for a class without a cell, as this one.
         """
+        if getattr(self, "cell", None) is None:
+            raise TypeError(f"{type(self).__name__} has no cell: rnn_gpu.layer(cell) makes the class of a layer")
         if not self._checked_step:
             check_step(self.cell)
             type(self)._checked_step = True
@@ -71,7 +73,8 @@ class CellLayer(_Layer[Any]):
         if not isinstance(input, Tensor):
             raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
         self.check_input(input, None)
-        raise ValueError(f"input must have the type {self._flat_weights[0].dtype}, got type {input.dtype}")
+        weight: Any = self._flat_weights[0]
+        raise ValueError(f"input must have the type {weight.dtype}, got type {input.dtype}")
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         """torch.nn's errors for input and states of other sizes."""
@@ -102,7 +105,8 @@ class CellLayer(_Layer[Any]):
 def _empty(module: str, name: str) -> CellLayer:
     """A layer of the class of that name, for pickle to fill."""
     cls = getattr(importlib.import_module(module), name)
-    return cls.__new__(cls)
+    empty: CellLayer = cls.__new__(cls)
+    return empty
 
 
 def layer(cell: Cell) -> type[CellLayer]:

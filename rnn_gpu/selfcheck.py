@@ -1,4 +1,4 @@
-"""A check of seconds: small layers on the backend that is there, against torch.nn in float64.
+"""Whether the kernels are right on this machine, in seconds: small layers against torch.nn in float64.
 
     python -m rnn_gpu.selfcheck [lstm|gru|rnn ...]
 
@@ -61,7 +61,7 @@ def differences(
     return {name: ((actual[name].cpu().double() - e).norm() / e.norm()).item() for name, e in expected.items()}
 
 
-def check(cells: list[str]) -> bool:
+def all_right(cells: list[str]) -> bool:
     """Print the largest difference of each cell; whether all are as small as they should be."""
     device = "cpu" if backends.interpreting() or not torch.cuda.is_available() else "cuda"
     where = (
@@ -87,7 +87,7 @@ def check(cells: list[str]) -> bool:
 
 
 def in_interpreter(cells: list[str]) -> bool:
-    """`check` in a process of its own with TRITON_INTERPRET=1; True too, with a line that says so, where Triton is
+    """`all_right` in a process of its own with TRITON_INTERPRET=1; True too, with a line that says so, where Triton is
     missing.
     """
     if backends.triton_missing():
@@ -101,12 +101,13 @@ def in_interpreter(cells: list[str]) -> bool:
 def main(cells: list[str]) -> int:
     """0 if the check of these cells, wherever it can run, passed."""
     here = torch.cuda.is_available() or backends.interpreting()
-    return 0 if (check if here else in_interpreter)(cells) else 1
+    return 0 if (all_right if here else in_interpreter)(cells) else 1
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m rnn_gpu.selfcheck", description="Small layers against torch.nn in float64."
+        prog="python -m rnn_gpu.selfcheck",
+        description="Are the kernels right on this machine? Small layers against torch.nn in float64.",
     )
     parser.add_argument(
         "cells", nargs="*", type=str.lower, metavar="cell", help=f"of {', '.join(LAYERS)} (default: all)"

@@ -8,6 +8,8 @@ docs/equations.md has the equations and derives what goes backwards. Here is the
 functions are in kernels/zoo.py.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,15 @@ from .equations import Tensors
 from .kernels.spec import Cell
 from .own import layer
 
+__all__ = ["MGU", "SLSTM", "CoupledLSTM", "LightGRU", "PeepholeLSTM"]
 
-def _in_triton(name: str) -> dict[str, str]:
+
+def __dir__() -> list[str]:
+    """The layers, and not what they are made of."""
+    return __all__
+
+
+def _in_triton(name: str) -> dict[str, Any]:
     return {which: f"{__package__}.kernels.zoo:{name}_{which}" for which in ("forward", "factors", "backward")}
 
 

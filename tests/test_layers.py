@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn_gpu
 from rnn_gpu import backends, settings
-from rnn_gpu.kernels import cudnn
+from rnn_gpu.kernels import cudnn, machine
 from rnn_gpu.kernels import plan as planning
 from tests.layers import STATES, draw, outcome, pair, same
 
@@ -261,8 +261,14 @@ def test_wrong_settings_are_refused():
 
 
 def test_a_shell_completes_what_is_for_users():
-    """Catches: files of the package among the names that `rnn_gpu.<TAB>` offers, or one that is not there."""
-    assert dir(rnn_gpu) == sorted([*rnn_gpu.__all__, "__version__"]) and all(hasattr(rnn_gpu, n) for n in dir(rnn_gpu))
+    """Catches: files of the package, or what a public module imports, among the names that `rnn_gpu.<TAB>` offers; one
+    that is not there.
+    """
+    assert dir(rnn_gpu) == sorted([*rnn_gpu.__all__, "__version__"])
+    assert dir(rnn_gpu.zoo) == sorted(layer.__name__ for layer in rnn_gpu.zoo.ZOO)
+    assert dir(rnn_gpu.init) == ["chrono_", "orthogonal_", "unit_forget_bias_"]
+    for module in (rnn_gpu, rnn_gpu.zoo, rnn_gpu.init, machine):
+        assert all(hasattr(module, name) for name in dir(module)) and set(module.__all__) <= set(dir(module))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 import os
 import pickle
@@ -530,6 +531,8 @@ def test_wrong_steps_are_named():
     assert str(rnn_gpu.check_cell(Renamed)).endswith("halving is all right")
     with pytest.raises(TypeError, match="check_cell expects a Cell, got: str"):
         rnn_gpu.check_cell("lstm")
+    with pytest.raises(TypeError, match=r"CellLayer has no cell: rnn_gpu\.layer\(cell\) makes"):
+        rnn_gpu.CellLayer(3, 4)
 
 
 @on_torch
@@ -546,13 +549,25 @@ def test_a_cell_of_a_notebook_is_written_down():
     assert there["CELL"].apart == 1 and there["CELL"].name == "written"
 
 
+@on_torch
+@pytest.mark.parametrize("name", ["check", "check_cell"])
+def test_the_command_has_both_of_its_names(name):
+    """Catches: the first name of the command gone; an import of a command's file, which would hide the function."""
+    command = [sys.executable, "-m", f"rnn_gpu.{name}"]
+    done = subprocess.run([*command, "no_such_cell.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "check_cell: error: no such file: no_such_cell.py" in done.stderr
+    with pytest.raises(ImportError, match=f"{name} is a function; .*python -m rnn_gpu.check_cell"):
+        importlib.import_module(f"rnn_gpu.{name}")
+    assert callable(getattr(rnn_gpu, name))
+
+
 @pytest.mark.slow
 @on_torch
 @pytest.mark.parametrize("name", ["PeepholeLSTM", "SLSTM", "LightGRU"])
 def test_the_command(name):
     """Catches: a part of the check that does not run, a plan that spills, an exit status that says otherwise."""
     done = subprocess.run(
-        [sys.executable, "-m", "rnn_gpu.check", f"rnn_gpu.zoo:{name}"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "rnn_gpu.check_cell", f"rnn_gpu.zoo:{name}"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and f"{name} is all right" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("in the loop") == 6 and done.stdout.count("no spills") == 12

@@ -32,6 +32,12 @@ from .parse import Fault
 
 __all__ = ["Fault", "on_machine", "running"]
 
+
+def __dir__() -> list[str]:
+    """What is there for users."""
+    return __all__
+
+
 _open: list = []  # contexts of `on_machine`, the innermost last
 
 

@@ -1,5 +1,8 @@
 """A user's script as type checkers see it: every expression has the type that it is said to have."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -49,3 +52,34 @@ def half(x: float) -> float:
 assert_type(half(3.0), float)
 cell, state = rnn_gpu.LSTMCell(3, 4), rnn_gpu.GRUCell(3, 4)(torch.randn(2, 3))
 rnn_gpu.check()
+
+
+def step(x: tuple[Tensor, ...], r: tuple[Tensor, ...], carry: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    h = torch.tanh(x[0] + r[0])
+    return h, (h,)
+
+
+Plain = rnn_gpu.layer(rnn_gpu.Cell("Plain", ("n",), step, carries_h=True))
+assert_type(Plain, type[rnn_gpu.CellLayer])
+
+
+class Reader(torch.nn.Module):
+    rnn: rnn_gpu.CellLayer
+
+    def __init__(self, kind: type[rnn_gpu.CellLayer]) -> None:
+        super().__init__()
+        self.rnn = kind(3, 4, num_layers=2, zoneout=0.1, memory="lean")
+
+    def forward(self, input: Tensor) -> Tensor:
+        output, _ = self.rnn(input, lengths=[5, 2])
+        assert_type(output, Tensor)
+        return output
+
+
+assert_type(Reader(Plain)(torch.randn(5, 2, 3)).shape, Any)
+readers: list[rnn_gpu.CellLayer] = [Reader(rnn_gpu.zoo.MGU).rnn, rnn_gpu.zoo.SLSTM(3, 4)]
+found_by_cell: rnn_gpu.Cell = readers[0].cell
+assert isinstance(readers[1], rnn_gpu.CellLayer)
+assert_type(rnn_gpu.replace_rnns(readers[0]), rnn_gpu.CellLayer)
+rnn_gpu.init.orthogonal_(readers[0])
+check: Callable[[type[rnn_gpu.CellLayer]], object] = rnn_gpu.check_cell

@@ -17,4 +17,9 @@ rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 16, precision="tf16")  # wrong
 rnn_gpu.explain(rnn_gpu.LSTM(3, 4), "16")  # wrong
 rnn_gpu.LSTM(3, 4)(torch.randn(5, 2, 3), torch.zeros(1, 2, 4))  # wrong
 rnn_gpu.GRU(3, 4)(torch.randn(5, 2, 3), length=[5, 2])  # wrong
+rnn_gpu.layer("lstm")  # wrong
+rnn_gpu.check_cell("lstm")  # wrong
+rnn_gpu.zoo.MGU(3, 4, memory="leen")  # wrong
+rnn_gpu.zoo.MGU(3, 4, proj_size=2)  # wrong
+rnn_gpu.zoo.MGU(3, 4)(torch.randn(5, 2, 3), length=[5, 2])  # wrong
 rnn_gpu.GRU(3, 4)(torch.randn(5, 2, 3), lengths=[5, 2])
