@@ -8,6 +8,11 @@ has to be converted, shared modules stay shared, and going back is the same thin
 
 torch.nn.utils.parametrize gives each parametrized module a class of its own, in which the parametrized tensors are
 properties. Such a class is made again on the new base.
+
+What was not done is said in warnings, and never by an exception: the call stands in scripts that load one model or
+another. A model without anything recurrent is told, too: whoever asked for faster layers would else look for the reason
+everywhere but here. (PyTorch's own converters, `convert_sync_batchnorm` for one, say nothing; but what they change
+shows in results, and this in nothing but the time.) A second call on a model that is done says nothing.
 """
 
 import warnings
@@ -32,6 +37,7 @@ OURS = {
     torch.nn.RNNCell: RNNCell,
 }
 LAYERS = LSTM, GRU, RNN
+RECURRENT = RNNBase, RNNCellBase
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
@@ -40,14 +46,15 @@ def replace_rnns(model: Model) -> Model:
 
     Parameters, buffers, hooks, names, the training flag, weight_norm and parametrizations stay as they are, because
     the modules do: an optimizer made before keeps working. Calling it again changes nothing. Sub-classes are left
-    alone, since they may override what rnn_gpu relies on, and one UserWarning names them all. Call it last: after the
+    alone, since they may override what rnn_gpu relies on, and one UserWarning names them all; others name layers in
+    plain lists, which no module sees, and say so where there is nothing recurrent in the model. Call it last: after the
     model has been built and initialised, before DistributedDataParallel, `fully_shard` and `torch.compile`.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5))
     >>> type(replace_rnns(model)[1])
     <class 'rnn_gpu.modules.GRU'>
     """
-    return _swap(model, OURS, "replace_rnns", (RNNBase, RNNCellBase), done=(*THEIRS, CellLayer))
+    return _swap(model, OURS, "replace_rnns", RECURRENT, done=(*THEIRS, CellLayer))
 
 
 def restore_rnns(model: Model) -> Model:
@@ -56,8 +63,8 @@ def restore_rnns(model: Model) -> Model:
     The way back from `replace_rnns`, and the way to torch.nn for layers built with rnn_gpu: before torch.jit.script,
     quantize_dynamic or torch.fx, and before a whole model is pickled for a place without rnn_gpu. Sub-classes of
     rnn_gpu's classes are left alone, and so are layers of cells that torch.nn does not have, and those with an option
-    that changes results and that torch.nn does not know, such as weight_dropout; UserWarnings name them all. (Set the
-    option to 0 before to do without it.)
+    that changes results and that torch.nn does not know, such as weight_dropout; UserWarnings name them all, and say so
+    where there is nothing recurrent in the model. (Set the option to 0 before to do without it.)
 
     >>> type(restore_rnns(LSTM(3, 4)))
     <class 'torch.nn.modules.rnn.LSTM'>
@@ -96,7 +103,43 @@ def _swap(
         )
     if cells:
         warnings.warn(f"{caller} left cells alone that torch.nn does not have: {', '.join(cells)}", stacklevel=3)
+    hidden = _in_plain_attributes(model, table)
+    if hidden:
+        warnings.warn(
+            f"{caller} left layers alone that are no part of the model, nor are their parameters: {', '.join(hidden)}. "
+            "A torch.nn.ModuleList or ModuleDict in place of a plain one makes them a part",
+            stacklevel=3,
+        )
+    elif not any(isinstance(module, RECURRENT) for module in model.modules()):
+        warnings.warn(
+            f"{caller} changed nothing: there is no LSTM, GRU, RNN or cell in {type(model).__name__}{_instead(model)}",
+            stacklevel=3,
+        )
     return model
+
+
+def _in_plain_attributes(model: torch.nn.Module, table: dict[type, type]) -> list[str]:
+    """The attributes with layers that are no part of the model: lists, tuples and dicts that are no modules."""
+    registered, found = {*model.modules()}, []
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if any(isinstance(one, RECURRENT) and type(one) in table and one not in registered for one in values):
+                found.append(f"{name}.{attribute}".lstrip("."))
+    return found
+
+
+def _instead(model: torch.nn.Module) -> str:
+    """What a model without recurrent layers holds: what bears their name, or what else there is."""
+    kinds = {  # original_name: of what was scripted
+        name or "the model itself": getattr(one, "original_name", type(one).__name__)
+        for name, one in model.named_modules()
+    }
+    alike = [f"{name} ({kind})" for name, kind in kinds.items() if any(word in kind for word in ("LSTM", "GRU", "RNN"))]
+    if alike:
+        return f"; scripted, quantized or written in another way: {', '.join(alike)}"
+    others = sorted({*kinds.values()} - {type(model).__name__})
+    return f", which holds {', '.join(others[:6])}{', ...' if len(others) > 6 else ''}" if others else ""
 
 
 def class_after(module: torch.nn.Module, table: dict[type, type]) -> type | None:

@@ -328,6 +328,46 @@ def test_sub_classes_are_left_alone_and_named():
         rnn_gpu.replace_rnns(torch.nn.Sequential(CustomOurs(3, 4), rnn_gpu.LSTM(3, 4), torch.nn.Linear(3, 4)))
 
 
+class ByHand(torch.nn.Module):
+    """What bears the name of a layer, and is none."""
+
+
+class MyLSTM(ByHand):
+    pass
+
+
+@pytest.mark.parametrize("swap", [rnn_gpu.replace_rnns, rnn_gpu.restore_rnns], ids=lambda swap: swap.__name__)
+def test_a_model_with_nothing_to_change_is_told(swap):
+    """Catches: a user who has asked for other layers and got none, in silence; a warning for a model that is done."""
+    nothing = f"{swap.__name__} changed nothing: there is no LSTM, GRU, RNN or cell in "
+    attention = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.GRU(3, 4)))
+    for model, rest in (
+        (attention, "Sequential, which holds Embedding, Linear"),
+        (torch.nn.Linear(3, 4), "Linear"),
+        (torch.nn.Sequential(MyLSTM()), "Sequential; scripted, quantized or written in another way: 0 (MyLSTM)"),
+        (scripted, "RecursiveScriptModule; scripted, quantized or written in another way: 0 (GRU)"),
+    ):
+        with pytest.warns(UserWarning) as seen:
+            assert swap(model) is model
+        assert [str(one.message) for one in seen] == [nothing + rest] and seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for done in (torch.nn.LSTM(3, 4), rnn_gpu.LSTM(3, 4), torch.nn.GRUCell(3, 4), rnn_gpu.GRUCell(3, 4)):
+            swap(swap(done))
+
+
+def test_layers_in_plain_lists_are_named():
+    """Catches: a layer that no module knows, left behind in silence; a list of layers that the model has as well."""
+    model = torch.nn.Sequential(ByHand(), torch.nn.LSTM(3, 4))
+    model[0].layers, model.by_name, model[0].known = [torch.nn.LSTM(3, 4)], {"a": torch.nn.GRU(3, 4)}, (model[1],)
+    with pytest.warns(
+        UserWarning, match=r"no part of the model, .*: by_name, 0\.layers\. A torch.nn.ModuleList"
+    ) as seen:
+        rnn_gpu.replace_rnns(model)
+    assert len(seen) == 1 and type(model[1]) is rnn_gpu.LSTM and type(model[0].layers[0]) is torch.nn.LSTM
+
+
 def test_a_parametrized_sub_class_is_left_alone():
     """Catches: a user's sub-class that becomes a plain layer because parametrize gave it a class of its own."""
     layer = parametrizations.weight_norm(Custom(3, 4), "weight_hh_l0")

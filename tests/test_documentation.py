@@ -31,12 +31,16 @@ QUICK = [
     'TRITON_INTERPRET=1 RNN_GPU_BACKEND=triton python -c "import torch, rnn_gpu; '
     'print(rnn_gpu.LSTM(3, 24)(torch.randn(4, 2, 3))[0].shape)"',
 ]
+MOVING = [
+    'grep -rnwE "(LSTM|GRU|RNN)(Cell)?" --include="*.py" --include="*.ipynb" .',
+    r'grep -rnE "getattr\((torch\.)?nn(\.modules(\.rnn)?)?," --include="*.py" --include="*.ipynb" .',
+]
 # Beside targets of make, scripts of perf/ and examples/, and tests, whose existence is checked below.
 SHELL = [
     "source .venv/bin/activate",
     "pip install .",
     "export OMP_WAIT_POLICY=passive",
-    r'grep -rnE "nn\.(LSTM|GRU|RNN)(Cell)?\(" --include="*.py" .',
+    *MOVING,
 ]
 
 
@@ -111,6 +115,25 @@ def test_quick_commands_run_in_a_fresh_checkout(tmp_path):
         script = f"set -e; source .venv/bin/activate; {command}"
         done = subprocess.run(["bash", "-c", script], cwd=where, env=clean, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def test_the_commands_for_moving_find_every_spelling(tmp_path):
+    """Catches: a way to write a layer's name that is passed by, and stays torch.nn's; words that are no such name."""
+    found, other = (
+        "layer = torch.nn.LSTM(3, 4)", "rnn = nn.GRU(3, 4)", "cell = nn.LSTMCell(3, 4)", "from torch.nn import LSTM",
+        "from torch.nn import Linear, GRUCell as Cell", "    RNN,", "layer = LSTM(3, 4)", "kinds = {'lstm': LSTM}",
+        "make = functools.partial(nn.RNN, batch_first=True)", "if isinstance(module, nn.LSTM):", "x: nn.modules.GRU",
+        "layer = getattr(nn, kind)(3, 4)", "layer = getattr(torch.nn, name.upper())(3, 4)",
+        "layer = getattr(torch.nn.modules.rnn, kind)", 'layer = getattr(torch.nn, "LSTM")',
+    ), ("class MyLSTM(nn.Module):", "lstm = 3", "from torch import nn", "BiLSTM = 3", "getattr(net, kind)")  # fmt: skip
+    (tmp_path / "model.py").write_text("\n".join([*found, *other]) + "\n")
+    (tmp_path / "notebook.ipynb").write_text('"source": ["rnn = nn.LSTM(3, 4)\\n"]\n')
+    seen = set()
+    for command in MOVING:
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        seen |= {tuple(line.split(":", 2)) for line in done.stdout.splitlines()}
+    assert ("./notebook.ipynb", "1") in {one[:2] for one in seen}
+    assert {text for file, _, text in seen if file == "./model.py"} == set(found)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "perf" / "README.md"], ids=lambda page: page.stem)
