@@ -74,7 +74,7 @@ def test_stores_of_a_thread_are_seen_in_any_order():
 )
 def test_fences_and_releases_order_stores(parts):
     """Catches a fence that does nothing, and a reader without one that is served in order."""
-    parts = parts | dict(load_flag=READ)
+    parts = dict(store_flag=WRITE, load_flag=READ) | parts
     assert {passed_on(seed, load_data=f"{FENCE} {READ}", **parts) for seed in range(30)} == {(1, 42)}
     assert {passed_on(seed, load_data=READ, **parts) for seed in range(30)} == {(1, 0), (1, 42)}
 

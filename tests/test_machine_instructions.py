@@ -684,6 +684,10 @@ def test_integers_become_floats_and_other_integers():
         assert_integers(f"cvt.{to}.{kind} $0, $1;", to, lambda a: a, kind)
     assert_integers("cvt.sat.s16.s32 $0, $1;", "s16", lambda a: max(-32768, min(32767, a)), "s32")
     assert_integers("cvt.sat.u16.s32 $0, $1;", "u16", lambda a: max(0, min(65535, a)), "s32")
+    given = np.arange(-500, 524, 32, np.int32)
+    narrow = {kind: value_of(f"cvt.{kind}.s32 $0, $1;", "b16", ("s32", given)) for kind in ("s8", "u8")}
+    assert np.array_equal(narrow["s8"].view(np.int16), given.astype(np.int8))  # the register is wider: with the sign
+    assert np.array_equal(narrow["u8"], given.astype(np.uint8))
 
 
 def test_registers_taken_apart_and_put_together():
@@ -1070,7 +1074,7 @@ def test_what_only_a_gpu_has_changes_nothing():
     """Catches a hint of caches, policies, time or launches that this machine takes for something else, or not at all;
     and prefetches that are not counted.
     """
-    hints = [hint for hint in HINTS.split() if hint not in ("gpu", "sys", "cta", "v2", "v4", "v8")]
+    hints = [hint for hint in HINTS.split() if hint not in ("nc", "gpu", "sys", "cta", "v2", "v4", "v8")]
     policy = lambda hint: ", policy" if hint == "L2::cache_hint" else ""
     place = torch.arange(32, dtype=torch.int32)
     counts = launch(
@@ -1087,8 +1091,8 @@ def test_what_only_a_gpu_has_changes_nothing():
             f"st.global.{hint}.b32 [there], x{policy(hint)};"
             for hint in hints
         )
-        + "setp.eq.u32 last, tid, 31; @last exit; st.global.b32 [there], 5; ret;",
-        [place],
+        + "ld.global.nc.b32 x, [%rd1]; setp.eq.u32 last, tid, 31; @last exit; st.global.b32 [there], x; ret;",
+        [place, torch.tensor([5])],
     )
     assert place.tolist() == [5] * 31 + [31 + len(hints)]
     assert (counts.prefetched, counts.prefetched_outside) == (96, 1)

@@ -13,8 +13,9 @@ Python that it came from, and the seed that repeats it.
     parse.py, decode.py, code.py, values.py   PTX text -> statements -> closures over registers; types and rounding
     arithmetic.py, floating.py, bits.py, comparison.py, conversion.py, operands.py   instructions of one lane
     lanes.py, products.py, warpgroup.py, access.py, control.py   of a warp, of four, on memory, branches and barriers
-    memory.py, segment.py, shared.py, local.py   memory and late stores
-    shadow.py, crowd.py, races.py, order.py   what is a race
+    memory.py, segment.py, shared.py, local.py, copies.py   memory, late stores and copies
+    early.py   what strong accesses may still find
+    shadow.py, crowd.py, races.py, order.py, reserved.py   what is a race
     launch.py, run.py, services.py, schedule.py   warps that step together, against chance
     library.py   `on_machine`: Triton's launches on this machine
 

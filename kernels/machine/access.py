@@ -8,9 +8,11 @@ import operator
 
 import numpy as np
 
+from . import copies
 from .decode import Decoder, Instruction, instruction
+from .operands import extended
 from .parse import WIDTH, Statement, split
-from .values import SIGNED, UNSIGNED, flush, is_float, stored, typed
+from .values import UNSIGNED, flush, is_float, stored, typed
 
 STRONG = ("volatile", "relaxed", "acquire", "release", "mmio")
 HINTS = (
@@ -28,20 +30,13 @@ def space_of(s: Statement) -> str:
 
 
 def order_of(s: Statement) -> str:
-    """What an access orders among programs: "" for a weak one, "relaxed", "acquire", "release", "acq_rel"; or "cta",
-    nothing, because it is strong within its own program alone.
+    """What an access orders among programs: "" for a weak one, "relaxed", "acquire", "release", "acq_rel"; "cta",
+    nothing, because it is strong within its own program alone; or "constant", a weak one of what is never written.
     """
+    if s.has("nc"):
+        return "constant"
     weak = s.op[0] in ("ld", "st") and not s.has(*STRONG)
     return "" if weak else "cta" if s.has("cta") else s.one_of("acquire", "release", "acq_rel") or "relaxed"
-
-
-def extended(values: np.ndarray, kind: str, width: int) -> np.ndarray:
-    """Bits of a type in a register of `width` bytes, which may be wider: with the sign, or zeros in front."""
-    if values.itemsize == width:
-        return values
-    if kind[0] == "s":
-        return values.view(SIGNED[values.itemsize]).astype(SIGNED[width]).view(UNSIGNED[width])
-    return values.astype(UNSIGNED[width])
 
 
 def vector(text: str) -> list[str]:
@@ -67,7 +62,7 @@ def ld(d: Decoder, s: Statement) -> Instruction:
         for i, (target, holder) in enumerate(zip(targets, holders)):
             run.put(target, extended(values[..., i], kind, holder), mask)
 
-    return d.act(load, asks=order != "" and space == "global")
+    return d.act(load, asks=order not in ("", "constant") and space == "global")
 
 
 def _parameter(d: Decoder, s: Statement) -> Instruction:
@@ -194,13 +189,12 @@ def copy(d: Decoder, s: Statement) -> Instruction:
     """9.7.9.25.3: asynchronous copies from global to shared memory, which count as this thread's once it has waited for
     their group. The bytes past `source size` are zeros.
     """
-    # Groups are counted by warp: PTX counts them by thread, so some lanes alone are refused.
     if s.has("commit_group"):
-        return d.act(lambda run, mask: run.commit_copies(), together=True)
+        return d.act(lambda run, mask: copies.commit(run), together=True)
     if s.has("wait_group"):
-        return d.act(lambda run, mask, left=int(s.operands[0], 0): run.wait_for_copies(left), together=True)
+        return d.act(lambda run, mask, left=int(s.operands[0], 0): copies.wait(run, left), together=True)
     if s.has("wait_all"):  # those of no group yet, too
-        return d.act(lambda run, mask: (run.commit_copies(), run.wait_for_copies(0)), together=True)
+        return d.act(lambda run, mask: (copies.commit(run), copies.wait(run, 0)), together=True)
     to, to_offset = d.address(s.operands[0])
     source, source_offset = d.address(s.operands[1])
     size = int(s.operands[2], 0)
@@ -213,6 +207,7 @@ def copy(d: Decoder, s: Statement) -> Instruction:
             run.fail("a copy of a part of its bytes", mask)
         wanted = length > 0 if mask is None else (length > 0) & mask
         values = run.load("global", there, 4, size // 4, wanted)
-        run.begin_copy(run.address(to, to_offset), np.where((length > 0)[..., None], values, np.uint32(0)), mask)
+        values = np.where((length > 0)[..., None], values, np.uint32(0))
+        copies.begin(run, run.address(to, to_offset), values, mask, there, wanted)
 
     return d.act(begin)

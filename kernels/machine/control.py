@@ -34,15 +34,16 @@ def barrier(d: Decoder, s: Statement) -> Instruction:
 
 @instruction("fence membar", "acq_rel sc gpu sys cta gl proxy async shared global alias acquire release")
 def fence(d: Decoder, s: Statement) -> Instruction:
-    """9.7.13.4: whatever the thread has stored before is seen before what it stores after; `.proxy.async`: products of
-    four warps may read it (warpgroup.py).
+    """9.7.13.4: whatever the thread has stored before is seen before what it stores after; `.sc` and membar: who fences
+    so later sees it, too; `.proxy.async`: products of four warps may read it (warpgroup.py).
     """
     if s.has("async"):
         return Instruction(s, ACT, lambda run, mask: run.fence_proxy(mask))
     acquires, releases = not s.has("release"), not s.has("acquire")
     if s.has("cta", "proxy"):
         return Instruction(s, ACT, lambda run, mask: run.fence_own(mask, acquires, releases) if s.has("cta") else None)
-    return Instruction(s, ACT, lambda run, mask: run.fence(mask, acquires, releases), fences=True)
+    sequential = s.has("sc") or s.op[0] == "membar"
+    return Instruction(s, ACT, lambda run, mask: run.fence(mask, acquires, releases, sequential), fences=True)
 
 
 @instruction("nanosleep pmevent griddepcontrol", "u32 wait launch_dependents")

@@ -6,6 +6,7 @@ import numpy as np
 
 from .decode import Decoder, Instruction, instruction
 from .floating import DIRECTED, NAN
+from .operands import extended
 from .parse import WIDTH, Statement, split
 from .values import (
     FLOATS,
@@ -84,12 +85,12 @@ def cvt(d: Decoder, s: Statement) -> Instruction:
         raise ValueError("satfinite")
     # a register may be wider than the type that is read from it or written to it
     source, target = d.source(s.operands[1], WIDTH[kind]), d.target(s.operands[0])
-    holder, wide = UNSIGNED[WIDTH[kind]], UNSIGNED[d.widths[target]]
+    holder, wide = UNSIGNED[WIDTH[kind]], d.widths[target]
     convert = _converter(s, to, kind)
 
     def run(f):
         result = convert(typed(f[source].astype(holder, copy=False), kind))
-        return result.astype(wide, copy=False)
+        return extended(result, to, wide)
 
     return Instruction(s, 0, run, target)
 

@@ -9,6 +9,7 @@ program stores becomes visible a little at a time, between two such draws.
 import numpy as np
 
 from .code import Code
+from .copies import Group
 from .decode import SPECIAL
 from .local import LocalMemory
 from .memory import GlobalMemory
@@ -94,8 +95,8 @@ class Launch:
         self.thread = np.tile(32 * np.arange(self.warps), programs)[:, None] + LANES
         self.at, self.status = np.zeros(rows, np.int64), np.zeros(rows, np.int8)
         self.parted, self.lane_at = np.zeros(rows, bool), np.zeros((rows, 32), np.int64)
-        # The version of memory when a warp last ordered its loads, and those of what its own program stores.
-        self.ordered, self.ordered_own = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        # The version of memory when a warp last ordered its loads of what its own program stores; at its last fence.sc.
+        self.ordered, self.sequential = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.count, self.seen = np.zeros(rows, np.int64), np.full(rows, -1, np.int64)
         self.barriers, self.warp_barriers = np.ones(programs, np.int64), np.zeros(rows, np.int64)
         self.arrived = np.zeros(programs, np.int64)
@@ -103,7 +104,7 @@ class Launch:
         self._junk: dict[int, np.ndarray] = {}
         self.written: dict[int, np.ndarray] = {}  # which lanes have, of registers that instructions doubt
         self._set_special()
-        self.copies: dict[int, list] = {}  # row -> groups of asynchronous copies, the open one last
+        self.copies: dict[int, list[Group]] = {}  # row -> groups of asynchronous copies, the open one last
         self.products: dict[int, Outstanding] = {}  # row -> products that it has not waited for
         self.meetings: dict[int, Meeting] = {}  # the first row of four warps -> products that not all have come to
         together = np.array([x.together for x in code.code] + [False])

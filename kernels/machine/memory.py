@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .order import MANY, Order
+from . import early, reserved
+from .early import SEEN, UNSEEN
+from .order import Order
 from .parse import Fault
 from .races import Races, reach_of
 from .segment import Segment
 from .shadow import VECTOR, Lanes, check_lost, elements_of
 from .values import SIGNED, UNSIGNED
 
-SEEN, UNSEEN = 1, 2  # whether another thread of the program may have seen what has become visible, or nobody
 SEGMENT = 40  # bits of an address within an allocation
 
 
@@ -32,6 +33,7 @@ class GlobalMemory:
         # segment, offsets, width, who stored, which of these each offset is of, whether a part is visible
         self.pending: list[tuple] = []
         self.version = 0  # counts what became visible
+        self.behind: set[int] = set()  # lanes of the load in hand that found what was there before the latest store
         if programs >= 1 << (8 * grain - 1):
             raise Fault(f"{programs} programs are too many for a kernel that stores {grain} bytes")
 
@@ -62,54 +64,24 @@ class GlobalMemory:
                 )
             yield segment, lanes if one else lanes.some(here), offset, here
 
-    def load(self, run, lanes: Lanes, width: int, count: int, reach: int) -> np.ndarray:
-        """-> [lanes, count]. reach: `races.reach_of`."""
-        size = width * count
-        out = np.empty((lanes.address.size, count), UNSIGNED[width])
+    def load(self, run, lanes: Lanes, width: int, count: int, order: str) -> np.ndarray:
+        """-> [lanes, count]. order: `access.order_of`."""
+        size, reach = width * count, reach_of(order)
+        out, self.behind = np.empty((lanes.address.size, count), UNSIGNED[width]), set()
         for segment, some, offset, here in self.parts(run, lanes, size, "load"):
             raw = segment.view(size)[offset // size]
             if segment.shadow is not None:
                 if self.races is not None and reach < 2:
                     places = segment.shadow.places(offset, size)
+                    if order == "constant":
+                        reserved.load_constant(run, segment, some, places)
                     self.races.check_load(run, segment, *segment.judged(some, places), reach)
                 if self.races is not None and reach == 2:
-                    raw = self._early(run, segment, some, offset, size, raw)
+                    raw = early.load(self, run, segment, some, offset, size, raw)
                 if self.pending:
                     raw = self._own(run, segment, some, offset, size, raw, reach)
             out[here] = elements_of(raw, width, count)
         return out
-
-    def _early(self, run, segment: Segment, lanes: Lanes, offset, size: int, raw) -> np.ndarray:
-        """What a strong load finds that may be served ahead of earlier ones of its thread, back to a fence, an acquire
-        or a barrier: some values that those of other threads have taken the place of, and nobody has seen them yet.
-        """
-        if size < segment.grain:  # a part of what is stored at once
-            segment.replaced[offset // segment.grain] = 0
-            return raw
-        count, vector, at = size // segment.grain, VECTOR[size], offset // size
-        replaced = segment.replaced.view(VECTOR[min(count, 8)])
-        if count > 8:
-            at = at[:, None] * (count // 8) + np.arange(count // 8)
-        if run.random.random() >= run.launch.schedule.early or not replaced[at].any():
-            replaced[at] = 0
-            return raw
-        places = segment.shadow.places(offset, size)
-        writer = segment.program[places]
-        early = (segment.replaced[places] != 0) & (writer != MANY)
-        rows, landed = run.rows[lanes.which >> 5], segment.landed[places]
-        early &= landed > run.launch.ordered[rows][:, None]
-        if (own := early & (writer == lanes.program[:, None])).any():
-            unseen = (segment.replaced[places] == UNSEEN) & (landed > run.launch.ordered_own[rows][:, None])
-            unseen &= segment.shadow.writers_at_odds(places, lanes)[1]
-            early &= ~own | unseen
-        if self.order.released:
-            early &= ~np.isin(lanes.address, list(self.order.released))[:, None]
-        segment.replaced[places[~early]] = 0
-        if not early.any():
-            return raw
-        before = elements_of(segment.before.view(vector)[offset // size], segment.grain, count)
-        found = np.where(early, before, elements_of(raw, segment.grain, count))
-        return np.ascontiguousarray(found).view(vector)[:, 0]
 
     def _own(self, run, segment: Segment, lanes: Lanes, offset, size: int, raw, reach: int) -> np.ndarray:
         """What a program has stored itself it sees, visible or not; but strong loads may miss what another thread has
@@ -146,6 +118,7 @@ class GlobalMemory:
             places = segment.shadow.places(offset, size)
             lost = None
             if self.races is not None:
+                reserved.check_write(run, segment, some, places, "a store to")
                 self.races.check_store(run, segment, *segment.judged(some, places), "a store to", reach)
                 lost = self.races.note_store(run, segment, some, places, reach)
             data, late = segment.view(size), segment.late.view(VECTOR[size])
@@ -165,6 +138,25 @@ class GlobalMemory:
             elements = offset[:, None] + width * np.arange(count)
             of = np.repeat(np.arange(offset.size), count)
             self.pending.append((segment, elements.ravel() // width, width, some, of, False))
+
+    def hold(self, run, lanes: Lanes, size: int) -> bool:
+        """An asynchronous copy reads so many bytes at these lanes' addresses -> whether it must `let_go` of some."""
+        if self.races is None or not lanes.which.size or not any(segment.shadow for segment in self.segments):
+            return False
+        held = False
+        for segment, _, offset, _ in self.parts(run, lanes, size, "copy"):
+            if segment.shadow is not None:
+                reserved.hold(segment, segment.shadow.places(offset, size))
+                held = True
+        return held
+
+    def let_go(self, run, lanes: Lanes, size: int) -> None:
+        """The copy has been waited for: until now it counts as a load."""
+        for segment, some, offset, _ in self.parts(run, lanes, size, "copy"):
+            if segment.shadow is not None:
+                places = segment.shadow.places(offset, size)
+                reserved.let_go(segment, places)
+                self.races.check_load(run, segment, *segment.judged(some, places), 0)
 
     def prepare(self, run, segment: Segment, lanes: Lanes) -> None:
         """Before anything is written to a segment."""
@@ -221,40 +213,62 @@ class GlobalMemory:
         if segment.polled:
             segment.before.view(grain)[places] = data[places]
             segment.landed[places] = self.version
-            segment.replaced[places] = np.where(segment.owner[places] > 0, UNSEEN, SEEN)
+            owner = segment.owner[places]
+            latest = early.latest_writer(segment, places) == abs(owner)  # no atomic has come before it meanwhile
+            segment.replaced[places] = np.where(latest, np.where(owner > 0, UNSEEN, SEEN), 0)
         data[places] = late[places]
         self.order.land(segment.base + places * segment.grain)
         segment.owner[places] = 0
+
+    def _land_before(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, at: np.ndarray, width: int) -> None:
+        """What is on its way to where atomics are has come; or it comes behind them, where nobody has seen it yet."""
+        owner = segment.owner[places]
+        unseen = ((owner > 0) & (owner != lanes.program[:, None])).all(1)
+        if self.races is None or run.random.random() >= run.launch.schedule.early:
+            unseen[:] = False
+        if not unseen.all():
+            self.version += 1
+            self._land(segment, np.unique(at[~unseen]), width)
+
+    def _order_atomic(self, order: str, thread: list[int], address: int) -> None:
+        """What a thread gets to know by an atomic, and gives to know."""
+        if order == "cta":
+            return
+        (self.order.acquire if order in ("acquire", "acq_rel") else self.order.read)(*thread, address)
+        self.order.renew(address)
+        (self.order.release if order in ("release", "acq_rel") else self.order.write)(*thread, address, pending=False)
 
     def atomic(self, run, lanes: Lanes, width: int, function, order: str) -> np.ndarray:
         """function(number of the lane, old) -> new for each lane in random order, on memory itself -> what was there
         before.
         """
         old, changed = np.zeros(lanes.address.size, UNSIGNED[width]), False
+        numbers = run.random.permutation(old.size)
+        lanes = lanes.some(numbers)
         for segment, some, offset, here in self.parts(run, lanes, width, "atomic"):
             self.prepare(run, segment, some)
-            if segment.owner[segment.shadow.places(offset, width)].any():  # what is still on its way there has come
-                self.version += 1
-                self._land(segment, np.unique(offset // width), width)
-            segment.replaced[segment.shadow.places(offset, width)] = 0
-            view = segment.view(width)
-            numbers = np.arange(old.size)[here]
-            programs, threads = some.threads()
-            for i in run.random.permutation(numbers.size):
-                thread, address, place = (programs[i], threads[i]), int(some.address[i]), int(offset[i]) // width
-                old[numbers[i]] = view[place]
-                if order in ("acquire", "acq_rel"):
-                    self.order.acquire(*thread, address)
-                elif order != "cta":
-                    self.order.read(*thread, address)
-                if order in ("release", "acq_rel"):
-                    self.order.release(*thread, address, pending=False)
-                elif order != "cta":
-                    self.order.write(*thread, address, pending=False)
-                view[place] = function(numbers[i], view[place])
-                changed |= view[place] != old[numbers[i]]
+            places = segment.shadow.places(offset, width)
+            if segment.owner[places].any():
+                self._land_before(run, segment, some, places, offset // width, width)
+            may_miss = early.atomic(self, run, segment, some, places).tolist()
+            data, before = segment.view(width), segment.before.view(UNSIGNED[width])
+            seen, replaced, touched = np.ones(offset.size, bool), np.zeros(offset.size, bool), set()
+            each = numbers[here].tolist(), *some.threads(), some.address.tolist(), (offset // width).tolist()
+            for i, (number, *thread, address, at) in enumerate(zip(*each, strict=True)):
+                found = data[at]
+                if may_miss[i] and at not in touched and function(number, before[at]) == before[at]:
+                    old[number], seen[i] = before[at], False
+                    continue
+                touched.add(at)
+                old[number] = found
+                self._order_atomic(order, thread, address)
+                data[at] = new = function(number, found)
+                if new != found:
+                    before[at], replaced[i], changed = found, True, True
+            segment.replaced[places[seen]] = 0
+            segment.replaced[places[replaced]], segment.landed[places[replaced]] = UNSEEN, self.version + 1
             if self.races is not None:
-                places = segment.shadow.places(offset, width)
+                reserved.check_write(run, segment, some, places, "an atomic on")
                 self.races.check_store(run, segment, *segment.judged(some, places), "an atomic on", reach_of(order))
                 self.races.note_store(run, segment, some, places, reach_of(order))
         self.order.time += 1

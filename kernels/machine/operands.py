@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from .decode import Decoder, Instruction
 from .parse import WIDTH, Statement
-from .values import stored, typed
+from .values import SIGNED, UNSIGNED, stored, typed
 
 
 def of(d: Decoder, s: Statement, function: Callable, *kinds: str, result: str) -> Instruction:
@@ -29,3 +31,12 @@ def of(d: Decoder, s: Statement, function: Callable, *kinds: str, result: str) -
 def bits(kind: str) -> str:
     """The type of bare bits as wide: for what does not depend on signs."""
     return "pred" if kind == "pred" else f"b{8 * WIDTH[kind]}"
+
+
+def extended(values: np.ndarray, kind: str, width: int) -> np.ndarray:
+    """Bits of a type in a register of `width` bytes, which may be wider: with the sign, or zeros in front."""
+    if values.itemsize == width:
+        return values
+    if kind[0] == "s":
+        return values.view(SIGNED[values.itemsize]).astype(SIGNED[width]).view(UNSIGNED[width])
+    return values.astype(UNSIGNED[width])

@@ -43,6 +43,7 @@ class Order:
         self.programs, self.time = programs, 1  # counts instructions that release, and fences
         self.released: dict[int, Known] = {}  # address -> what who acquires there gets to know
         self.pending: dict[int, Known] = {}  # the same of stores that are not visible yet
+        self.renewed: set[int] = set()  # addresses where what was before the latest store had been released, too
         self.acquired: dict[int, dict[int, Known]] = {}  # program -> fine key of a thread -> what it got to know
         self.fences: dict[tuple[int, int], tuple[int, int]] = {}  # (program, thread) -> fine key and time of its last
         self.seen: dict[tuple[int, int], Known] = {}  # (program, thread) -> what its next fence acquires
@@ -87,9 +88,14 @@ class Order:
         if not (self.released or self.pending):
             return
         for address in (self.released.keys() | self.pending.keys()).intersection(addresses.tolist()):
+            self.renew(address)
             self.released.pop(address, None)
             if address in self.pending:
                 self.released[address] = self.pending.pop(address)
+
+    def renew(self, address: int) -> None:
+        """There is a new value at an address."""
+        (self.renewed.add if address in self.released else self.renewed.discard)(address)
 
     def acquire(self, program: int, thread: int, address: int) -> None:
         """A thread acquires at an address."""

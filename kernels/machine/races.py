@@ -16,7 +16,7 @@ from .shadow import Lanes, keys_at_odds, name_of
 
 def reach_of(order: str) -> int:
     """How far an access is strong (`access.order_of`): 0 nowhere, 1 in its program, 2 everywhere."""
-    return {"": 0, "cta": 1}.get(order, 2)
+    return {"": 0, "constant": 0, "cta": 1}.get(order, 2)
 
 
 class Races:
@@ -25,7 +25,7 @@ class Races:
     def __init__(self, order: Order):
         self.order = order
 
-    def _unordered(self, lanes: Lanes, places: np.ndarray, foreign: np.ndarray, other, last, first, time) -> np.ndarray:
+    def unordered(self, lanes: Lanes, places: np.ndarray, foreign: np.ndarray, other, last, first, time) -> np.ndarray:
         """The `foreign` among the accesses at these places, all [lanes, grains], that are not known to be over."""
         if not foreign.any():
             return foreign
@@ -51,7 +51,7 @@ class Races:
         if not foreign.any():
             return foreign
         last = segment.shadow.last_writer(places)
-        found = self._unordered(lanes, places, foreign, writer, last, last, segment.clock[places])
+        found = self.unordered(lanes, places, foreign, writer, last, last, segment.clock[places])
         return self._among(segment.writers, lanes, places, found, writer == MANY)
 
     def _other_readers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ class Races:
         if not foreign.any():
             return foreign
         reader, keys = np.where(last != first, MANY, last), segment.shadow.last_readers(places)
-        found = self._unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
+        found = self.unordered(lanes, places, foreign, reader, *keys, segment.read_clock[places])
         return self._among(segment.readers, lanes, places, found, reader == MANY)
 
     def _plain_writers(self, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ class Races:
         """
         writer, last = segment.plain[places], segment.plain_key[places]
         foreign = (writer != 0) & (writer != lanes.program[:, None])
-        return self._unordered(lanes, places, foreign, writer, last, last, segment.plain_clock[places])
+        return self.unordered(lanes, places, foreign, writer, last, last, segment.plain_clock[places])
 
     def check_load(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, reach: int) -> None:
         """A load of places [lanes, grains] that is not strong for all programs."""
@@ -149,6 +149,7 @@ class Races:
         several |= strong & (segment.program[places] != program)  # in this very instruction
         if np.any(several):
             segment.program[places[several]] = MANY
+            segment.latest[places] = program
             several, last, fine = segment.program[places] == MANY, shadow.last_writer(places), lanes.fine[:, None]
             segment.writers.join(several, places, (before[0], last, last, before[1]), (program, fine, fine, time))
             segment.writers.forget(places[~several])

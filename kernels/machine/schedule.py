@@ -23,12 +23,12 @@ class Schedule:
     """How a launch is run. Equal ones give equal launches.
 
     launch: its number in a context, drawn with together with the seed. delay: the chance of a stored element to become
-    visible at each draw. early: the chance that a strong load is served ahead of earlier ones of its thread, or misses
-    what another thread of its program has stored. slow: numbers of programs that run, and whose stores arrive, a
-    hundredth as often. stop: the chance to stop before an access of global memory that others can notice. part: the
-    chance that only some of the warps that stand together go on. budget: instructions that a warp may take. patience:
-    draws for which all warps may only wait, with nothing under way. races: whether to look for races. leave_out:
-    indices (x, y, z) of programs that never run, or a function of the kernel's name and the index.
+    visible at each draw. early: the chance that a strong load finds what was there before the latest store, or an
+    atomic comes before it, where nothing orders them behind it. slow: numbers of programs that run, and whose stores
+    arrive, a hundredth as often. stop: the chance to stop before an access of global memory that others can notice.
+    part: the chance that only some of the warps that stand together go on. budget: instructions that a warp may take.
+    patience: draws for which all warps may only wait, with nothing under way. races: whether to look for races.
+    leave_out: indices (x, y, z) of programs that never run, or a function of the kernel's name and the index.
     """
 
     seed: int = 0

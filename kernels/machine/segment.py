@@ -17,6 +17,7 @@ class Segment:
         self.polled = False  # whether one reads it strongly
         self.meant: np.ndarray | None = None  # on which grains races are meant
         self.shadow: Shadow | None = None
+        self.reserved: np.ndarray | None = None  # what nobody may write (reserved.py), once there was some
 
     def prepare(self, fine: bool) -> None:
         """Make the shadows of memory that is written."""
@@ -31,10 +32,11 @@ class Segment:
         self.own_store, self.own_loads, self.owned = np.zeros(count, bool), np.zeros(count, bool), False
         room = -(-self.size // 32) * 32
         self.writers, self.readers = Crowds(), Crowds()  # where `program` is MANY, or `first` another one than `last`
+        self.latest = np.zeros(count, np.int32)  # the last program, where `program` is MANY
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none; < 0: others saw it
         self.before = np.zeros(room, np.uint8)  # values that the latest visible ones took the place of
-        self.replaced = np.zeros(room // self.grain, np.uint8)  # where no other program has seen it yet (memory.SEEN)
+        self.replaced = np.zeros(room // self.grain, np.uint8)  # where no other program has seen it yet (early.SEEN)
         self.landed = np.zeros(count, np.int32)  # when
 
     def excuse(self, offset: int, meant: np.ndarray) -> None:

@@ -53,12 +53,14 @@ class Services:
         if space != "global":
             values = (launch.shared if space == "shared" else launch.local).load(self, lanes, width, count)
         else:
-            values = launch.memory.load(self, lanes, width, count, reach_of(order))
+            values = launch.memory.load(self, lanes, width, count, order)
             known = launch.memory.order
             if order == "acquire" or (order == "relaxed" and launch.fences and known.released):
                 learn = known.acquire if order == "acquire" else known.read
-                for thread in zip(*lanes.threads(), lanes.address.tolist(), strict=True):
-                    learn(*thread)
+                behind = launch.memory.behind  # who found an older value acquires nothing of the latest
+                for which, *thread in zip(lanes.which.tolist(), *lanes.threads(), lanes.address.tolist(), strict=True):
+                    if which not in behind:
+                        learn(*thread)
             if order == "acquire":
                 launch.ordered[self.rows] = launch.memory.version
         if mask is None:
@@ -107,8 +109,10 @@ class Services:
         old[which] = found.reshape(-1, count)
         return old.reshape(self.warps, 32, count)
 
-    def fence(self, mask: np.ndarray | None, acquires: bool, releases: bool) -> None:
-        """Strong accesses before acquire, strong ones behind release, and what was stored becomes visible (`show`)."""
+    def fence(self, mask: np.ndarray | None, acquires: bool, releases: bool, sequential: bool) -> None:
+        """Strong accesses before acquire, strong ones behind release, and what was stored becomes visible (`show`);
+        sequential: to all that is behind another such fence.
+        """
         order = self.launch.memory.order
         for thread in zip(*self.lanes(np.zeros((self.warps, 32), np.int64), mask).threads(), strict=True):
             if acquires:
@@ -119,6 +123,8 @@ class Services:
             order.time += 1
             self.show(mask)
         self.launch.ordered[self.rows] = self.launch.memory.version
+        if sequential:
+            self.launch.sequential[self.rows] = self.launch.memory.version
 
     def show(self, mask: np.ndarray | None) -> None:
         """What these threads have stored, and what barriers ordered before, becomes visible."""
@@ -133,7 +139,7 @@ class Services:
         if releases:
             self.share(mask)
         if acquires:
-            self.launch.ordered_own[self.rows] = self.launch.memory.version
+            self.launch.ordered[self.rows] = self.launch.memory.version
 
     def release(self, mask: np.ndarray | None, order: str) -> None:
         """The same before an access that releases, for whom it does."""
@@ -157,33 +163,6 @@ class Services:
         number = at >> 40
         known = (number >= 1) & (number <= len(segments))
         return int((~known | (at >= ends[np.where(known, number, 0)])).sum())
-
-    def begin_copy(self, address, values, mask) -> None:
-        """An asynchronous copy to shared memory."""
-        lanes = self.lanes(address, mask)
-        values = values.reshape(32 * self.warps, -1)[lanes.which]
-        self.launch.shared.store(self, lanes, values, in_flight=True)
-        size = values.itemsize * values.shape[1]
-        for i, row in enumerate(self.rows.tolist()):
-            mine = lanes.which // 32 == i
-            groups = self.launch.copies.setdefault(row, [[]])
-            groups[-1].append((lanes.which[mine] % 32, lanes.address[mine], size))
-
-    def commit_copies(self) -> None:
-        """The copies since the last group are a group."""
-        for row in self.rows.tolist():
-            self.launch.copies.setdefault(row, [[]]).append([])
-
-    def wait_for_copies(self, left: int) -> None:
-        """Until all groups but the latest `left` have arrived."""
-        for i, row in enumerate(self.rows.tolist()):
-            groups = self.launch.copies.get(row, [[]])
-            while len(groups) - 1 > left:
-                for lane, address, size in groups.pop(0):
-                    everywhere = np.zeros((self.warps, 32), np.int64)
-                    mine = np.zeros((self.warps, 32), bool)
-                    everywhere[i, lane], mine[i, lane] = address, True
-                    self.launch.shared.land(self.lanes(everywhere, mine), size)
 
     def fence_products(self) -> None:
         """Accesses of registers before are ordered before products behind."""
