@@ -16,14 +16,13 @@ def part_of(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int],
     """Elements of a buffer, from number `begin` on, as a tensor of its own: autograd then treats it as a result, which
     users may change in place, and not as a view.
     """
-    new = torch.empty(0, dtype=dtype, device=buffer.device)
-    begin += buffer.storage_offset() * buffer.itemsize // dtype.itemsize
-    return new.set_(buffer.untyped_storage(), begin, size, stride)
+    words = buffer if buffer.dtype == dtype else buffer.view(dtype)
+    return words.as_strided(size, stride, words.storage_offset() + begin).data
 
 
 def aligned(tensor: Tensor) -> Tensor:
     """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
-    tensor = tensor.contiguous().resolve_neg()
+    tensor = dense(tensor)
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 

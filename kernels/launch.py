@@ -3,9 +3,8 @@
 import ctypes
 import functools
 import itertools
-import operator
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -114,17 +113,30 @@ def options(plan: Plan) -> dict:
     return dict(num_warps=plan.warps, num_stages=1, maxnreg=255, launch_cooperative_grid=not plan.alone)
 
 
+def _arguments(kernel: Any) -> dict[str, Any]:
+    """The arguments of a kernel that are known when it runs, in order, with nothing in them."""
+    return {name: None for name in kernel.arg_names if not name.isupper() or name in ("T", "B")}
+
+
+# To begin with, for whoever launches one.
+FORWARD, BACKWARD = _arguments(forward_kernel.forward), _arguments(backward_kernel.backward)
+
+
 class _Ready(NamedTuple):
     """A kernel that only waits for its arguments, and the launches that a batch takes: first row and grid of each."""
 
     plan: Plan
     prepared: Prepared
-    arguments: Callable[[dict], tuple]  # from them by name to all of them in order
     launches: tuple[tuple[int, tuple[int, int, int]], ...]
 
 
 # Found by the identity of the plan, which is kept with it, and by what else the compiled kernel depends on.
 _ready: dict[tuple, _Ready] = {}
+
+
+def dtypes(arguments: Iterable[Any]) -> Iterator[torch.dtype | None]:
+    """Of each its dtype, None of what is no tensor. Looped over in C: this is asked in every launch."""
+    return map(getattr, arguments, itertools.repeat("dtype"), itertools.repeat(None))
 
 
 def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
@@ -139,38 +151,31 @@ def _get_ready(plan: Plan, rows: Rows, reversed_sets: int) -> _Ready:
     if untested() and not interpreter.interpreting() and not machine.running():
         check = functools.partial(complain, alone=plan.alone)
     prepared = Prepared(kernel, constants(plan, reversed_sets), options(plan), check)
-    return _Ready(plan, prepared, operator.itemgetter(*prepared.names), launches)
+    return _Ready(plan, prepared, launches)
 
 
-def run(
-    plan: Plan,
-    device: torch.device,
-    rows: Rows,
-    reversed_sets: int,
-    tensors: dict,
-    **numbers: float | None,
-) -> None:
+def run(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, given: dict[str, Any]) -> None:
     """Launch a plan's kernel for all rows of the batch, in as many launches as it takes, on the current stream of
-    `device`. numbers: arguments that are no tensors, each None where its code is to be left out.
+    `device`. given: FORWARD or BACKWARD with the tensors and fractions that there are, but for those of `rows`; None
+    leaves their code out. The rest is filled in here.
     """
     raise_if_late(device)
-    kinds = [None if tensor is None else tensor.dtype for tensor in tensors.values()]
-    masked = rows.lengths is None, rows.offsets is None, rows.resets is None
-    without = [number is None for number in numbers.values()]
-    key = id(plan), rows.batch, reversed_sets, device, *kinds, *masked, *without
+    time, batch, given["lengths"], given["offsets"], given["resets"], *_ = rows
+    whether = given["rate_h"] is None, given["rate_c"] is None, given["scale"] is None, given.get("clip") is None
+    key = id(plan), batch, reversed_sets, device, *whether, *dtypes(given.values())
     ready = _ready.get(key)
     if ready is None:
         ready = _get_ready(plan, rows, reversed_sets)
         if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
-    given = {**tensors, **numbers, "status": status_word(device), "limit": WAIT_LIMIT, "T": rows.time, "B": rows.batch}
-    given |= {"lengths": rows.lengths, "offsets": rows.offsets, "resets": rows.resets, "pause": plan.pause or None}
+    given["T"], given["B"], given["status"], given["limit"] = time, batch, status_word(device), WAIT_LIMIT
+    given["pause"] = plan.pause or None
     for begin, grid in ready.launches:
         number = next(_numbers) % 0x7FFFFFFF + 1  # never 0, which says that nothing is late
-        _launches[number] = plan, (rows.time, rows.batch), begin
+        _launches[number] = plan, (time, batch), begin
         _launches.pop(number - 256, None)
         given["begin"], given["launch"] = begin, number
-        _start(ready.prepared, device, grid, ready.arguments(given))
+        _start(ready.prepared, device, grid, (*given.values(),))
     if device.type == "cpu":
         raise_if_late(device)
 
@@ -178,7 +183,7 @@ def run(
 def _start(prepared: Prepared, device: torch.device, grid: tuple[int, int, int], arguments: tuple) -> None:
     """Launch on the current stream of `device`, in the interpreter, or on the machine for PTX."""
     if device.type == "cuda":
-        index = torch.cuda.current_device()
+        index = torch._C._cuda_getDevice()  # torch.cuda.current_device asks first whether CUDA has begun
         if device.index is None or device.index == index:
             prepared.launch(grid, torch._C._cuda_getCurrentRawStream(index), arguments)
         else:
@@ -204,7 +209,7 @@ def prepare_buffers(kernel, fixed: tuple, device: torch.device, programs: int, a
     if programs == 0:
         return
     # By identity: Triton hashes a kernel by its source.
-    key = id(kernel), fixed, device, *[getattr(value, "dtype", None) for value in arguments]
+    key = id(kernel), fixed, device, *dtypes(arguments)
     prepared = _prepared.get(key)
     if prepared is None:
         constants = dict(zip(kernel.arg_names[len(arguments) :], fixed, strict=True))

@@ -6,16 +6,16 @@ padded H, E slots, A gates apart, K states beside h, P parameters (spec.Cell).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import again, launch, prepare
-from .buffers import aligned, all_dense, as_words, dense, part_of, within
+from .buffers import aligned, all_dense, dense, part_of, within
 from .plan import Plan
 from .rows import Rows
-from .spec import CELLS, Cell, itemsize, padded
+from .spec import CELLS, Cell, padded
 
 
 class Begun(NamedTuple):
@@ -43,30 +43,29 @@ def begin(
     weight_hh: of each set [G*H, H], or all of them [N, G*H, H]. The rest: of each set, one or two, for the eager way,
     where this makes one tensor of both and one bias of two. y: its buffer, of words, or a new one.
     """
-    cell, (sets, hidden_size) = CELLS[plan.cell], (plan.sets, plan.hidden_size)
-    batch, size, width = rows.batch, padded(hidden_size, plan.dtype), cell.gates * hidden_size
-    like = weight_hh[0]
+    cell, sets, hidden_size, size, batch = CELLS[plan.cell], plan.sets, plan.hidden_size, plan.padded_size, rows.batch
+    width, like = cell.gates * hidden_size, weight_hh[0]
     device, dtype = like.device, like.dtype
-    y = as_words((batch + count + batch, sets, size), dtype, device) if y is None else y
+    if y is None:
+        y = torch.empty((batch + count + batch, sets, plan.row_words), dtype=torch.int32, device=device)
     bias = bias_hn = input_weight = None
     if bias_ih is not None:
         apart = sets * cell.apart * hidden_size
         bias = torch.empty((sets * width + apart,), dtype=dtype, device=device)
         if apart:
             bias, bias_hn = bias[:-apart], bias[-apart:].view(sets, -1)
+        bias_ih, bias_hh = all_dense(bias_ih), all_dense(bias_hh)
     both = weight_ih is not None and len(weight_ih) == 2
     if both:
         input_weight = torch.empty((2 * width, weight_ih[0].shape[1]), dtype=dtype, device=device)
-    recurrent = whole(weight_hh, size)
-    copied = recurrent is None
-    if copied:
-        recurrent = torch.empty((sets, width, size), dtype=dtype, device=device)
-    of_sets = [aligned(weight) for weight in weight_hh] if copied else None
+    recurrent, copied = whole(weight_hh, size), None
+    if recurrent is None:
+        recurrent = copied = torch.empty((sets, width, size), dtype=dtype, device=device)
     programs = launch.programs_for(
-        0 if plan.alone else count * sets * size * itemsize(plan.dtype) // 4,
+        0 if plan.alone else count * sets * plan.row_words,
         batch * sets * size,
         0 if bias is None else sets * width,
-        recurrent.numel() if copied else 0,
+        0 if copied is None else copied.numel(),
         0 if input_weight is None else input_weight.numel(),
     )
     launch.prepare_buffers(
@@ -75,14 +74,18 @@ def begin(
         device,
         sum(programs),
         (
-            y, dense(h0), *_two(all_dense(bias_ih)), *_two(all_dense(bias_hh)), bias, bias_hn, *_two(of_sets),
-            recurrent if copied else None, *_two([aligned(weight) for weight in weight_ih] if both else None),
-            input_weight, count, batch, weight_ih[0].shape[1] if both else 0, *programs[:4],
+            y, dense(h0), *_two(bias_ih), *_two(bias_hh), bias, bias_hn,
+            *_two(None if copied is None else [aligned(weight) for weight in weight_hh]), copied,
+            *_two([aligned(weight) for weight in weight_ih] if both else None), input_weight, count, batch,
+            weight_ih[0].shape[1] if both else 0, *programs[:4],
         ),
     )  # fmt: skip
     if not both and weight_ih is not None:
         (input_weight,) = weight_ih
     return Begun(y, recurrent, input_weight, bias, bias_hn)
+
+
+NO_RATES = None, None
 
 
 def _two(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -134,20 +137,12 @@ def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
     return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
 
 
-# What both kernels take for options of a layer and of a stack, tensors and numbers, where there are none.
-NO_MASKS: dict[str, Tensor | None] = dict.fromkeys(("passed", "dropped", "kept_h", "kept_c"))
-NO_RATES: dict[str, float | None] = dict.fromkeys(("rate_h", "rate_c", "scale"))
-
-
-def _of_layer(rows: Rows, rates: tuple[float | None, float | None]) -> tuple[dict, dict, bool]:
-    """What both kernels take for recurrent dropout and zoneout, tensors and numbers, with nothing of a stack; and
-    whether a part of the states is kept.
-    """
-    if rates == (None, None) and rows.dropped is rows.kept_h is rows.kept_c is None:
-        return NO_MASKS, NO_RATES, False
-    masks = {name: getattr(rows, name, None) for name in NO_MASKS}  # rows know of none that are passed
-    tensors = {name: None if mask is None else aligned(mask) for name, mask in masks.items()}
-    return tensors, NO_RATES | dict(rate_h=rates[0], rate_c=rates[1]), rows.kept_c is not None or rates[1] is not None
+def _of_options(given: dict[str, Any], rows: Rows, rates: tuple[float | None, float | None]) -> bool:
+    """Put in what both kernels take for recurrent dropout and zoneout -> whether a part of the states is kept."""
+    masks = rows.dropped, rows.kept_h, rows.kept_c
+    given["rate_h"], given["rate_c"] = rates
+    given["dropped"], given["kept_h"], given["kept_c"] = [None if mask is None else aligned(mask) for mask in masks]
+    return rows.kept_c is not None or rates[1] is not None
 
 
 def go_on(
@@ -159,43 +154,31 @@ def go_on(
     tensors. flat: y as [R, N*H], where it lies so.
     """
     assert rows.time > 0 and x_part.is_contiguous()
-    cell, sets = CELLS[plan.cell], plan.sets
-    hidden_size, dtype, device, batch, count = plan.hidden_size, x_part.dtype, x_part.device, rows.batch, len(x_part)
-    size, y = padded(hidden_size, plan.dtype), begun.y
-    if cell.keeps_aux(saving) and aux is None:
-        exact = torch.float32 if cell.states else dtype
-        aux = torch.empty((count, sets, cell.planes * size), dtype=exact, device=device)
-    masks, numbers, mixed = _of_layer(rows, rates)
-    carries = shown = None
-    if cell.keeps_carries(saving, mixed, rates[0]):
-        width, exact = (len(cell.states), torch.float32) if cell.states else (1, dtype)
-        carries = torch.empty((count, sets, width * size), dtype=exact, device=device)
+    cell, sets, hidden_size, size, y = CELLS[plan.cell], plan.sets, plan.hidden_size, plan.padded_size, begun.y
+    dtype, device, batch, count, given = x_part.dtype, x_part.device, rows.batch, x_part.shape[0], launch.FORWARD.copy()
+    mixed, shown, carries = False, None, None
+    if rates != NO_RATES or rows.dropped is not None or rows.kept_h is not None or rows.kept_c is not None:
+        mixed = _of_options(given, rows, rates)
+    if saving != "nothing":
+        if aux is None and cell.keeps_aux(saving):
+            exact = torch.float32 if cell.states else dtype
+            aux = torch.empty((count, sets, cell.planes * size), dtype=exact, device=device)
+        if cell.keeps_carries(saving, mixed, rates[0]):
+            width, exact = (len(cell.states), torch.float32) if cell.states else (1, dtype)
+            given["carries"] = carries = torch.empty((count, sets, width * size), dtype=exact, device=device)
     if rows.dropped is not None:  # what is sent to the neighbours is not what is shown
-        shown = torch.empty((count, sets, size), dtype=dtype, device=device)
+        given["shown"] = shown = torch.empty((count, sets, size), dtype=dtype, device=device)
+        given["h_0"] = dense(h0)
     if h_n is None:
         h_n = torch.empty((sets, batch, hidden_size), dtype=dtype, device=device)
     if c_n is None and cell.states:
         c_n = torch.empty((sets, batch, len(cell.states) * hidden_size), dtype=dtype, device=device)
-    tensors = dict(
-        x_part=x_part,
-        weight=begun.weight_hh,
-        weight_below=None,
-        bias=begun.bias_hn,
-        biases=None,
-        parameters=None if parameters is None else aligned(parameters),
-        y=y,
-        fed=None,
-        carry_0=dense(c0 if cell.states else h0 if cell.carries_h else None),
-        gates=x_part if saving == "full" and cell.saves else None,
-        aux=aux,
-        carry_n=c_n,
-        h_n=h_n,
-        shown=shown,
-        h_0=None if shown is None else dense(h0),
-        carries=carries,
-        **masks,
-    )
-    launch.run(plan, device, rows, reversed_sets, tensors, **numbers)
+    given["x_part"], given["weight"], given["bias"], given["y"] = x_part, begun.weight_hh, begun.bias_hn, y
+    given["carry_0"] = dense(c0 if cell.states else h0 if cell.carries_h else None)
+    given["parameters"] = None if parameters is None else aligned(parameters)
+    given["gates"] = x_part if saving == "full" and cell.saves else None
+    given["aux"], given["carry_n"], given["h_n"] = aux, c_n, h_n
+    launch.run(plan, device, rows, reversed_sets, given)
     begins, buffer = (batch * sets * size, y) if shown is None else (0, shown)
     if flat and (sets == 1 or size == hidden_size):
         y = part_of(buffer, dtype, begins, (count, sets * hidden_size), (sets * size, 1))
@@ -222,34 +205,34 @@ def backward(
     [N, B, H] in float32, where a part of h is kept (zoneout), what of h0's gradient comes that way; where the cell
     carries h None: it is in d_carry_0.
     """
-    cell = CELLS[plan.cell]
-    count, sets, hidden_size = y.shape
-    dtype, device, batch = y.dtype, y.device, rows.batch
-    size = padded(hidden_size, plan.dtype)
-    if batch * sets * cell.slots * size * dtype.itemsize >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
+    cell, size, (count, sets, hidden_size) = CELLS[plan.cell], plan.padded_size, y.shape
+    dtype, device, batch, given = y.dtype, y.device, rows.batch, launch.BACKWARD.copy()
+    words = sets * cell.slots * plan.row_words  # of a row
+    if batch * words > 0x7FFFFFFF:  # backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
-    if cell.planes > 0 and y.numel() > 0 and (aux is None or aux.numel() == 0):
+    if cell.planes > 0 and (aux is None or aux.numel() == 0) and y.numel() > 0:
         raise RuntimeError("rnn_gpu: a backward was asked for, and the forward kept nothing for one")
-    d_gates = as_words((batch + count + batch, sets, cell.slots, size), dtype, device)
-    weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
-    state_0 = history_0 = None
-    masks, numbers, mixed = _of_layer(rows, rates)
+    d_gates = torch.empty((batch + count + batch, sets, cell.slots, plan.row_words), dtype=torch.int32, device=device)
+    given["weight"] = weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
+    mixed = False
+    if rates != NO_RATES or rows.dropped is not None or rows.kept_h is not None or rows.kept_c is not None:
+        mixed = _of_options(given, rows, rates)
     wide = count, sets, size
     if cell.reads_h:
         aux = within(y, wide) if rates[0] is None else aligned(carries)
     else:
-        aux = aligned(aux) if cell.planes > 0 else None
+        aux = None if aux is None or cell.planes == 0 else aligned(aux)
     states = aligned(carries) if cell.states and mixed else aux
     history = states if cell.states else within(y, wide) if cell.carries_h else None
     planes = history.shape[-1] // size if cell.states else 1  # of a unit in `history`
+    state_0 = history_0 = None
     if history is not None:
-        state_0 = c0 if cell.states else h0
+        state_0 = dense(c0 if cell.states else h0)
         history_0 = torch.empty((batch, sets, planes * size), dtype=history.dtype, device=device)
-    weight_hh = [aligned(one) for one in weight_hh]
-    words = sets * cell.slots * size * itemsize(plan.dtype) // 4  # of a row
     programs = launch.programs_for(
-        0 if plan.alone else count * words, batch * words, 0 if history_0 is None else history_0.numel()
+        0 if plan.alone else count * words, batch * words, 0 if history is None else batch * sets * planes * size
     )
+    weight_hh = [aligned(one) for one in weight_hh]
     for first in range(0, sets, 2):
         of_two = weight_hh[first : first + 2]
         tiles = len(of_two) * cell.gates * (-(-size // prepare.TILE)) ** 2
@@ -261,58 +244,47 @@ def backward(
             ),
             device,
             sum(programs) + tiles,
-            (d_gates, dense(state_0), history_0, *_two(of_two), weight[first:], count, batch, *programs, size),
+            (
+                d_gates, state_0, history_0, *_two(of_two), weight[first:] if first else weight, count, batch,
+                *programs, size,
+            ),
         )  # fmt: skip
         programs = 0, 0, 0  # of further sets the weights alone
-    d_parameters = None
+    d_parameters = d_kept_0 = None
     if cell.parameters:
         width = len(cell.parameters) * hidden_size
-        d_parameters = torch.empty((batch, sets, width), dtype=torch.float32, device=device)
-    d_kept_0 = None
+        given["d_parameters"] = d_parameters = torch.empty((batch, sets, width), dtype=torch.float32, device=device)
+        given["parameters"] = aligned(parameters)
     if not cell.carries_h and (rows.kept_h is not None or rates[0] is not None):
-        d_kept_0 = torch.empty((batch, sets, hidden_size), dtype=torch.float32, device=device)
-    sizes, given = (batch, sets), (d_y, d_h_n, d_c_n)
-    tensors = of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
-    tensors |= dict(
-        d_carry=None if d_cells is None else aligned(d_cells),
-        weight=weight,
-        weight_above=None,
-        parameters=None if parameters is None else aligned(parameters),
-        d_parameters=d_parameters,
-        d_kept_0=d_kept_0,
-        **masks,
-    )
-    launch.run(plan, device, rows, reversed_sets, tensors, **numbers, clip=None if clip is None else float(clip))
-    others = (None if one is None else one.transpose(0, 1) for one in (tensors["d_carry_0"], d_parameters, d_kept_0))
+        given["d_kept_0"] = d_kept_0 = torch.empty((batch, sets, hidden_size), dtype=torch.float32, device=device)
+    given["history"], given["history_0"] = history, history_0
+    given["d_carry"] = None if d_cells is None else aligned(d_cells)
+    given["clip"] = None if clip is None else float(clip)
+    d_carry_0 = of_backward(given, cell, y, (batch, sets), (d_y, d_h_n, d_c_n), gates, aux, d_gates, h0, c0)
+    launch.run(plan, device, rows, reversed_sets, given)
+    others = (None if one is None else one.transpose(0, 1) for one in (d_carry_0, d_parameters, d_kept_0))
     width = cell.slots * size
     place = batch * sets * width, (count, sets, cell.slots, hidden_size), (sets * width, width, size, 1)
     return part_of(d_gates, dtype, *place), *others
 
 
 def of_backward(
-    cell: Cell, y: Tensor, sizes: tuple[int, int], d_outputs: Sequence[Tensor | None], gates: Tensor | None,
-    aux: Tensor | None, history: tuple[Tensor | None, Tensor | None], d_gates: Tensor, h0: Tensor | None,
-    c0: Tensor | None,
-) -> dict[str, Tensor | None]:  # fmt: skip
-    """What the backward of a layer and that of a stack take alike, with room for the gradient of the initial carry,
-    [*sizes, K*H], where there is one.
+    given: dict[str, Any], cell: Cell, y: Tensor, sizes: tuple[int, int], d_outputs: Sequence[Tensor | None],
+    gates: Tensor | None, aux: Tensor | None, d_gates: Tensor, h0: Tensor | None, c0: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Put in what the backward of a layer and that of a stack take alike -> d_carry_0, where the gradient of the
+    initial carry is to be written, [*sizes, K*H], where there is one.
     """
     d_y, d_h_n, d_c_n = d_outputs
     d_carry_0 = None
     if (c0 if cell.states else h0 if cell.carries_h else None) is not None:
         exact = y.dtype if cell.states else torch.float32
         d_carry_0 = torch.empty((*sizes, cell.carried * y.shape[2]), dtype=exact, device=y.device)
-    return dict(
-        d_y=None if d_y is None else aligned(d_y),
-        d_h_n=dense(d_h_n),
-        d_carry_n=dense(d_c_n) if cell.states else None,
-        gates=None if gates is None else aligned(gates),
-        aux=aux,
-        history=history[0],
-        history_0=history[1],
-        d_gates=d_gates,
-        d_carry_0=d_carry_0,
-    )
+    given["d_y"] = None if d_y is None else aligned(d_y)
+    given["d_h_n"], given["d_carry_n"] = dense(d_h_n), dense(d_c_n) if cell.states else None
+    given["gates"] = None if gates is None else aligned(gates)
+    given["aux"], given["d_gates"], given["d_carry_0"] = aux, d_gates, d_carry_0
+    return d_carry_0
 
 
 def saved_again(

@@ -7,7 +7,7 @@ The times come from a model whose constants stand below: fitted to what an H200 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from .devices import DEVICES as DEVICES  # found here too
@@ -75,6 +75,16 @@ class Plan:
     measured: str = ""
     layers: int = 1
     pause: int = 0
+
+    @cached_property
+    def padded_size(self) -> int:
+        """HS: units a row of every exchanged or saved buffer has room for."""
+        return padded(self.hidden_size, self.dtype)
+
+    @cached_property
+    def row_words(self) -> int:
+        """The same in words of 32 bits."""
+        return self.padded_size * itemsize(self.dtype) // 4
 
     @property
     def paused(self) -> bool:

@@ -110,12 +110,12 @@ class Cell:
             missing = ", ".join(name for name in FUNCTIONS if name not in given)
             raise ValueError(f"a cell has all three of forward, factors and backward, or none; missing: {missing}")
 
-    @property
+    @functools.cached_property
     def gates(self) -> int:
         """G."""
         return len(self.gate_names)
 
-    @property
+    @functools.cached_property
     def slots(self) -> int:
         """E, the gradients a unit publishes backwards: the first G at the hidden side of the gate sums, in the order
         `slot_order` of the gates, the last G at the input side, in the order of the gates.
@@ -133,17 +133,17 @@ class Cell:
         """Where each gate stands among the first G slots."""
         return tuple(self.slot_order.index(gate) for gate in range(self.gates))
 
-    @property
+    @functools.cached_property
     def carried(self) -> int:
         """Values that a unit keeps in registers from step to step."""
         return len(self.states) + self.carries_h
 
-    @property
+    @functools.cached_property
     def further(self) -> int:
         """Values saved beyond the G that take the place of x."""
         return max(self.saves - self.gates, 0)
 
-    @property
+    @functools.cached_property
     def planes(self) -> int:
         """Values a unit has in `aux`, the buffer beside gates and outputs: its states, and what it saves `further`."""
         return len(self.states) + self.further

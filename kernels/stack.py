@@ -6,17 +6,17 @@ steps, L layers, G gates, H hidden units, HS = padded H, E slots.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launch, prepare
 from .buffers import aligned, all_dense, as_words, dense, part_of, within
-from .layer import NO_MASKS, NO_RATES, of_backward
+from .layer import of_backward
 from .plan import Plan
 from .rows import Passed, Rows
-from .spec import CELLS, itemsize, padded
+from .spec import CELLS
 
 
 class Begun(NamedTuple):
@@ -34,11 +34,10 @@ class Begun(NamedTuple):
     fed: Tensor | None
 
 
-def _passed(passed: Passed | None) -> tuple[dict, dict]:
-    """What both kernels take for dropout between the layers, tensors and numbers, with nothing of a single layer."""
-    if passed is None:
-        return NO_MASKS, NO_RATES
-    return NO_MASKS | dict(passed=aligned(passed.mask).view(torch.int8)), NO_RATES | dict(scale=passed.scale)
+def _with_dropout(given: dict[str, Any], passed: Passed | None) -> None:
+    """Put in what both kernels take for dropout between the layers."""
+    if passed is not None:
+        given["passed"], given["scale"] = aligned(passed.mask).view(torch.int8), passed.scale
 
 
 def _weights_fed(weights: Sequence[Tensor], first: int) -> list[Tensor]:
@@ -55,14 +54,14 @@ def begin(
     biases of each layer. dropout: whether there is any between the layers. y: its buffer, of words, or a new one.
     """
     cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
-    size, width, batch = padded(hidden_size, plan.dtype), cell.gates * hidden_size, rows.batch
+    size, width, batch = plan.padded_size, cell.gates * hidden_size, rows.batch
     like = weight_hh[0]
     y = as_words((layers, batch + count + batch, size), like.dtype, like.device) if y is None else y
     recurrent, other = (_new(like, (layers, width, size)) for _ in range(2))
     bias = None if bias_ih is None else _new(like, (layers, width))
     apart = cell.apart * hidden_size if bias is not None else 0
     bias_hn = _new(like, (layers, apart)) if apart else None
-    jobs = count * size * itemsize(plan.dtype) // 4, batch * size, 0 if bias is None else width, width * size
+    jobs = count * plan.row_words, batch * size, 0 if bias is None else width, width * size
     programs = launch.programs_for(*jobs)
     of_layers, weights, h0 = [aligned(one) for one in weight_hh], _weights_fed([like, *weight_ih[1:]], 0), dense(h0)
     bias_ih, bias_hh = all_dense(bias_ih), all_dense(bias_hh)
@@ -110,7 +109,7 @@ def forward(
     """
     assert rows.time > 0 and x_part.is_contiguous()
     cell, (layers, hidden_size), y = CELLS[plan.cell], (plan.layers, plan.hidden_size), begun.y
-    (count, width), batch, size, dtype = x_part.shape, rows.batch, padded(hidden_size, plan.dtype), x_part.dtype
+    (count, width), batch, size, dtype = x_part.shape, rows.batch, plan.padded_size, x_part.dtype
     h_n = _new(x_part, (layers, batch, hidden_size)) if h_n is None else h_n
     if c_n is None and cell.states:
         c_n = _new(x_part, (layers, batch, len(cell.states) * hidden_size))
@@ -119,13 +118,12 @@ def forward(
     if cell.keeps_aux(saving) and aux is None:
         exact = torch.float32 if cell.states else dtype
         aux = _new(x_part, (*y.shape[:2], cell.planes * size), dtype=exact)[:, :count]
-    tensors = dict(
+    given = launch.FORWARD | dict(
         x_part=x_part,
         weight=begun.weight_hh,
         weight_below=begun.weight_ih,
         bias=begun.bias_hn,
         biases=begun.bias,
-        parameters=None,
         y=y,
         fed=begun.fed,
         carry_0=dense(c0 if cell.states else h0 if cell.carries_h else None),
@@ -134,8 +132,8 @@ def forward(
         carry_n=c_n,
         h_n=h_n,
     )
-    masks, numbers = _passed(passed)
-    launch.run(plan, x_part.device, rows, 0, tensors | dict.fromkeys(("shown", "h_0", "carries")) | masks, **numbers)
+    _with_dropout(given, passed)
+    launch.run(plan, x_part.device, rows, 0, given)
     shape, stride = (layers, count, hidden_size), ((count + 2 * batch) * size, size, 1)
     return part_of(y, dtype, batch * size, shape, stride), h_n, c_n, gates, aux
 
@@ -153,7 +151,7 @@ def backward(
     as layer.backward has it.
     """
     cell, (layers, count, hidden_size) = CELLS[plan.cell], y.shape
-    batch, size = rows.batch, padded(hidden_size, plan.dtype)
+    batch, size = rows.batch, plan.padded_size
     if batch * cell.slots * size * y.element_size() >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
     d_gates = as_words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
@@ -167,7 +165,7 @@ def backward(
     if history is not None:
         state_0 = dense(c0 if cell.states else h0)
         history_0 = _new(history, (layers, batch, planes * size))
-    words = cell.slots * size * itemsize(plan.dtype) // 4  # of a row
+    words = cell.slots * plan.row_words  # of a row
     jobs = count * words, batch * words, 0 if history_0 is None else batch * planes * size
     programs = launch.programs_for(*jobs)
     tiles = 2 * cell.gates * (-(-size // prepare.TILE)) ** 2  # of both weights of a layer, that are transposed
@@ -186,12 +184,12 @@ def backward(
                 batch, *programs, layers * size,
             ),
         )  # fmt: skip
-    sizes, given = (layers, batch), (d_y, d_h_n, d_c_n)
-    tensors = of_backward(cell, y, sizes, given, gates, aux, (history, history_0), d_gates, h0, c0)
-    tensors |= dict(weight=transposed[0], weight_above=transposed[1])
-    masks, numbers = _passed(passed)
-    tensors |= dict.fromkeys(("d_carry", "parameters", "d_parameters", "d_kept_0")) | masks
-    launch.run(plan, y.device, rows, 0, tensors, **numbers, clip=None)
+    given = launch.BACKWARD | dict(
+        weight=transposed[0], weight_above=transposed[1], history=history, history_0=history_0
+    )
+    _with_dropout(given, passed)
+    d_carry_0 = of_backward(given, cell, y, (layers, batch), (d_y, d_h_n, d_c_n), gates, aux, d_gates, h0, c0)
+    launch.run(plan, y.device, rows, 0, given)
     width = cell.slots * size
     shape, stride = (layers, count, cell.slots, hidden_size), ((count + 2 * batch) * width, width, size, 1)
-    return part_of(d_gates, y.dtype, batch * width, shape, stride), tensors["d_carry_0"]
+    return part_of(d_gates, y.dtype, batch * width, shape, stride), d_carry_0

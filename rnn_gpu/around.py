@@ -52,7 +52,7 @@ def add_start(gates: Tensor, start: Tensor, rows: Rows, call: Call) -> None:
 
 
 def gates_again(
-    inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor, carries: Tensor
+    inputs: Inputs, rows: Rows, call: Call, y: Tensor, aux: Tensor | None, carries: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """gates [R, N, G*H] and aux as a forward with saving "full" leaves them, from outputs and states: lean memory."""
     batch_row = None if rows.dropped is None else rows_of_batch(rows, y.shape[0])
@@ -87,7 +87,8 @@ def gates_again(
             sums[:, n, :split] = torch.addmm(sums[:, n, :split], state, weight[:split].t())
         if apart is not None:
             apart[:, n] = torch.nn.functional.linear(state, weight[split:], None if bias_hn is None else bias_hn[n])
-    states = carries if carries.numel() else aux
+    states = aux if carries is None or carries.numel() == 0 else carries
+    states = y.new_empty(0) if states is None else states
     made = saved_again(sums, apart, y, states, inputs.h0, inputs.c0, inputs.parameters, places, batch, call.cell)
     return sums, made if made.dim() > 1 else aux
 
@@ -123,7 +124,7 @@ def products_by_set(
     by_gate = cell.slot_of_gate
     before, after = rows_before(rows, count), slice(rows.batch, count)
     batch_row = None if rows.dropped is None else rows_of_batch(rows, count)
-    found = {key: None for key in Inputs._fields}
+    found = dict.fromkeys(Inputs._fields)
     for key in ("weight_ih", "weight_hh", "start", "h0"):
         found[key] = [] if getattr(wanted, key) else None
     if wanted.input or wanted.weight_ih:
@@ -180,9 +181,9 @@ def products_by_set(
         inner = summed[:, summed.shape[1] - gates * size :]
         if wanted.bias_hh:  # memory of its own: gradients are changed in place
             pieces = [summed[:, piece.start * size : piece.stop * size] for piece in pieces_of(by_gate)]
-            found["bias_hh"] = [*(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].clone())]
+            found["bias_hh"] = (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].clone()).unbind()
         if wanted.bias_ih:
-            found["bias_ih"] = [*inner]
+            found["bias_ih"] = inner.unbind()
     if wanted.input and found["input"].shape[1] > columns:
         found["input"] = found["input"][:, :columns].contiguous()
     for key in ("start", "h0"):

@@ -13,7 +13,7 @@ from .around import add_start, cells_of, gates_again, input_part, products_by_se
 from .call import COUNT, MASKS, Call, Inputs, Weights, by_kind, by_sets, stacked, taken
 from .kernels.spec import CELLS
 from .many_gradients import for_each_gradient, in_a_batch
-from .operators import backward_directly, plan_of, recurrence, recurrence_backward, recurrence_functional
+from .operators import backward_directly, launchers, plan_of, recurrence, recurrence_backward, recurrence_functional
 from .products import input_product
 from .rows import Rows
 from .second_order import AgainByReference
@@ -79,7 +79,7 @@ def layer_gradients(
     inputs, rows = taken(arguments)
     saved = arguments[-4:]
     found = gradients_by_set(backward_by_operator, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
-    return tuple(torch.stack(one) if isinstance(one, list) else one for one in found)
+    return tuple(torch.stack(one) if isinstance(one, list | tuple) else one for one in found)
 
 
 def gradients_by_set(
@@ -88,10 +88,11 @@ def gradients_by_set(
     """The gradients of a layer's inputs, those of weights and biases as a list with one for each set, None where not
     needed: the recurrence backwards, then products with its gate gradients.
 
-    backward: `recurrence_backward` of what a call has, by the operator or directly. saved: y, gates, aux, carries.
+    backward: `recurrence_backward` of what a call has, by the operator or directly. saved: y, gates, aux, carries, for
+    the operator empty where nothing was saved, else None.
     """
     y, gates, aux, carries = saved
-    if CELLS[call.cell].saves and gates.numel() == 0 < y.numel():
+    if CELLS[call.cell].saves and (gates is None or gates.numel() == 0) and y.numel() > 0:
         gates, aux = gates_again(inputs, rows, call, y, aux, carries)
     states = inputs.h0, inputs.c0, inputs.parameters
     found = backward(call, d_outputs, inputs.weight_hh, states, rows, (y, gates, aux, carries))
@@ -126,20 +127,16 @@ def run_directly(
     N*G*H], aux, carries. inputs: weights and biases as one tensor of each set. y: a buffer for it; h_n, c_n, gates,
     aux: where to write those; or new tensors.
     """
-    from .kernels import layer
-
-    input, weight_hh = inputs.input, inputs.weight_hh
+    layer = launchers()
+    input, weight_ih, weight_hh, bias_ih, bias_hh, _, start, h0, c0, parameters = inputs
     plan = plan_of(call, weight_hh[0].shape[1], input, rows.batch, False, rows.ragged)
-    weights, sent = (weight_hh, inputs.weight_ih, inputs.bias_ih, inputs.bias_hh), layer.sent(inputs.h0, rows)
-    begun = layer.begin(plan, rows, input.shape[0], sent, *weights, y=y)
+    begun = layer.begin(plan, rows, input.shape[0], layer.sent(h0, rows), weight_hh, weight_ih, bias_ih, bias_hh, y)
     gates = input_product(input, begun.weight_ih, begun.bias, gates)
-    if inputs.start is not None:
-        add_start(gates.unflatten(1, (call.sets, -1)), inputs.start, rows, call)
-    states, how = (inputs.h0, inputs.c0), (call.reversed_sets, call.saving)
-    more = inputs.parameters, call.kernel_rates
-    how = *how, h_n, c_n, *more
-    y, h_n, c_n, *kept = layer.go_on(plan, begun, gates, *states, rows, *how, flat=True, aux=aux)
-    return y, h_n, c_n, gates, *kept
+    if start is not None:
+        add_start(gates.unflatten(1, (call.sets, -1)), start, rows, call)
+    how = call.reversed_sets, call.saving, h_n, c_n, parameters, call.kernel_rates, True, aux
+    y, h_n, c_n, aux, carries = layer.go_on(plan, begun, gates, h0, c0, rows, *how)
+    return y, h_n, c_n, gates, aux, carries
 
 
 class EagerLayer(torch.autograd.Function):
@@ -173,7 +170,6 @@ class EagerLayer(torch.autograd.Function):
         by_weight = ctx.needs_input_grad[7:]
         need = by_input, *(kind is not None and any(kind) for kind in by_kind(by_weight, call.sets))
         need, y = (*need, False, *by_state, by_parameters), by_sets(y, call.sets)
-        saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
         if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
             kinds = [None if kind is None else stacked(kind) for kind in weights]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
@@ -181,12 +177,13 @@ class EagerLayer(torch.autograd.Function):
                 c0 = y.new_zeros(call.sets, rows.batch, len(CELLS[call.cell].states) * y.shape[2])
             gradients = LayerBackward.apply if torch.is_grad_enabled() else layer_gradients
             states = start, h0, c0, parameters
+            saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
             rest = *kinds, None, *states, *rows, *saved
             run = lambda d_y, *d: gradients(call, need, by_sets(d_y, call.sets), *d, input, *rest)
             found = for_each_gradient(run, d_outputs)
         else:
             inputs = Inputs(input, *weights, None, start, h0, c0, parameters)
-            found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, saved)
+            found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, (y, gates, aux, carries))
         d_input, *d_kinds, _, d_start, d_h0, d_c0, d_parameters = found
         count = len(by_weight) // call.sets
         d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]

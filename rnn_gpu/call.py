@@ -76,6 +76,8 @@ class Call(NamedTuple):
     @property
     def kernel_rates(self) -> tuple[float | None, float | None]:
         """The same as the kernels take it: None where nothing stays."""
+        if self.zoneout is None:
+            return None, None
         rate_h, rate_c = self.rates or (0.0, 0.0)
         return rate_h or None, rate_c or None
 
@@ -137,7 +139,7 @@ def _nobody_traces() -> bool:
 
 def by_sets(rows: Tensor | None, sets: int) -> Tensor | None:
     """[R, N*H] as [R, N, H]; None, and what is so already, as it is."""
-    return rows if rows is None or rows.dim() == 3 else rows.view(len(rows), sets, rows.shape[1] // sets)
+    return rows if rows is None or rows.dim() == 3 else rows.view(rows.shape[0], sets, rows.shape[1] // sets)
 
 
 def by_kind(weights: Sequence, sets: int) -> list[Sequence | None]:

@@ -100,7 +100,7 @@ def recurrent_stack(
 
 def drawn(call: Call, rows: Rows, input: Tensor, weight_hh: Tensor) -> Rows:
     """The rows of a layer with masks of its own for recurrent dropout and zoneout, in training. weight_hh [G*H, H]."""
-    if not call.training:
+    if not call.training or (call.zoneout is None and call.recurrent_dropout == 0):
         return rows
     size, sets = weight_hh.shape[1] * call.heads, call.sets
     if call.recurrent_dropout > 0:

@@ -6,6 +6,7 @@ T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequenc
 Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.rows.Rows`.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from .rows import Rows
 # What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
 # by one product ("lean"); or the gates too, in the memory of the input part ("full").
 SAVING = ("nothing", "lean", "full")
+
+
+@functools.cache
+def launchers() -> Any:
+    """kernels/layer.py, which needs Triton; an import statement in a function takes as long as a small product."""
+    from .kernels import layer
+
+    return layer
 
 
 # Plans, and the groups of a stack's layers (wavefront.py), by all that they depend on, in the terms of a call:
@@ -76,14 +85,12 @@ def recurrence(
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; aux, what the backward needs
     besides; and what else, see `Cell.keeps_carries`, [R, N, ...], else empty.
     """
-    from .kernels import layer
-
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = plan_of(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     how = dict(parameters=parameters, rates=(rate_h, rate_c))
-    results = layer.forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
+    results = launchers().forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
     return tuple(x_part.new_empty(0) if one is None else one for one in results)
 
 
@@ -188,13 +195,11 @@ def _(
 
 def backward_directly(call: Call, d_outputs: tuple, weight_hh: Weights, states: tuple, rows: Rows, saved: tuple):
     """The recurrence backwards by the launcher; arguments and results as of `recurrence_backward`."""
-    from .kernels import layer
-
     (*of_results, d_cells), (y, gates, aux, carries), (h0, c0, parameters) = d_outputs, saved, states
     plan = plan_of(call, y.shape[2], y, rows.batch, True, rows.ragged)
     gates = gates if CELLS[call.cell].saves else None
     how = rows, call.reversed_sets, d_cells, call.clip, parameters, call.kernel_rates, carries
-    return layer.backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
+    return launchers().backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
 
 
 @torch.library.custom_op("rnn_gpu::saved_again", mutates_args=("sums",))
@@ -205,9 +210,7 @@ def saved_again(
     """The gate sums [R, N, G*H] become what the forward saved, see `layer.saved_again`. -> aux, or empty where that
     has been kept.
     """
-    from .kernels import layer
-
-    made = layer.saved_again(cell, sums, apart, y, aux, h0, c0, places, batch, parameters)
+    made = launchers().saved_again(cell, sums, apart, y, aux, h0, c0, places, batch, parameters)
     return y.new_empty(0) if made is None else made
 
 

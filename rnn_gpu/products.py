@@ -44,8 +44,10 @@ def to_multiply(x: Tensor, size: int) -> Tensor:
 
 def input_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x [R, I] @ weight.T + bias [G*H]; out: where to write it, or a new tensor."""
-    x = to_multiply(x, len(weight))
-    weight = beside_zeros(weight, x.shape[1])
+    if is_large(x.numel(), weight.shape[0]):
+        x = to_multiply(x, weight.shape[0])
+    if weight.shape[1] != x.shape[1]:
+        weight = beside_zeros(weight, x.shape[1])
     if out is None:
         return torch.nn.functional.linear(x, weight, bias)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)

@@ -25,6 +25,8 @@ options_of = operator.attrgetter(
     "mode", "training", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "bidirectional",
     "dropout", "memory", "clip", "return_cells", "zoneout", "recurrent_dropout", "weight_dropout", "_watch",
 )  # fmt: skip
+facts_of = operator.attrgetter("shape", "dtype", "device")
+PARAMETERS = {torch.nn.Parameter}
 CHECKS = frozenset(  # torch.nn's
     ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size")
 )
@@ -45,12 +47,12 @@ class Key(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """How a call goes. shapes: of the weights, in torch.nn's order. dropout: between layers. least_time: T from which
+    """How a call goes. facts: of the weights, in torch.nn's order. dropout: between layers. least_time: T from which
     on it goes this way.
     """
 
     call: Call
-    shapes: tuple[torch.Size, ...]
+    facts: tuple[tuple[Any, ...], ...]
     dropout: float
     least_time: int
 
@@ -102,7 +104,7 @@ def remember(layer: Any, key: Key, weights: list[Tensor], call: Call, dropout: f
     known = layer.__dict__.setdefault("_known_calls", {})
     if len(known) >= MOST:
         known.clear()
-    known[key] = Ready(call, tuple(weight.shape for weight in weights), dropout, least_time)
+    known[key] = Ready(call, tuple(map(facts_of, weights)), dropout, least_time)
 
 
 def again(layer: Any, known: dict[Key, Ready], key: Key, input: Any, hx: Any) -> Any:
@@ -113,14 +115,12 @@ def again(layer: Any, known: dict[Key, Ready], key: Key, input: Any, hx: Any) ->
     time, batch = (input.shape[1], key.batch) if layer.batch_first else (input.shape[0], key.batch)
     if time < ready.least_time:
         return None
-    weights, own, dtype, device = layer._flat_weights, layer._parameters, key.dtype, key.device
-    if not len(weights) == len(layer._flat_weights_names) == len(ready.shapes):
+    weights, names = layer._flat_weights, layer._flat_weights_names
+    # Loops in C: asked weight by weight in Python, this takes as long as a step.
+    if len(weights) != len(names) or not all(map(operator.is_, map(layer._parameters.get, names), weights)):
         return None
-    for name, weight, size in zip(layer._flat_weights_names, weights, ready.shapes, strict=True):
-        if own.get(name) is not weight or type(weight) is not torch.nn.Parameter or weight.shape != size:
-            return None
-        if weight.dtype != dtype or weight.device != device:
-            return None
+    if not PARAMETERS.issuperset(map(type, weights)) or tuple(map(facts_of, weights)) != ready.facts:
+        return None
     h0, c0 = (None, None) if hx is None else hx if layer._states > 1 else (hx, None)
     input = (input.transpose(0, 1) if layer.batch_first else input).flatten(0, 1)
     output, h_n, c_n, _ = recurrent_stack(ready.call, Rows(time, batch), input, h0, c0, weights, ready.dropout)

@@ -315,7 +315,7 @@ def test_the_backward_keeps_to_the_limits_of_its_forward(monkeypatch):
     monkeypatch.setattr(
         launch,
         "run",
-        lambda plan, *rest, **numbers: (programs.append(plan.programs), launched(plan, *rest, **numbers)),
+        lambda plan, *rest: (programs.append(plan.programs), launched(plan, *rest)),
     )
     layer = rnn_gpu.GRU(8, 64)
     with always_exchange(), rnn_gpu.max_programs(2), rnn_gpu.backend("triton"):

@@ -86,9 +86,9 @@ def launches(monkeypatch):
     """(layers, whether backward) of every launch."""
     seen, run = [], launch.run
 
-    def counted(plan, *rest, **numbers):
+    def counted(plan, *rest):
         seen.append((plan.layers, plan.backward))
-        run(plan, *rest, **numbers)
+        run(plan, *rest)
 
     monkeypatch.setattr(launch, "run", counted)
     return seen
