@@ -109,7 +109,9 @@ def case_of(row: Row) -> grids.Case:
 
 
 def described(rows: list[Row]) -> str:
-    """How many cases were measured, of which commits, and with what: each version once."""
+    """How many cases were measured, of which commits, and with what. A case counts once, for the commit that it was
+    last measured with.
+    """
 
     def every(name: str) -> str:
         return ", ".join(sorted({str(getattr(row, name)) for row in rows}))
@@ -118,12 +120,18 @@ def described(rows: list[Row]) -> str:
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     cudnn = ", ".join(sorted({cudnn_version(row.cudnn) for row in rows}))
     commits = {}
-    for row in rows:
-        commit = COMMIT_OF_SOURCES.get(row.sources, row.commit)
-        commits.setdefault(commit or "unknown", set()).add(case_of(row))
-    cases = ", ".join(f"{len(commits[name])} cases of commit {name}" for name in sorted(commits))
+    for row in sorted(rows, key=lambda row: row.measured):
+        commit = COMMIT_OF_SOURCES.get(row.sources, row.commit) or "unknown"
+        commits.setdefault(case_of(row), {})[commit] = None
+    cases = []
+    for name in sorted({name for of_case in commits.values() for name in of_case}):
+        last = [of_case for of_case in commits.values() if [*of_case][-1] == name]
+        partly = sum(len(of_case) > 1 for of_case in last)
+        cases.append(
+            f"{len(last)} cases of commit {name}" + (f" ({partly} partly of an earlier one)" if partly else "")
+        )
     versions = f"torch {every('torch')}, CUDA {every('cuda')}, cuDNN {cudnn}, Triton {every('triton')}"
-    return f"{cases}, {versions}; {when}"
+    return f"{', '.join(cases)}, {versions}; {when}"
 
 
 def cudnn_version(number: str) -> str:
@@ -179,7 +187,7 @@ def table(rows: list[Row]) -> str:
     core, parts = grids.core(), []
     for device, every in devices(groups).items():
         mine = on_the_core_grid(every)
-        parts.append(f"**{device}**: {described([g[OURS] for g in every])}.")
+        parts.append(f"**{device}**: {described([g[OURS] for g in mine or every])}.")
         if not mine:
             parts.append("No case of the core grid has been measured.")
             continue
@@ -242,11 +250,12 @@ def case_table(rows: list[Row]) -> str:
         return NOT_MEASURED
     parts = []
     for device, every in devices(groups).items():
-        parts.append(f"**{device}**: {described([g[OURS] for g in every])}.")
-        parts.append(cell_table(on_the_core_grid(every)))
+        mine = on_the_core_grid(every)
+        parts.append(f"**{device}**: {described([g[OURS] for g in mine or every])}.")
+        parts.append(cell_table(mine))
         head = " | ".join(f"{name}: rnn_gpu | torch.nn | times as fast | auto" for name in SHOWN.values())
         lines = [f"| cell | type | H | B | T | L | D | {head} | MiB | torch.nn |", "|---|---|" + "---|" * 15]
-        for (case, precision), modes in by_case(on_the_core_grid(every)).items():
+        for (case, precision), modes in by_case(mine).items():
             sizes = case.hidden_size, case.batch_size, case.time, case.layers, case.directions
             name = f"{case.dtype} ({precision})" if precision else case.dtype
             row = [case.cell, name, *map(str, sizes)]

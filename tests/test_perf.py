@@ -469,7 +469,7 @@ def test_the_tables_say_what_was_measured_and_how_much_is_missing():
     wanted = sum(map(report.REGIONS["LSTM, bfloat16, up to 1024 units"], cases.core()))
     table = report.table(rows)
     assert f"| LSTM, bfloat16, up to 1024 units | {row} | {counts} of {wanted} | ? |" in table
-    assert "INVENTED GPU" in table and "4 cases of commit c0ffee" in table
+    assert "INVENTED GPU" in table and "**: 3 cases of commit c0ffee, torch" in table
     assert "| LSTM and GRU, bfloat16, T 32, 64 and 128 | not measured yet | not measured yet | 0 of 36 |  |" in table
     assert report.table([]) == report.NOT_MEASURED and "not measured yet" in report.NOT_MEASURED
     wanted = sum((case.cell, case.dtype) == ("lstm", "bfloat16") for case in cases.core())
@@ -477,6 +477,15 @@ def test_the_tables_say_what_was_measured_and_how_much_is_missing():
     ratio = " / ".join("0.50" if shown == mode else "?" for shown in report.SHOWN)
     assert f"| lstm | bfloat16 | {row} | {counts} of {wanted} | H 768 B 16 ({ratio}) |" in every
     assert "| lstm | bfloat16 | 512 | 16 |" in every and "| lstm | bfloat16 | 100 |" not in every
+
+
+def test_a_case_counts_once():
+    """Catches: commits whose cases are more than all cases, because a case was measured with two of them."""
+    old, new = "2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"
+    rows = [invented(measured=old, commit="old", hidden_size=size) for size in (256, 512, 768)]
+    rows.append(invented(measured=new, commit="new", hidden_size=512, mode="forward+backward"))
+    told = report.described(rows)
+    assert told.startswith("1 cases of commit new (1 partly of an earlier one), 2 cases of commit old, torch")
 
 
 def test_every_case_of_the_core_grid_is_in_one_row_of_the_table():
