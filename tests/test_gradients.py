@@ -340,6 +340,20 @@ def test_lean_memory_is_lean(name, most):
     assert bytes_kept(lambda: lean(input)) < most * bytes_kept(lambda: full(input))
 
 
+@on_the_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("name", "full", "lean"), [("LSTM", 6, 2), ("GRU", 5, 1), ("RNN", 1, 1)])
+def test_what_is_kept_is_what_the_page_on_limits_says(name, full, lean, dtype):
+    """Catches: another tensor kept for the backward, or less, without the table of docs/limits.md."""
+    time, batch, size = 40, 2, 16
+    input = torch.randn(time, batch, size, dtype=dtype)
+    for setting, values in (("full", full), ("lean", lean)):
+        layer = getattr(rnn_gpu, name)(size, size, memory=setting, dtype=dtype)
+        found = bytes_kept(lambda layer=layer: layer(input)) / (time * batch * size * dtype.itemsize)
+        values += name == "LSTM" and dtype == torch.bfloat16  # c is in float32
+        assert values <= found <= values + 4 / time, setting  # a state and a word at both ends
+
+
 def test_memory_settings():
     """Catches: a setting that is ignored, kept after its context, or lost in a copy."""
     layer = rnn_gpu.LSTM(3, 4, memory="lean")
