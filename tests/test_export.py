@@ -2,6 +2,8 @@
 
 import io
 import logging
+import re
+import warnings
 
 import pytest
 import torch
@@ -40,6 +42,22 @@ def test_exported_programs_run_at_other_sizes_and_after_loading(name, kwargs, st
         input, _ = sample(layer, 9, 4)
         for actual, expected in zip(flat(loaded.module()(input)), flat(layer(input)), strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("library", [torch.nn, rnn_gpu])
+def test_the_warning_of_an_export_is_pytorchs_and_harmless(library):
+    """Catches: another warning than docs/compiling.md names, or one that torch.nn's layers no longer have; weights that
+    the program has twice, or that the layer has lost.
+    """
+    layer, input = library.LSTM(3, 5).eval(), torch.randn(4, 2, 3)
+    before, weights = layer(input)[0], [id(weight) for weight in layer._flat_weights]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        program = torch.export.export(layer, (input,))
+    seen = [str(one.message) for one in seen if one.category is UserWarning]
+    assert len(seen) == 1 and re.match(r"The tensor attributes .*_flat_weights.* were assigned during export", seen[0])
+    assert set(program.state_dict) == set(layer.state_dict()) and not program.constants
+    assert [id(weight) for weight in layer._flat_weights] == weights and torch.equal(layer(input)[0], before)
 
 
 def test_lengths_and_resets_are_exported():
