@@ -31,12 +31,12 @@ def carry_before(
 
 @triton.jit(do_not_specialize=["R", "B"], do_not_specialize_on_alignment=["state_0"])
 def again(
-    sums, apart, parameters, history, state_0, places, aux, R, B, CELL: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
-    K: tl.constexpr, P: tl.constexpr, SAVES: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr,
-    HS: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    sums, gates, apart, parameters, history, state_0, places, aux, R, B, CELL: tl.constexpr, G: tl.constexpr,
+    A: tl.constexpr, K: tl.constexpr, P: tl.constexpr, SAVES: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
+    H: tl.constexpr, HS: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums [R, N, G*H], x + r of each gate, but x alone of those apart, become the first values saved; further ones go
-    into the last planes of aux [R, N, PLANES*HS], unless that is None.
+    """From sums [R, N, G*H], x + r of each gate, but x alone of those apart, the values saved: the first into gates [R,
+    N, G*H], which may be sums itself, further ones into the last planes of aux [R, N, PLANES*HS], unless that is None.
 
     apart [R, N, A*H]: r of the gates apart. parameters [N, P, H]. history: what the carry is read from (K > 0), state_0
     and places int64 [R, N]: see `carry_before`. Each may be None where there is no such thing.
@@ -63,7 +63,7 @@ def again(
         _, _, saved = CELL(x, r, carry, p)
     for s in tl.static_range(SAVES):
         if s < G:
-            tl.store(sums + (row * G + s) * H + unit, saved[s].to(DTYPE), mask=exists)
+            tl.store(gates + (row * G + s) * H + unit, saved[s].to(DTYPE), mask=exists)
         elif aux is not None:
             plane = PLANES - SAVES + s
             tl.store(aux + (row * PLANES + plane) * HS + unit, saved[s].to(aux.dtype.element_ty), mask=exists)

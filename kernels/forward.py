@@ -1,13 +1,14 @@
 """The forward loop over time, for every cell: one persistent launch for all T steps.
 
-    x_part  [R, N, G*H]      input part of the gates, biases included; in place, the gates are saved over it
+    x_part  [R, N, G*H]      input part of the gates, biases included
     weight  [N, G*H, HS]     recurrent weight, rows padded with zeros to HS
     bias    [N, APART*H]     hidden biases of the last gates, those apart (spec.Cell; GRU: of n), or None
     parameters [N, P, H]     weights that a unit has beside the matrices, or None
     y       [B+R+B, N, HS]   as 32-bit words: the first B rows hold h0 of forward sets, the last B that of reversed
                              ones; the R rows between are unwritten and become the outputs
     carry_0 [N, B, K*H]      carry before the first step (LSTM: c0; GRU: h0), or None for zeros
-    gates   [R, N, G*H]      x_part itself, or None where nothing is saved
+    gates   [R, N, G*H]      becomes the gates, x_part itself (each place is read before it is written) or another
+                             tensor; or None where nothing is saved
     aux     [R, N, P*HS]     what else the backward needs: states (LSTM: c; all in float32) and what the cell saves
                              beyond G values (GRU: q); or None
     carry_n [N, B, K*H]      becomes the states after each row's last step; or None

@@ -112,12 +112,12 @@ def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
 def forward(
     plan: Plan, x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor | None, c0: Tensor | None,
     rows: Rows, reversed_sets: int, saving: str, c_n: Tensor | None = None, parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None),
+    rates: tuple[float | None, float | None] = (None, None), gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps forward.
 
-    x_part [R, N, G*H]: contiguous; the gates are saved over it if `saving` is "full" (and the cell needs them). saving:
-    "nothing", "lean" (aux alone, where there are states) or "full".
+    x_part [R, N, G*H]: contiguous; the gates are saved over it, or into `gates`, if `saving` is "full" (and the cell
+    needs them). saving: "nothing", "lean" (aux alone, where there are states) or "full".
     weight_hh [N, G*H, H], bias_hn [N, A*H] or None, h0 [N, B, H] and c0 [N, B, K*H] or None; reversed_sets: 0 none of
     the sets runs backwards in time, 1 all, 2 every second one. parameters [N, P*H] or None.
     c_n: where to write it, or a new tensor. rates: what stays of h and of the states in every step, where `rows` has no
@@ -128,7 +128,7 @@ def forward(
     begun = begin(plan, rows, x_part.shape[0], sent(h0, rows), weight_hh)
     if bias_hn is not None:
         begun = begun._replace(bias_hn=aligned(bias_hn))
-    how = dict(c_n=c_n, parameters=parameters, rates=rates)
+    how = dict(c_n=c_n, parameters=parameters, rates=rates, gates=gates)
     return go_on(plan, begun, x_part, h0, c0, rows, reversed_sets, saving, **how)
 
 
@@ -149,9 +149,10 @@ def go_on(
     plan: Plan, begun: Begun, x_part: Tensor, h0: Tensor | None, c0: Tensor | None, rows: Rows, reversed_sets: int,
     saving: str, h_n: Tensor | None = None, c_n: Tensor | None = None, parameters: Tensor | None = None,
     rates: tuple[float | None, float | None] = (None, None), flat: bool = False, aux: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n, aux: where to write those, or new
-    tensors. flat: y as [R, N*H], where it lies so.
+    tensors; gates: or over x_part. flat: y as [R, N*H], where it lies so.
     """
     assert rows.time > 0 and x_part.is_contiguous()
     cell, sets, hidden_size, size, y = CELLS[plan.cell], plan.sets, plan.hidden_size, plan.padded_size, begun.y
@@ -176,7 +177,7 @@ def go_on(
     given["x_part"], given["weight"], given["bias"], given["y"] = x_part, begun.weight_hh, begun.bias_hn, y
     given["carry_0"] = dense(c0 if cell.states else h0 if cell.carries_h else None)
     given["parameters"] = None if parameters is None else aligned(parameters)
-    given["gates"] = x_part if saving == "full" and cell.saves else None
+    given["gates"] = (x_part if gates is None else gates) if saving == "full" and cell.saves else None
     given["aux"], given["carry_n"], given["h_n"] = aux, c_n, h_n
     launch.run(plan, device, rows, reversed_sets, given)
     begins, buffer = (batch * sets * size, y) if shown is None else (0, shown)
@@ -288,12 +289,13 @@ def of_backward(
 
 
 def saved_again(
-    cell: str, sums: Tensor, apart: Tensor | None, y: Tensor, aux: Tensor | None, h0: Tensor | None, c0: Tensor | None,
-    places: Tensor | None, batch: int, parameters: Tensor | None = None,
+    cell: str, sums: Tensor, gates: Tensor, apart: Tensor | None, y: Tensor, aux: Tensor | None, h0: Tensor | None,
+    c0: Tensor | None, places: Tensor | None, batch: int, parameters: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """What a forward with saving "full" leaves for its backward, made again in the place of the gate sums.
+    """What a forward with saving "full" leaves for its backward, made again from the gate sums.
 
-    sums [R, N, G*H]: of each gate, but the input's part alone of those apart; apart [R, N, A*H]: the hidden part of
+    sums [R, N, G*H]: of each gate, but the input's part alone of those apart; gates: to be written, sums itself or
+    another tensor like it; apart [R, N, A*H]: the hidden part of
     these. y, aux, h0, c0, parameters: as `backward` takes them. places int64 [R, N]: as again.py has them, for cells
     that carry something. batch: B.
     -> aux with the values that the cell saves beyond the gates, where the forward has not kept it with the states.
@@ -312,8 +314,8 @@ def saved_again(
         y.device,
         -(-y.numel() // (prepare.BLOCK // 4)),
         (
-            sums, apart, None if parameters is None else aligned(parameters), history, dense(state_0), places, made,
-            count, batch,
+            sums, gates, apart, None if parameters is None else aligned(parameters), history, dense(state_0), places,
+            made, count, batch,
         ),
     )  # fmt: skip
     return made

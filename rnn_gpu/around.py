@@ -11,10 +11,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, operators, reference
 from .call import Call, Inputs, directly, stacked
 from .kernels.spec import CELLS, padded
-from .operators import saved_again
 from .products import (
     beside_zeros,
     full_product,
@@ -37,11 +36,15 @@ def input_part(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor |
         bias, bias_hn = zip(*(reference.fold_biases(call.cell, *pair) for pair in pairs), strict=True)
         bias, bias_hn = torch.cat(bias), None if bias_hn[0] is None else torch.stack(bias_hn)
     gates = torch.nn.functional.linear(inputs.input, weight_ih.flatten(0, 1), bias)
-    gates = gates.view(-1, *weight_ih.shape[:2])
+    gates = gates.view(gates.shape[0], *weight_ih.shape[:2])
     if inputs.start is not None:
-        if call.functional:  # where start is mapped by vmap and the gates are not, they could not be written into
-            gates = gates + torch.zeros_like(inputs.start[0]).sum(0)
-        add_start(gates, inputs.start, rows, call)
+        if call.route == "direct":
+            add_start(gates, inputs.start, rows, call)
+        else:  # neither what vmap does not map nor what a mode keeps may be written into
+            row, place = torch.arange(gates.shape[0], device=gates.device), torch.arange(call.sets, device=gates.device)
+            first = [row[first_rows(rows, gates.shape[0], call.backwards(n))] for n in range(call.sets)]
+            first = torch.stack(first), place.unsqueeze(1)
+            gates = gates.index_put(first, gates[first] + inputs.start)
     return gates, bias_hn
 
 
@@ -89,8 +92,14 @@ def gates_again(
             apart[:, n] = torch.nn.functional.linear(state, weight[split:], None if bias_hn is None else bias_hn[n])
     states = aux if carries is None or carries.numel() == 0 else carries
     states = y.new_empty(0) if states is None else states
-    made = saved_again(sums, apart, y, states, inputs.h0, inputs.c0, inputs.parameters, places, batch, call.cell)
-    return sums, made if made.dim() > 1 else aux
+    begin = inputs.h0, inputs.c0
+    if directly((sums, y)):  # in place, which spares memory
+        how = places, batch, inputs.parameters
+        again = operators.launchers().saved_again(call.cell, sums, sums, apart, y, states, *begin, *how)
+        return sums, aux if again is None else again
+    how = inputs.parameters, places, batch, call.cell
+    gates, again = operators.saved_again(sums, apart, y, states, *begin, *how)
+    return gates, again if again.dim() > 1 else aux
 
 
 def cells_of(aux: Tensor, y: Tensor, rows: Rows, call: Call) -> Tensor:

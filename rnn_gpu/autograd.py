@@ -13,7 +13,7 @@ from .around import add_start, cells_of, gates_again, input_part, products_by_se
 from .call import COUNT, MASKS, Call, Inputs, Weights, by_kind, by_sets, stacked, taken
 from .kernels.spec import CELLS
 from .many_gradients import for_each_gradient, in_a_batch
-from .operators import backward_directly, launchers, plan_of, recurrence, recurrence_backward, recurrence_functional
+from .operators import backward_directly, launchers, plan_of, recurrence, recurrence_backward
 from .products import input_product
 from .rows import Rows
 from .second_order import AgainByReference
@@ -37,16 +37,11 @@ class Layer(torch.autograd.Function):
         """The input product, then the recurrence."""
         inputs = Inputs(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters)
         rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
-        gates, bias_hn = input_part(inputs, rows, call)
+        x_part, bias_hn = input_part(inputs, rows, call)
         how = time, call.cell, call.reversed_sets, *call.limits, call.saving, *call.kernel_rates
-        if call.functional:
-            *results, gates = recurrence_functional(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
-        else:
-            results = recurrence(gates, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
-        y, h_n, c_n, aux, carries = results
+        results = recurrence(x_part, weight_hh, bias_hn, h0, c0, parameters, *rows[2:], *how)
+        y, h_n, c_n, gates, aux, carries = results
         cells = cells_of(carries if carries.numel() else aux, y, rows, call) if call.cells else y.new_empty(0)
-        if not (call.saving == "full" and CELLS[call.cell].saves):
-            gates = gates.new_empty(0)
         return y, h_n, c_n, cells, gates, aux, carries
 
     @staticmethod
@@ -154,7 +149,7 @@ class EagerLayer(torch.autograd.Function):
         cells = None
         if call.cells:
             cells = cells_of(aux if carries is None else carries, by_sets(y, call.sets), rows, call)
-        kept = gates if call.saving == "full" and CELLS[call.cell].saves else None
+        kept = gates if call.keeps_gates else None
         ctx.save_for_backward(*rows[2:], y, kept, aux, carries, input, start, h0, c0, parameters, *weights)
         ctx.call, ctx.sizes = call, rows[:2]
         ctx.set_materialize_grads(False)

@@ -511,9 +511,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if self.return_cells and saving == "nothing" and route in ("kernels", "direct"):  # which keep c for a backward
             saving = "lean"
         cell, (sets, reversed_sets) = backends.cell_of(self), (2, 2) if self.bidirectional else (1, 0)
-        # A mode that looks on may give the results of an operator again, without what it wrote (selective checkpoints).
-        functional = transformed or (route == "kernels" and not compiling and torch._C._len_torch_dispatch_stack() > 0)
-        how = self.bias, self.proj_size > 0, route, saving, settings.limits(), functional
+        how = self.bias, self.proj_size > 0, route, saving, settings.limits(), transformed
         h0, *beside = states or (None,)
         c0 = torch.cat(beside, -1) if len(beside) > 1 else beside[0] if beside else None
         dropout = self.dropout if self.training else 0.0

@@ -183,13 +183,27 @@ def _aten_backward_rule(info, in_dims, *arguments):
     return tuple(found), (0,) * len(found)
 
 
-torch.library.register_vmap(
-    operators.recurrence_functional,
-    _kernel_rule(operators.recurrence_functional, RECURRENCE, RECURRENCE_RESULTS, False),
-)
-torch.library.register_vmap(
+def _register(operator: Callable, rule: Callable) -> None:
+    """Let vmap take a rule; over no problems at all that of one, of zeros, whose results are left out."""
+
+    def of_any(info, in_dims, *arguments):
+        if info.batch_size > 0:
+            return rule(info, in_dims, *arguments)
+        one = [
+            given.new_zeros([*given.shape[:dim], 1, *given.shape[dim + 1 :]]) if isinstance(dim, int) else given
+            for given, dim in zip(arguments, in_dims, strict=True)
+        ]
+        found, dims = rule(info._replace(batch_size=1), in_dims, *one)
+        pairs = zip(found, dims, strict=True)
+        return tuple(one if dim is None else one.narrow(dim, 0, 0) for one, dim in pairs), dims
+
+    torch.library.register_vmap(operator, of_any)
+
+
+_register(operators.recurrence, _kernel_rule(operators.recurrence, RECURRENCE, RECURRENCE_RESULTS, False))
+_register(
     operators.recurrence_backward,
     _kernel_rule(operators.recurrence_backward, RECURRENCE_BACKWARD, ("rows", "state", "state", "state"), True),
 )
-torch.library.register_vmap(aten.aten_layer, _aten_rule)
-torch.library.register_vmap(aten.aten_layer_backward, _aten_backward_rule)
+_register(aten.aten_layer, _aten_rule)
+_register(aten.aten_layer_backward, _aten_backward_rule)

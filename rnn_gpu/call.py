@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .kernels.rows import Rows
-from .kernels.spec import runs_backwards
+from .kernels.spec import CELLS, runs_backwards
 
 Weights = Tensor | Sequence[Tensor]  # one tensor [N, ...], or one of each set
 
@@ -53,7 +53,7 @@ class Call(NamedTuple):
     route: str = "kernels"  # functional.ROUTES
     saving: str = "nothing"  # operators.SAVING
     limits: tuple[int, bool] = (0, True)  # of plans: settings.limits
-    functional: bool = False  # write into no tensor that is not new: for torch.func, and modes that look on
+    functional: bool = False  # keep nothing beside the results, a layer one operator: for torch.func
     cells: bool = False  # c of every step is a result, too
     clip: float | None = None  # most that the gradient of h may be at each step, by element
     zoneout: tuple[float, float] | None = None  # probabilities that h and the states are kept; in eval what stays
@@ -85,6 +85,11 @@ class Call(NamedTuple):
     def beyond_aten(self) -> bool:
         """Whether something is asked for that PyTorch's own kernels do not know."""
         return self.cells or self.clip is not None or self.zoneout is not None or self.recurrent_dropout > 0
+
+    @property
+    def keeps_gates(self) -> bool:
+        """Whether the forward leaves the gates for a backward."""
+        return self.saving == "full" and CELLS[self.cell].saves > 0
 
     def backwards(self, n: int) -> bool:
         """Whether set n runs backwards in time."""

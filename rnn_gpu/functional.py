@@ -93,9 +93,9 @@ def recurrent_stack(
             input = functional.dropout(input, dropout)
     if whole is not None:
         return input.contiguous(), *whole, None
-    h_n, c_n = (one[0] if len(one) == 1 else torch.cat(one) if one[0] is not None else None for one in (h_n, c_n))
+    together = lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts)
     cells = cells.flatten(1) if call.cells else None
-    return input.contiguous(), h_n, c_n if CELLS[call.cell].states else None, cells
+    return input.contiguous(), together(h_n), together(c_n) if CELLS[call.cell].states else None, cells
 
 
 def drawn(call: Call, rows: Rows, input: Tensor, weight_hh: Tensor) -> Rows:

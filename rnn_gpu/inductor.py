@@ -6,7 +6,7 @@ import torch
 
 OPERATORS = (
     "aten_layer", "aten_layer_backward", "aten_stack", "aten_stack_backward",
-    "recurrence", "recurrence_functional", "recurrence_backward", "saved_again",
+    "recurrence", "recurrence_backward", "saved_again",
     "kernel_stack", "kernel_stack_backward", "packed_rows",
 )  # fmt: skip
 

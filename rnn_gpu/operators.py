@@ -65,33 +65,42 @@ def plan_anew() -> None:
     remembered.clear()
 
 
-@torch.library.custom_op("rnn_gpu::recurrence", mutates_args=("x_part",))
+@torch.library.custom_op("rnn_gpu::recurrence", mutates_args=())
 def recurrence(
     x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
     lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
     kept_h: Tensor | None, kept_c: Tensor | None, time: int, cell: str, reversed_sets: int, max_programs: int,
     alone: bool, saving: str, rate_h: float | None, rate_c: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The recurrence forward, for all steps and sets.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The recurrence forward, for all steps and sets. It writes into nothing that it is given: neither may a tensor
+    that torch.func maps over be written into, nor what a selective checkpoint gives again without what came after.
 
-    x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn; becomes the gates if `saving` is
-    "full".
+    x_part [R, N, G*H]: the input's part of the gates with every bias but bias_hn.
     weight_hh [N, G*H, H]; bias_hn [N, A*H], hidden biases of gates apart (GRU: of n), or None; h0 [N, B, H]; c0 [N, B,
     K*H], the states beside h (LSTM: c), or None.
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B], dropped float32 [N, B, H], kept_h and kept_c int8 [R, N,
     H] (`Rows`): each may be None. rate_h, rate_c: what stays of h and of the states in every step where there is no
     mask, or None. reversed_sets: 0 no set runs backwards in time, 1 all, 2 every second one. max_programs, alone: what
     a plan may use, see `settings.limits`. saving: see SAVING.
-    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; aux, what the backward needs
-    besides; and what else, see `Cell.keeps_carries`, [R, N, ...], else empty.
+    -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; the gates [R, N, G*H] if `saving`
+    is "full" and the cell needs them, else empty; aux, what the backward needs besides; and what else, see
+    `Cell.keeps_carries`, [R, N, ...], else empty.
     """
+    from .kernels.buffers import aligned
+
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = plan_of(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
-    how = dict(parameters=parameters, rates=(rate_h, rate_c))
-    results = launchers().forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
-    return tuple(x_part.new_empty(0) if one is None else one for one in results)
+    x_part = aligned(x_part)
+    gates = None
+    if call.keeps_gates:  # the kernel writes none past a row's end, and whoever looks at results finds no NaN there
+        padded_rows = lengths is not None and offsets is None
+        gates = torch.zeros_like(x_part) if padded_rows else torch.empty_like(x_part)
+    how = dict(parameters=parameters, rates=(rate_h, rate_c), gates=gates)
+    found = launchers().forward(plan, x_part, weight_hh, bias_hn, h0, c0, rows, reversed_sets, saving, **how)
+    y, h_n, c_n, *kept = found
+    return y, h_n, *(x_part.new_empty(0) if one is None else one for one in (c_n, gates, *kept))
 
 
 @recurrence.register_fake
@@ -109,6 +118,7 @@ def _(
         y = x_part.new_empty((count, sets, size))[:, :, :hidden_size]
     h_n = x_part.new_empty((sets, batch, hidden_size))
     c_n = x_part.new_empty((sets, batch, len(spec.states) * hidden_size) if spec.states else 0)
+    gates = x_part.new_empty(x_part.shape if saving == "full" and spec.saves else 0)
     aux = x_part.new_empty(0)
     if spec.keeps_aux(saving):
         exact = torch.float32 if spec.states else x_part.dtype
@@ -117,32 +127,7 @@ def _(
     if spec.keeps_carries(saving, kept_c is not None or rate_c is not None, rate_h):
         width, exact = (len(spec.states), torch.float32) if spec.states else (1, x_part.dtype)
         carries = x_part.new_empty((count, sets, width * size), dtype=exact)
-    return y, h_n, c_n, aux, carries
-
-
-@torch.library.custom_op("rnn_gpu::recurrence_functional", mutates_args=())
-def recurrence_functional(
-    x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
-    lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
-    kept_h: Tensor | None, kept_c: Tensor | None, time: int, cell: str, reversed_sets: int, max_programs: int,
-    alone: bool, saving: str, rate_h: float | None, rate_c: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`recurrence` for torch.func, which cannot write into a tensor that it maps over: x_part stays.
-
-    -> what `recurrence` gives, and the gates [R, N, G*H].
-    """
-    gates = x_part.clone(memory_format=torch.contiguous_format)
-    results = recurrence(
-        gates, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, dropped, kept_h, kept_c, time, cell,
-        reversed_sets, max_programs, alone, saving, rate_h, rate_c,
-    )  # fmt: skip
-    return *results, gates
-
-
-@recurrence_functional.register_fake
-def _(x_part, *arguments):
-    gates = torch.empty_like(x_part, memory_format=torch.contiguous_format)
-    return *recurrence(gates, *arguments), gates
+    return y, h_n, c_n, gates, aux, carries
 
 
 @torch.library.custom_op("rnn_gpu::recurrence_backward", mutates_args=())
@@ -202,22 +187,26 @@ def backward_directly(call: Call, d_outputs: tuple, weight_hh: Weights, states: 
     return launchers().backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
 
 
-@torch.library.custom_op("rnn_gpu::saved_again", mutates_args=("sums",))
+@torch.library.custom_op("rnn_gpu::saved_again", mutates_args=())
 def saved_again(
     sums: Tensor, apart: Tensor | None, y: Tensor, aux: Tensor, h0: Tensor | None, c0: Tensor | None,
     parameters: Tensor | None, places: Tensor | None, batch: int, cell: str,
-) -> Tensor:  # fmt: skip
-    """The gate sums [R, N, G*H] become what the forward saved, see `layer.saved_again`. -> aux, or empty where that
-    has been kept.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the forward saved, made again from the gate sums [R, N, G*H], see `layer.saved_again`: gates [R, N, G*H],
+    and aux, or empty where that has been kept.
     """
-    made = launchers().saved_again(cell, sums, apart, y, aux, h0, c0, places, batch, parameters)
-    return y.new_empty(0) if made is None else made
+    from .kernels.buffers import aligned
+
+    gates = torch.empty_like(sums := aligned(sums))
+    made = launchers().saved_again(cell, sums, gates, apart, y, aux, h0, c0, places, batch, parameters)
+    return gates, y.new_empty(0) if made is None else made
 
 
 @saved_again.register_fake
 def _(sums, apart, y, aux, h0, c0, parameters, places, batch, cell):
     inductor.fall_back()
     spec, (count, sets, hidden_size) = CELLS[cell], y.shape
+    gates = sums.new_empty(sums.shape)
     if spec.further and not spec.states:
-        return y.new_empty(count, sets, spec.planes * padded(hidden_size, backends.name_of(y.dtype)))
-    return y.new_empty(0)
+        return gates, y.new_empty(count, sets, spec.planes * padded(hidden_size, backends.name_of(y.dtype)))
+    return gates, y.new_empty(0)

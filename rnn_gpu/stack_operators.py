@@ -82,8 +82,7 @@ KEPT = "Tensor y, Tensor gates, Tensor aux"
 def serves(call: Call, layers: int, dropout: float) -> bool:
     """Whether a call is one of this file's. dropout: between the layers."""
     together = layers > 1 and call.sets == 1 and call.heads == 1 and CELLS[call.cell].side_by_side
-    # One operator, that writes into nothing given: right under a mode that looks on, but no transform knows it.
-    in_a_graph = call.route == "kernels" and not (call.functional and backends.transforming())
+    in_a_graph = call.route == "kernels" and not call.functional  # no transform knows the operator of a stack
     drawn = dropout < 1  # of 1 draws no random numbers
     return in_a_graph and together and drawn and not call.projected and not call.beyond_aten
 
@@ -117,7 +116,7 @@ def stack(
 
 
 def _by_layers(leaves: Sequence[Tensor | None], how: How, route: str) -> tuple[Tensor, ...]:
-    """The same layer by layer, written into no tensor that is not new."""
+    """The same layer by layer, as transforms know it."""
     from .functional import recurrent_stack
 
     (input, h0, c0, *weights), (call, rows) = leaves, _taken(leaves[0], how)
@@ -168,7 +167,7 @@ def _buffers(input: Tensor, weights: Sequence[Tensor], call: Call, rows: Rows) -
     if call.saving == "nothing":
         return h_n, c_n, Kept()
     span, gates, aux = count + 2 * rows.batch, None, None
-    if call.saving == "full" and spec.saves:
+    if call.keeps_gates:
         gates = input.new_empty(layers, count, spec.gates * size)
     if spec.keeps_aux(call.saving):
         exact = torch.float32 if spec.states else input.dtype
@@ -226,7 +225,7 @@ def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
     call, rows = _taken(input, how)
     (by_input, by_h0, by_c0, *by_weight), each = need, 4 if call.biases else 2
     by_kind, wanted = in_turn(weights, each), in_turn(by_weight, each)
-    gates = gates if call.saving == "full" and CELLS[call.cell].saves else None
+    gates = gates if call.keeps_gates else None
     aux = aux if CELLS[call.cell].keeps_aux(call.saving) else None
     d_weights, d_states = [None] * len(weights), []
     for group in reversed(_groups(call, by_kind[1], rows, how.p)):

@@ -42,7 +42,6 @@ BODIES = {
     str(one._opoverload): one._init_fn
     for one in (
         operators.recurrence,
-        operators.recurrence_functional,
         operators.recurrence_backward,
         operators.saved_again,
     )

@@ -54,22 +54,44 @@ def test_backward_in_eval_mode(name):
 
 
 @on_the_kernels
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [("LSTM", {}), ("GRU", {"bidirectional": True}), ("LSTM", {"heads": 2}), ("LSTM", {"num_layers": 2})],
-)
-def test_selective_checkpoints(name, kwargs):
+    [
+        ("LSTM", {}), ("GRU", {"bidirectional": True}), ("LSTM", {"heads": 2}), ("LSTM", {"num_layers": 2}),
+        ("LSTM", {"proj_size": 5}),
+    ],
+)  # fmt: skip
+def test_selective_checkpoints(name, kwargs, compiled):
     """Catches: an operator that writes into what another one gave, which a checkpoint that keeps results gives again
-    without that: gate sums taken for gates, in silence.
+    without that: gate sums taken for gates, in silence; or an error that says so.
     """
     layer, input = getattr(rnn_gpu, name)(3, 20, **kwargs), leaf(TIME, BATCH, 3)
-    run = lambda input: layer(input)[0]
-    (expected,) = torch.autograd.grad(run(input).sum(), input)
+    (expected,) = torch.autograd.grad(layer(input)[0].sum(), input)
+    called = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run = lambda input: called(input)[0]
     products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     for kept in (lambda *_, **__: CheckpointPolicy.MUST_SAVE, [torch.ops.rnn_gpu.recurrence.default], products):
         contexts = lambda kept=kept: create_selective_checkpoint_contexts(kept)
         found = torch.autograd.grad(checkpoint(run, input, use_reentrant=False, context_fn=contexts).sum(), input)
         torch.testing.assert_close(found[0], expected)
+
+
+@on_the_kernels
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_gradient_inside_a_selective_checkpoint(name):
+    """Catches: gates that lean memory makes again over what another operator gave, which a checkpoint that keeps them
+    gives again without that: gate sums taken for gates, in silence.
+    """
+    layer, input = getattr(rnn_gpu, name)(3, 20, memory="lean"), leaf(TIME, BATCH, 3)
+
+    def run(input):
+        return torch.autograd.grad(layer(input)[0].square().sum(), input)[0] * input
+
+    (expected,) = torch.autograd.grad(run(input).sum(), input)
+    contexts = lambda: create_selective_checkpoint_contexts([torch.ops.rnn_gpu.saved_again.default])
+    (found,) = torch.autograd.grad(checkpoint(run, input, use_reentrant=False, context_fn=contexts).sum(), input)
+    torch.testing.assert_close(found, expected)
 
 
 @on_the_kernels

@@ -286,11 +286,11 @@ def test_operators_keep_the_rules_of_torch_library(cell, gates):
         rows = None, lengths, None, None, *drawn, T, cell, 2, 0, True  # None: no parameters
         forward = (x_part, weight, bias, h0, c0, *rows, "full", None, None)
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence.default, forward)
-        y, h_n, _, aux, carries = torch.ops.rnn_gpu.recurrence(*forward)
+        y, h_n, _, gates, aux, carries = torch.ops.rnn_gpu.recurrence(*forward)
         d_c_n = torch.randn(N, B, H) if lstm else None
         d_cells = torch.randn_like(y) if lstm else None
         given = torch.randn_like(y), torch.randn_like(h_n), d_c_n, d_cells
-        backward = (*given, weight, x_part, aux, carries, y, h0, c0, *rows, 0.5, None, None)
+        backward = (*given, weight, gates, aux, carries, y, h0, c0, *rows, 0.5, None, None)
         torch.library.opcheck(torch.ops.rnn_gpu.recurrence_backward.default, backward)
 
 

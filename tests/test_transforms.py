@@ -131,6 +131,28 @@ def test_an_empty_batch(name, kwargs):
     assert torch.autograd.grad(first.sum() + x.sum(), x)[0].shape == x.shape
 
 
+@every_layer
+def test_vmap_over_nothing(name, kwargs):
+    """Catches: an error, or other shapes, where the mapped dimension has no elements."""
+    layer, inputs = getattr(rnn_gpu, name)(3, 5, **kwargs), torch.randn(0, TIME, BATCH, 3)
+    parameters = dict(layer.named_parameters())
+    lengths = torch.zeros(0, BATCH, dtype=torch.int64)
+    output, final = layer(torch.randn(TIME, BATCH, 3))
+    for run, in_dims, given in (
+        (layer, 0, (inputs,)),
+        (lambda x, lengths: layer(x, lengths=lengths), 0, (inputs, lengths)),
+        (lambda lengths: layer(torch.randn(TIME, BATCH, 3), lengths=lengths), 0, (lengths,)),
+    ):
+        found, found_final = vmap(run, in_dims, randomness="different")(*given)
+        assert found.shape == (0, *output.shape)
+        pairs = zip(found_final, final, strict=True) if name == "LSTM" else [(found_final, final)]
+        assert all(one.shape == (0, *expected.shape) for one, expected in pairs)
+    members = {key: value.new_zeros(0, *value.shape) for key, value in parameters.items()}
+    for which, in_dims in ((parameters, (None, None, 0)), (members, (0, None, 0))):
+        for key, gradient in vmap(grad(loss), in_dims)(which, layer, inputs).items():
+            assert gradient.shape == (0, *parameters[key].shape)
+
+
 def test_make_fx_with_symbols():
     """Catches: a choice between backends, or a plan, that is looked for by a symbol, which no dictionary takes."""
     layer, x = rnn_gpu.GRU(3, 5), torch.randn(TIME, BATCH, 3)
