@@ -22,7 +22,7 @@ def part_of(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int],
 
 def aligned(tensor: Tensor) -> Tensor:
     """Contiguous, on a 16-byte boundary: for another address Triton compiles narrower loads in another layout."""
-    tensor = dense(tensor)
+    tensor = tensor.contiguous().resolve_neg()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 

@@ -263,10 +263,10 @@ def backward(
     given["clip"] = None if clip is None else float(clip)
     d_carry_0 = of_backward(given, cell, y, (batch, sets), (d_y, d_h_n, d_c_n), gates, aux, d_gates, h0, c0)
     launch.run(plan, device, rows, reversed_sets, given)
-    others = (None if one is None else one.transpose(0, 1) for one in (d_carry_0, d_parameters, d_kept_0))
+    by_sets = [None if one is None else one.transpose(0, 1) for one in (d_carry_0, d_parameters, d_kept_0)]
     width = cell.slots * size
     place = batch * sets * width, (count, sets, cell.slots, hidden_size), (sets * width, width, size, 1)
-    return part_of(d_gates, dtype, *place), *others
+    return part_of(d_gates, dtype, *place), *by_sets
 
 
 def of_backward(

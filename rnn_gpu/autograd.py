@@ -4,6 +4,7 @@ The recurrence alone is opaque; the products before and after it are plain torch
 batch, R rows of all steps, N weight sets, G gates, K states beside h, H hidden units.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -72,13 +73,13 @@ def layer_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a layer's inputs, None where not needed. arguments: inputs, rows, y, gates, aux, carries."""
     inputs, rows = taken(arguments)
-    saved = arguments[-4:]
-    found = gradients_by_set(backward_by_operator, call, need, (d_y, d_h_n, d_c_n, d_cells), inputs, rows, saved)
+    d_outputs, saved = (d_y, d_h_n, d_c_n, d_cells), arguments[-4:]
+    found = gradients_by_set(backward_by_operator, call, Inputs(*need), d_outputs, inputs, rows, saved)
     return tuple(torch.stack(one) if isinstance(one, list | tuple) else one for one in found)
 
 
 def gradients_by_set(
-    backward: Callable, call: Call, need: Sequence[bool], d_outputs: tuple, inputs: Inputs, rows: Rows, saved: tuple
+    backward: Callable, call: Call, need: Inputs, d_outputs: tuple, inputs: Inputs, rows: Rows, saved: tuple
 ) -> tuple[Tensor | list[Tensor] | None, ...]:
     """The gradients of a layer's inputs, those of weights and biases as a list with one for each set, None where not
     needed: the recurrence backwards, then products with its gate gradients.
@@ -91,7 +92,7 @@ def gradients_by_set(
         gates, aux = gates_again(inputs, rows, call, y, aux, carries)
     states = inputs.h0, inputs.c0, inputs.parameters
     found = backward(call, d_outputs, inputs.weight_hh, states, rows, (y, gates, aux, carries))
-    return products_by_set(call, Inputs(*need), d_outputs[1], inputs, rows, y, *found)
+    return products_by_set(call, need, d_outputs[1], inputs, rows, y, *found)
 
 
 def backward_by_operator(call: Call, d_outputs: tuple, weight_hh: Weights, states: tuple, rows: Rows, saved: tuple):
@@ -134,6 +135,14 @@ def run_directly(
     return y, h_n, c_n, gates, aux, carries
 
 
+@functools.cache
+def _wanted(needed: tuple[bool, ...], sets: int) -> Inputs:
+    """Of which of a layer's inputs a gradient is needed, from the same of what `EagerLayer` takes after its rows."""
+    by_input, start, h0, c0, parameters, *weights = needed
+    kinds = [kind is not None and any(kind) for kind in by_kind(weights, sets)]
+    return Inputs(by_input, *kinds, False, start, h0, c0, parameters)
+
+
 class EagerLayer(torch.autograd.Function):
     """`Layer` for eager calls: (call, rows, input, start, h0, c0, parameters, *weights) -> (y [R, N*H], h_n, c_n,
     cells). weights: weight_ih of each direction, then weight_hh and, if there are biases, bias_ih and bias_hh.
@@ -161,11 +170,8 @@ class EagerLayer(torch.autograd.Function):
         own = MASKS + 9
         *masks, y, gates, aux, carries, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:own]
         call, rows, weights = ctx.call, Rows(*ctx.sizes, *masks), by_kind(kept[own:], ctx.call.sets)
-        by_input, *by_state, by_parameters = ctx.needs_input_grad[2:7]
-        by_weight = ctx.needs_input_grad[7:]
-        need = by_input, *(kind is not None and any(kind) for kind in by_kind(by_weight, call.sets))
-        need, y = (*need, False, *by_state, by_parameters), by_sets(y, call.sets)
-        if torch.is_grad_enabled() or any(map(in_a_batch, d_outputs)):
+        need, y = _wanted(ctx.needs_input_grad[2:], call.sets), by_sets(y, call.sets)
+        if torch.is_grad_enabled() or in_a_batch(d_outputs):
             kinds = [None if kind is None else stacked(kind) for kind in weights]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
             if c0 is None and CELLS[call.cell].states:
@@ -180,6 +186,6 @@ class EagerLayer(torch.autograd.Function):
             inputs = Inputs(input, *weights, None, start, h0, c0, parameters)
             found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, (y, gates, aux, carries))
         d_input, *d_kinds, _, d_start, d_h0, d_c0, d_parameters = found
-        count = len(by_weight) // call.sets
+        count = (len(kept) - own) // call.sets
         d_weights = [None if d is None else d[n] for d in d_kinds[:count] for n in range(call.sets)]
         return None, None, d_input, d_start, d_h0, d_c0, d_parameters, *d_weights

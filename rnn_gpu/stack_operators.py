@@ -239,7 +239,7 @@ def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
             d_y, *found = gradients(call, rows, passed, needed, d_outputs, *kept, seen, *states, *given)
         else:
             needed = further, *(kind is not None and kind[first] for kind in wanted)
-            needed = *needed, False, False, by_h0, by_c0, False
+            needed = Inputs(*needed, False, False, by_h0, by_c0, False)
             inputs, empty = Inputs(seen, *map(group.of, by_kind), None, None, *states), y.new_empty(0)
             saved = *(empty if one is None else _one_set(one) for one in kept), empty
             of_layer = gradients_by_set(backward_directly, call, needed, (*d_outputs, None), inputs, rows, saved)
