@@ -6,6 +6,7 @@ functions under test name.
 import ast
 import itertools
 import math
+import operator
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -279,6 +280,10 @@ def test_least_and_greatest_know_nan_and_the_sign_of_zero(name):
     for nan in (False, True):
         expected = bits_of([one(float(x), float(y), nan) for x, y in zip(a, b, strict=True)], "f32")
         assert_bits(value_of(f"{name}{'.NaN' if nan else ''}.f32 $0, $1, $2;", "f32", ("f32", a), ("f32", b)), expected)
+        size = [one(abs(float(x)), abs(float(y)), nan) for x, y in zip(a, b, strict=True)]
+        expected = bits_of(np.where(np.signbit(a) != np.signbit(b), -np.array(size), size), "f32")
+        form = f"{name}{'.NaN' if nan else ''}.xorsign.abs.f32"
+        assert_bits(value_of(f"{form} $0, $1, $2;", "f32", ("f32", a), ("f32", b)), expected)
 
 
 @pytest.mark.parametrize(
@@ -417,6 +422,18 @@ def test_products_with_carries():
         high = (a * b >> 32) + d + (low >> 32)
         expected = [x & 0xFFFFFFFF for x in (low, high, low + (high >> 32))]
         assert [int(found[name][i]) for name in ("low", "high", "more")] == expected
+
+
+@pytest.mark.parametrize("kind", ["s16", "u16"])
+def test_pairs_of_integers(kind):
+    """Catches a carry from one half into the other, and signed halves taken for unsigned."""
+    both = lambda x: [signed(h, 16) if kind[0] == "s" else h for h in (x & 0xFFFF, x >> 16)]
+    given = integers(32, 1), integers(32, 2)
+    for name, function in (("add", operator.add), ("sub", operator.sub), ("min", min), ("max", max)):
+        found = value_of(f"{name}.{kind}x2 $0, $1, $2;", "b32", *(("u32", np.array(x, np.uint64)) for x in given))
+        for a, b, result in zip(*given, found.tolist(), strict=True):
+            low, high = (function(x, y) & 0xFFFF for x, y in zip(both(a), both(b), strict=True))
+            assert result == high << 16 | low
 
 
 def test_saturated_sum():

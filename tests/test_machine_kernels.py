@@ -327,6 +327,22 @@ def test_products_of_integers_and_of_float64(arch, kind, tile, form):
     torch.testing.assert_close(c, a.to(out) @ b.to(out).T, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("tile", [(64, 32, 32), (128, 16, 64)])
+def test_products_with_sums_of_16_bits(tile):
+    """Catches two numbers of a register of wgmma's sums exchanged, or sums of another width. Triton takes the registers
+    apart before it waits for them, which PTX leaves open (and ptxas then waits): a fault, unless the wait comes first.
+    """
+    M, N, BK = tile
+    a, b = torch.randint(-4, 5, (M, 2 * BK)).half(), torch.randint(-4, 5, (N, 2 * BK)).half()
+    c = torch.zeros(M, N).half()
+    waits = lambda ptx: re.sub(r"wgmma\.commit_group\.sync\.aligned;", r"\g<0> wgmma.wait_group.sync.aligned 0;", ptx)
+    for edit in (None, waits):
+        fault = pytest.raises(Fault, match="not waited for") if edit is None else contextlib.nullcontext()
+        with fault, on_machine(90, seed=3, edit=edit):
+            sum_of_products_kernel[(1,)](a, b, c, 2 * BK, M, N, BK, tl.float16, num_stages=1)
+    assert torch.equal(c, (a.float() @ b.float().T).half())
+
+
 def _past_a_product(ptx, number, behind=""):
     """The last warp goes past a product."""
     m = list(re.finditer(r"wgmma\.mma_async[^;]*;", ptx))[number]
@@ -385,6 +401,126 @@ def test_a_layer_norm(arch):
     with on_machine(arch, seed=3):
         layer_norm_kernel[(4,)](x, y, weight, bias, 300, 1e-5, 128)
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x.float(), (300,), weight, bias), atol=1e-4, rtol=1e-4)
+
+
+@triton.jit
+def gathered_kernel(table, y, BLOCK: tl.constexpr, TWICE: tl.constexpr):
+    """Each program adds 1 to what its entry of a table points to (TWICE: two programs to one), and copies it."""
+    at = tl.arange(0, BLOCK)
+    x = tl.load(table + tl.program_id(0) // (2 if TWICE else 1)).to(tl.pointer_type(tl.float32)) + at
+    values = tl.load(x) + 1
+    tl.debug_barrier()
+    tl.store(x, values)
+    tl.store(y + tl.program_id(0) * BLOCK + at, values)
+
+
+@pytest.mark.parametrize(
+    ("named", "size", "twice", "said"),
+    [
+        (3, 128, False, None),
+        (2, 128, False, r"a load outside of all allocations, .* \(`tensors` of on_machine: what memory points to\)"),
+        (3, 120, False, "a load outside of all allocations"),
+        (3, 128, True, r"tensors\[.\](, which program .* writes| that another program loads plainly)"),
+    ],
+)
+def test_pointers_in_memory(named, size, twice, said):
+    """Catches pointers of the host taken for addresses, bounds and races of tensors that are reached by them alone."""
+    for seed in range(5):
+        x, y = [torch.randn(128) for _ in range(3)], torch.zeros(3, 128)
+        expected = torch.stack(x) + 1
+        cut = [tensor[:size].clone() for tensor in x]
+        table = torch.tensor([tensor.data_ptr() for tensor in cut])
+        fault = contextlib.nullcontext() if said is None else pytest.raises(Fault, match=said)
+        with fault, on_machine(90, seed=seed, tensors=cut[:named]):
+            gathered_kernel[(3,)](table, y, 128, twice)
+            assert torch.equal(y, expected) and torch.equal(torch.stack(cut), expected)
+
+
+@triton.jit
+def merged(mean1, squares1, count1, mean2, squares2, count2):
+    """Welford's step for two parts."""
+    count, apart = count1 + count2, mean2 - mean1
+    return mean1 + apart * (count2 / count), squares1 + squares2 + apart * apart * count1 * (count2 / count), count
+
+
+@triton.jit
+def variances_kernel(x, y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Means and variances of rows by a reduction of three tensors, whose result depends on the order."""
+    rows = tl.arange(0, ROWS)
+    values = tl.load(x + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+    parts = values, tl.zeros_like(values), tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    mean, squares, count = tl.reduce(parts, 1, merged)
+    tl.store(y + rows, mean)
+    tl.store(y + ROWS + rows, squares / count)
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 512), (2, 256), (16, 128), (64, 4)])
+def test_a_reduction_whose_lanes_differ_in_rounding(rows, columns, warps):
+    """Catches a false alarm at lanes, and warps, that store one number to one place, each rounded in its own order."""
+    x, y = torch.randn(rows, columns) + 0.5, torch.zeros(2, rows)
+    with on_machine(90, seed=warps):
+        variances_kernel[(1,)](x, y, rows, columns, num_warps=warps)
+    torch.testing.assert_close(y, torch.stack([x.mean(1), x.var(1, correction=0)]), atol=1e-5, rtol=1e-4)
+
+
+@triton.jit
+def as_type_kernel(x, y, SIZE: tl.constexpr):
+    """x in the type of y."""
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, tl.load(x + at).to(y.dtype.element_ty))
+
+
+@triton.jit
+def turned_kernel(x, y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y = x^T."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    tl.store(y + columns[:, None] * ROWS + rows[None, :], tl.trans(tl.load(x + rows[:, None] * COLUMNS + columns)))
+
+
+@triton.jit
+def ordinary_kernel(x, y, SIZE: tl.constexpr):
+    """Sorted, clamped, summed up, and the rest of what Triton has instructions of its own for."""
+    at = tl.arange(0, SIZE)
+    values = tl.load(x + at)
+    tl.store(y + at, tl.sort(values))
+    tl.store(y + SIZE + at, tl.maximum(tl.minimum(values + values, 3), -3))
+    tl.store(y + 2 * SIZE + at, tl.cumsum(values, 0).to(values.dtype))
+    tl.store(y + 3 * SIZE + at, tl.full((SIZE,), 0, values.dtype) + tl.max(values, 0))
+
+
+@triton.jit
+def clamped_kernel(x, y, SIZE: tl.constexpr):
+    """Between -1 and 1."""
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, tl.clamp(tl.load(x + at), -1.0, 1.0))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bytes_that_nothing_wrote_and_that_are_dropped(arch):
+    """Catches false alarms at what Triton leaves of words that it does not fill."""
+    x, y = torch.randint(-128, 128, (32, 64), dtype=torch.int8), torch.zeros(64, 32, dtype=torch.int8)
+    halves, fp8 = torch.randn(256), torch.zeros(256, dtype=torch.float8_e5m2)
+    with on_machine(arch, seed=1):
+        turned_kernel[(1,)](x, y, 32, 64)
+        as_type_kernel[(1,)](halves, fp8, 256)
+    assert torch.equal(y, x.T)
+    assert torch.equal(fp8, halves.to(torch.float8_e5m2))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.float32, torch.float16])
+def test_ordinary_operations(dtype, arch):
+    """Catches narrow integers that lose their sign, pairs of them, and scans and sorts over warps."""
+    x, y = torch.randint(-9, 9, (256,)).to(dtype), torch.zeros(4, 256, dtype=dtype)
+    with on_machine(arch, seed=2):
+        ordinary_kernel[(1,)](x, y, 256)
+        if dtype.is_floating_point:
+            clamped = torch.zeros_like(x)
+            clamped_kernel[(1,)](x / 8, clamped, 256)
+            assert torch.equal(clamped, (x / 8).clamp(-1, 1))
+    expected = x.sort()[0], (x + x).clamp(-3, 3), x.long().cumsum(0).to(dtype), x.max().expand(256)
+    assert torch.equal(y, torch.stack(expected))
 
 
 @triton.jit

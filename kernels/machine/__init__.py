@@ -11,6 +11,7 @@ plain loads of what others write and waits that never end; it names program, war
 Python that it came from, and the seed that repeats it.
 
     parse.py, decode.py, code.py, values.py   PTX text -> statements -> closures over registers; types and rounding
+    hollow.py   bits that nothing wrote
     arithmetic.py, floating.py, bits.py, comparison.py, conversion.py, operands.py   instructions of one lane
     lanes.py, products.py, warpgroup.py, access.py, control.py   of a warp, of four, on memory, branches and barriers
     memory.py, segment.py, shared.py, local.py, copies.py   memory, late stores and copies
@@ -48,14 +49,14 @@ def running() -> bool:
 
 
 @contextlib.contextmanager
-def on_machine(arch: int = 90, seed: int = 0, edit=None, **schedule: Any) -> Iterator[list]:
+def on_machine(arch: int = 90, seed: int = 0, edit=None, tensors=(), **schedule: Any) -> Iterator[list]:
     """Within this context every launch of a compiled Triton kernel runs on the machine, on CPU tensors -> a list that
     each launch appends its (name of the kernel, `schedule.Counts`) to.
 
     arch: the architecture that kernels are compiled for, one of those that `devices.DEVICES` have. seed: draws the
     schedules; successive launches of one context get different ones, the same ones each time. edit: a function PTX ->
-    PTX, to plant a mistake. schedule: further fields of `schedule.Schedule`. RuntimeError where kernels are interpreted
-    (TRITON_INTERPRET=1).
+    PTX, to plant a mistake. tensors: those that kernels reach by pointers in memory alone. schedule: further fields of
+    `schedule.Schedule`. RuntimeError where kernels are interpreted (TRITON_INTERPRET=1).
     """
     known = sorted({device.arch for device in DEVICES.values()})
     if arch not in known:
@@ -63,7 +64,7 @@ def on_machine(arch: int = 90, seed: int = 0, edit=None, **schedule: Any) -> Ite
         raise ValueError(f"expected arch to be {', '.join(map(str, most))} or {last}, but got {arch!r}")
     from .library import Launches
 
-    launches = Launches(arch, seed, edit, schedule)
+    launches = Launches(arch, seed, edit, tensors, schedule)
     with launches.instead_of_a_gpu():
         _open.append(launches)
         try:

@@ -20,8 +20,10 @@ def _numbers(kind: str) -> bool:
 
 @instruction("add sub", "rn rz rm rp ftz sat lo")
 def add(d: Decoder, s: Statement) -> Instruction:
-    """9.7.1.1, 9.7.3.3: d = a + b or a - b; mixed precision 9.7.5."""
+    """9.7.1.1, 9.7.3.3: d = a + b or a - b, of pairs of 16 bits, too; mixed precision 9.7.5."""
     minus, kind = s.op[0] == "sub", s.op[-1]
+    if kind in ("s16x2", "u16x2"):
+        return _pairs(d, s, operator.sub if minus else operator.add)
     if _numbers(kind):
         return floating(d, s, operator.sub if minus else operator.add, lambda a, b: odd_sum(a, -b if minus else b))
     function = operator.sub if minus else operator.add
@@ -128,13 +130,32 @@ def _by_sign(d: Decoder, s: Statement, function: Callable) -> Instruction:
     return of(d, s, function, kind, result=kind)
 
 
-@instruction("min max", "ftz NaN")
+def _pairs(d: Decoder, s: Statement, function: Callable) -> Instruction:
+    """A function of the lower halves of two registers, and of the upper ones, as integers."""
+    kind = SIGNED[2] if s.op[-1][0] == "s" else UNSIGNED[2]
+    parted = lambda x: np.ascontiguousarray(x).view(kind).reshape(*x.shape, 2)
+    joined = lambda x: np.ascontiguousarray(x).view(np.uint32)[..., 0]
+    return of(d, s, lambda a, b: joined(function(parted(a), parted(b))), "b32", "b32", result="b32")
+
+
+@instruction("min max", "ftz NaN xorsign abs")
 def least(d: Decoder, s: Statement) -> Instruction:
-    """9.7.1.12, 9.7.3.13: of a number and NaN the number, or with `.NaN` the NaN; -0 is less than 0."""
+    """9.7.1.12, 9.7.3.13: of a number and NaN the number, or with `.NaN` the NaN; -0 is less than 0. `.xorsign.abs`: of
+    both without their signs, with the product's sign.
+    """
     smallest, kind = s.op[0] == "min", s.op[-1]
+    if kind in ("s16x2", "u16x2"):
+        return _pairs(d, s, np.minimum if smallest else np.maximum)
     if not _numbers(kind):
         return of(d, s, np.minimum if smallest else np.maximum, kind, kind, result=kind)
     choose = (np.minimum if smallest else np.maximum) if s.has("NaN") else (np.fmin if smallest else np.fmax)
+
+    if s.has("abs") != s.has("xorsign") or (s.has("abs") and len(s.operands) != 3):
+        raise ValueError("abs or xorsign")
+
+    def magnitudes(a, b):
+        found = choose(np.abs(a), np.abs(b))
+        return np.where(np.signbit(a) != np.signbit(b), -found, found)
 
     def signed_zeros(*x):
         found = choose(choose(x[0], x[1]), x[2]) if len(x) == 3 else choose(*x)
@@ -145,4 +166,4 @@ def least(d: Decoder, s: Statement) -> Instruction:
             found = np.where(zero, np.where(sign, -0.0, 0.0).astype(found.dtype), found)
         return found
 
-    return floating(d, s, signed_zeros)
+    return floating(d, s, magnitudes if s.has("xorsign") else signed_zeros)

@@ -5,6 +5,7 @@ written, which loops wait, which parameters lead to memory that is written.
 from functools import cached_property
 
 from .decode import BARRIER, BRANCH, EXIT, SPECIAL, VALUE, Decoder
+from .hollow import Hollow
 from .parse import WIDTH, parse
 
 
@@ -17,7 +18,7 @@ class Code:
         self.kernel = parse(ptx)
         decoder = Decoder(self.kernel)
         self.code = [decoder.decode(s) for s in self.kernel.statements]
-        self.widths = decoder.widths
+        self.widths, self.slots = decoder.widths, decoder.slots
         self.special = {name: decoder.slots[name] for name in SPECIAL}
         self.blank = [None] * decoder.variables + decoder.constants  # a frame with nothing in its registers
         # Shadows of memory have one entry for as many bytes as the narrowest access has.
@@ -44,13 +45,19 @@ class Code:
                 x.touches = tuple(held.intersection((*x.reads, *x.writes)))
 
     def _find_doubts(self) -> None:
-        """Moves may read what nothing wrote: Triton makes pairs of which it uses a half. Others say what (`junk`)."""
+        """Moves may read what nothing wrote: Triton makes pairs of which it uses a half. Others say what (`junk`). What
+        nothing writes at all is followed to those that look at it.
+        """
         unsure = self._live(guarded=True)[0] & ((1 << len(self.kernel.registers)) - 1)
+        hollow = Hollow(self.code, self.slots, self.widths, len(self.kernel.registers)) if unsure else None
         for x in self.code if unsure else ():
+            x.hollow = hollow.looked_at(x)
             used = x.reads if x.statement.op[0] != "mov" else (x.guard,)
+            used = [i for i in used if i not in hollow.bits]
             used = used if x.unless >= 0 else [i for i in used if i not in x.junk]
             x.doubts = tuple(i for i in used if i >= 0 and unsure >> i & 1)
             x.settles = tuple(i for i in x.writes if unsure >> i & 1)
+            x.careful = bool(x.doubts or x.settles or x.hollow)
 
     @cached_property
     def ends(self) -> list[int]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .local import BASE
-from .memory import SEGMENT
 from .parse import WIDTH, Fault, Kernel, Statement
+from .segment import base_of
 from .values import UNSIGNED
 
 # Registers that a lane has from the start, all of 32 bits. (PTX ISA 10)
@@ -50,6 +50,8 @@ class Instruction:
     touches: tuple[int, ...] = ()  # registers of its own that another instruction `holds`
     doubts: tuple[int, ...] = ()  # registers that it reads, and on some way to it nothing writes
     settles: tuple[int, ...] = ()  # such registers that it writes
+    hollow: tuple[int, ...] = ()  # registers with bits that nothing ever writes, and it looks at (hollow.py)
+    careful: bool = False  # whether there are any of these three
     junk: frozenset[int] = frozenset()  # registers that it may read though nothing wrote them
     unless: int = -1  # a predicate's register: only where it is false
     spins: bool = False  # a branch back to polls or atomics, over no store: the loop of a wait
@@ -94,7 +96,7 @@ class Decoder:
         self.widths = [*kernel.registers.values(), *(4 for _ in SPECIAL)]
         self.variables = len(self.widths)
         self.arrays = {"global_smem": 0} | {name: BASE + at for name, (at, _) in kernel.local.items()}
-        self.arrays |= {name: (i + 1) << SEGMENT for i, name in enumerate(kernel.data)}
+        self.arrays |= {name: base_of(i) for i, name in enumerate(kernel.data)}
         self.constants: list[np.ndarray] = []
         self.statement: Statement | None = None  # the one in hand
         self._known: dict[tuple, int] = {}

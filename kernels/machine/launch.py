@@ -30,11 +30,12 @@ class Machine:
         self.code, self.warps, self.shared = Code(ptx), warps, shared
         self._written, self._polled = self.code.reached("tells"), self.code.reached("asks")
 
-    def run(self, grid, arguments, names=None, meant=(), schedule: Schedule | None = None) -> Counts:
+    def run(self, grid, arguments, names=None, meant=(), schedule: Schedule | None = None, pointed=()) -> Counts:
         """Launch it on torch CPU tensors (in place) and numbers, in the order of its parameters; those missing at the
         end are 0.
 
         names: of the arguments, for messages. meant: (name, on which of its elements races are meant, or None).
+        pointed: further tensors, to which memory has pointers.
         """
         grid = (*grid, 1, 1)[:3]
         if 0 in grid:  # nothing is launched, as by Triton
@@ -61,6 +62,12 @@ class Machine:
                     segment.excuse(offset, np.repeat(elements, value.element_size()))
             launch.arguments.append(segment.base + offset)
         launch.arguments += [0] * (len(parameters) - len(launch.arguments))
+        for i, value in enumerate(pointed):
+            data = _storage(value)
+            if data.size and data.ctypes.data not in known:
+                known[data.ctypes.data] = segment = launch.memory.add(data, f"tensors[{i}]")
+                segment.polled = True
+                segment.prepare(launch.fine)
         with np.errstate(all="ignore"):
             launch.run()
         return launch.counts

@@ -84,8 +84,8 @@ OURS = {"forward", "backward"}
 class Launches:
     """What `on_machine` was asked for, and the launches in it."""
 
-    def __init__(self, arch: int, seed: int, edit: Callable[[str], str] | None, schedule: dict[str, Any]):
-        self.arch, self.edit, self.log = arch, edit, []
+    def __init__(self, arch: int, seed: int, edit: Callable[[str], str] | None, tensors, schedule: dict[str, Any]):
+        self.arch, self.edit, self.tensors, self.log = arch, edit, tuple(tensors), []
         self.schedule, self.seed = schedule, seed
         known = [f.name for f in fields(Schedule) if f.name not in ("seed", "launch")]
         for name in schedule.keys() - set(known):
@@ -122,7 +122,7 @@ class Launches:
         ours = kernel.__name__ in OURS and (kernel.__module__ or "").endswith(("kernels.forward", "kernels.backward"))
         meant = [(m.argument, m.where(arguments)) for m in MEANT if ours and m.argument in arguments]
         schedule = Schedule(self.seed, len(self.log) + 1, **self.schedule)
-        counts = machine.run(grid, [arguments[name] for name in passed], passed, meant, schedule)
+        counts = machine.run(grid, [arguments[name] for name in passed], passed, meant, schedule, self.tensors)
         self.log.append((kernel.__name__, counts))
         return counts
 

@@ -15,11 +15,9 @@ from .early import SEEN, UNSEEN
 from .order import Order
 from .parse import Fault
 from .races import Races, reach_of
-from .segment import Segment
+from .segment import FIRST, SEGMENT, Segment, base_of, from_host
 from .shadow import VECTOR, Lanes, check_lost, elements_of
 from .values import SIGNED, UNSIGNED
-
-SEGMENT = 40  # bits of an address within an allocation
 
 
 class GlobalMemory:
@@ -39,7 +37,7 @@ class GlobalMemory:
 
     def add(self, data: np.ndarray, name: str) -> Segment:
         """An allocation."""
-        self.segments.append(Segment((len(self.segments) + 1) << SEGMENT, data, name, self.grain))
+        self.segments.append(Segment(base_of(len(self.segments)), data, name, self.grain))
         return self.segments[-1]
 
     def parts(self, run, lanes: Lanes, size: int, what: str):
@@ -47,14 +45,19 @@ class GlobalMemory:
         at = lanes.address
         if (at % size).any():
             run.fail_at(f"a misaligned {what} of {size} bytes", lanes.which[at % size != 0])
-        number = at >> SEGMENT
+        number = (at >> SEGMENT) - FIRST
         least = int(number.min())
+        if least < 0 and self.segments:  # pointers that memory holds are those of the host
+            at = lanes.address = from_host(self.segments, at)
+            number = (at >> SEGMENT) - FIRST
+            least = int(number.min())
         one = least == number.max()
         for n in [least] if one else np.unique(number).tolist():
             here = slice(None) if one else number == n
-            if not 1 <= n <= len(self.segments):
-                run.fail_at(f"a {what} outside of all allocations, at {int(at[here][0]):#x}", lanes.which[here])
-            segment = self.segments[n - 1]
+            if not 0 <= n < len(self.segments):
+                hint = " (`tensors` of on_machine: what memory points to)" if -FIRST < n < 0 else ""
+                run.fail_at(f"a {what} outside of all allocations, at {int(at[here][0]):#x}{hint}", lanes.which[here])
+            segment = self.segments[n]
             offset = at[here] - segment.base
             outside = offset + size > segment.size
             if outside.any():

@@ -56,7 +56,7 @@ def right(words: np.ndarray, kind: str) -> np.ndarray:
     return x.transpose(0, 1, 3, 4, 2).reshape(warps, count * 4 * width, 8)
 
 
-SUMS = {"f32": np.float32, "f64": np.float64, "s32": np.int32}  # types of C and D with a register for each number
+SUMS = {"f32": np.float32, "f16": np.float32, "f64": np.float64, "s32": np.int32}  # what C and D are computed as
 
 
 def accumulator(words: np.ndarray, kind: str) -> np.ndarray:

@@ -79,7 +79,7 @@ class Run(Services):
                 mask = self._mask(x)
                 if x.touches and launch.products:
                     self._leave_alone(x, mask)
-                if x.doubts or x.settles:
+                if x.careful:
                     self._settle(x, mask)
                 steps += 1
                 at += 1
@@ -112,17 +112,25 @@ class Run(Services):
     def _settle(self, x, mask: np.ndarray | None) -> None:
         """Fault where an instruction reads a register that no instruction which its lane came by writes."""
         written = self.launch.written
+        for slot in x.hollow:
+            lanes = self.active if slot == x.guard else mask
+            if lanes is None or lanes.any():
+                self.fail(f"{self._name(slot)} is read, and nothing has written it", lanes)
         for slot in x.doubts:
             odd = np.ones((self.warps, 32), bool) if slot not in written else ~written[slot][self.rows]
             lanes = self.active if slot == x.guard else mask
             if x.unless >= 0 and slot in x.junk:
                 odd = odd & self.frame[x.unless]
             if (odd if lanes is None else odd & lanes).any():
-                name = list(self.code.kernel.registers)[slot]
-                self.fail(f"{name} is read, and nothing has written it", odd if lanes is None else odd & lanes)
+                who = odd if lanes is None else odd & lanes
+                self.fail(f"{self._name(slot)} is read, and nothing has written it", who)
         for slot in x.settles:
             known = written.setdefault(slot, np.zeros((self.launch.status.size, 32), bool))
             known[self.rows] |= True if self.active is None else self.active
+
+    def _name(self, slot: int) -> str:
+        """A register, for messages."""
+        return list(self.code.kernel.registers)[slot]
 
     def _leave_alone(self, x, mask: np.ndarray | None) -> None:
         """Fault where an instruction touches a register of a product that is on its way."""

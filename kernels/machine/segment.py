@@ -6,6 +6,13 @@ from .crowd import Crowds
 from .shadow import VECTOR, Lanes, Shadow
 from .values import SIGNED
 
+SEGMENT, FIRST = 40, 1 << 15  # bits of an address within an allocation; the number of the first one, past the host's
+
+
+def base_of(number: int) -> int:
+    """The address of an allocation."""
+    return (FIRST + number) << SEGMENT
+
 
 class Segment:
     """One allocation of global memory."""
@@ -56,3 +63,13 @@ class Segment:
     def view(self, size: int) -> np.ndarray:
         """The data as elements of so many bytes."""
         return self.data[: self.size // size * size].view(VECTOR[size])
+
+
+def from_host(segments: list[Segment], address: np.ndarray) -> np.ndarray:
+    """Addresses of the host within allocations as those of the launch; others stay as they are."""
+    begins = np.array([segment.data.ctypes.data for segment in segments])
+    order = np.argsort(begins)
+    found = order[np.maximum(np.searchsorted(begins[order], address, "right") - 1, 0)]
+    offset = address - begins[found]
+    inside = (offset >= 0) & (offset < np.array([segment.size for segment in segments])[found])
+    return np.where(inside, np.array([segment.base for segment in segments])[found] + offset, address)

@@ -4,6 +4,7 @@ import numpy as np
 
 from .parse import Fault
 from .races import reach_of
+from .segment import FIRST, SEGMENT
 from .shadow import Lanes
 from .values import UNSIGNED
 from .warpgroup import Meeting, Outstanding
@@ -159,9 +160,9 @@ class Services:
         """How many addresses are of no allocation."""
         at = self.lanes(address, mask).address
         segments = self.launch.memory.segments
-        ends = np.array([0, *(s.base + s.size for s in segments)])
-        number = at >> 40
-        known = (number >= 1) & (number <= len(segments))
+        ends = np.array([s.base + s.size for s in segments])
+        number = (at >> SEGMENT) - FIRST
+        known = (number >= 0) & (number < len(segments))
         return int((~known | (at >= ends[np.where(known, number, 0)])).sum())
 
     def fence_products(self) -> None:

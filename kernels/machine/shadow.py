@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .values import UNSIGNED
+from .values import UNSIGNED, typed
 
 VECTOR = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16", 32: "V32"}  # types that move so many bytes at once
 
@@ -149,11 +149,29 @@ def name_of(key: int) -> str:
     return f"warp {(int(key) & 1023) // 32}, lane {int(key) & 31}"
 
 
-def check_lost(run, lanes: Lanes, lost, keys, values, found, name: str) -> None:
-    """Two threads of one store at one place: of other warps a race; of one warp it must be the same value."""
+def differ_in_rounding(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Where values [lanes, count] of one store are as good as equal: taken for floating point, by a thousandth of
+    themselves, or by what is rounded off of the largest beside them. (Integers below 2**27 are no such numbers.)
+    """
+    near = np.zeros(values.shape, bool)
+    for kind in {2: ("f16", "bf16"), 4: ("f32",), 8: ("f64",)}.get(values.itemsize, ()):
+        a, b = (typed(np.ascontiguousarray(x), kind).astype(np.float64) for x in (values, found))
+        size = np.nan_to_num(np.maximum(abs(a), abs(b)), nan=0.0, posinf=0.0)
+        largest = size.max(0)
+        near |= (abs(a - b) <= np.maximum(size / 2**10, largest / 2**20)) & (largest > 1e-30)
+    return near
+
+
+def check_lost(run, lanes: Lanes, lost, keys, values, found, name: str, rounding: bool = False) -> None:
+    """Two threads of one store at one place: of other warps a race; of one warp it must be the same value, or one that
+    differs in rounding alone.
+    """
     other = lost & ((keys ^ lanes.key[:, None]) & 0x3E0 != 0)
     if other.any():
         run.fail_at(f"race: two warps write the same of {name}", lanes.which[other.any(1)])
-    unequal = lost.any(1) & (values != found).any(1)
+    unequal = values != found
+    if rounding and unequal.any():
+        unequal &= ~differ_in_rounding(values, found)
+    unequal = lost.any(1) & unequal.any(1)
     if unequal.any():
         run.fail_at(f"race: lanes of a warp write other values to the same place of {name}", lanes.which[unequal])

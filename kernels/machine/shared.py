@@ -2,9 +2,11 @@
 threads that touch the same bytes.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from .shadow import VECTOR, Lanes, Shadow, check_lost, elements_of, name_of
+from .shadow import VECTOR, Lanes, Shadow, check_lost, differ_in_rounding, elements_of, name_of
 from .values import UNSIGNED
 
 IN_FLIGHT = (1 << 31) - 1  # in place of a key: an asynchronous copy that nobody has waited for
@@ -98,7 +100,7 @@ class SharedMemory:
         if self.races:
             shadow = self.shadow
             places = shadow.places(offset, size)
-            again = None if in_flight else self._same(offset, values, places)
+            again = None if in_flight else lambda: self._same(offset, values, places)
             self._check_write(run, lanes, places, again)
             self._check_atomics(run, lanes, places)
             lost = shadow.note_write(places, lanes)
@@ -113,12 +115,19 @@ class SharedMemory:
                 other = lost & self._other_warp(keys, lanes) & self._same(offset, values, places)
                 self._note_several(places, lanes, other)
                 lost &= ~other
-            check_lost(run, lanes, lost, keys, values, self._get(offset, values), "shared memory")
+            check_lost(run, lanes, lost, keys, values, self._get(offset, values), "shared memory", rounding=True)
+            if lost.any():  # any of them may be the last
+                order = run.random.permutation(offset.size)
+                self._put(offset[order], values[order])
 
     def _same(self, offset: np.ndarray, values: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Which of the places [lanes, grains] have these very values."""
-        there, given = (np.ascontiguousarray(x).view(np.uint8) for x in (self._get(offset, values), values))
-        return (there == given).reshape(*places.shape, -1).all(2)
+        """Which of the places [lanes, grains] have these very values, but for rounding."""
+        there = self._get(offset, values)
+        same = np.ascontiguousarray(there).view(np.uint8) == np.ascontiguousarray(values).view(np.uint8)
+        same = same.reshape(*places.shape, -1).all(2)
+        if not same.all():
+            same |= np.repeat(differ_in_rounding(values, there), places.shape[1] // values.shape[1], 1)
+        return same
 
     @staticmethod
     def _other_warp(keys: np.ndarray, lanes: Lanes) -> np.ndarray:
@@ -134,15 +143,15 @@ class SharedMemory:
         """Where they did since the last barrier of the program."""
         return False if self.several is None else self.several[places] >= (lanes.key & ~np.int32(1023))[:, None]
 
-    def _check_write(self, run, lanes: Lanes, places: np.ndarray, again: np.ndarray | None = None) -> None:
-        """again: where a store leaves what is there. Several warps may store the same, as Triton makes them where a
+    def _check_write(self, run, lanes: Lanes, places: np.ndarray, again: Callable | None = None) -> None:
+        """again(): where a store leaves what is there. Several warps may store the same, as Triton makes them where a
         tile has fewer elements than its program threads.
         """
         keys, odd = self.shadow.writers_at_odds(places, lanes)
         several = self._stored_by_several(places, lanes)
         odd |= several
         if again is not None and odd.any():
-            harmless = odd & again & (several | self._other_warp(keys, lanes))
+            harmless = odd & again() & (several | self._other_warp(keys, lanes))
             self._note_several(places, lanes, harmless)
             odd &= ~harmless
         if odd.any():

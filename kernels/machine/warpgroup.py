@@ -125,7 +125,8 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
     n, k = map(int, re.search(r"m64n(\d+)k(\d+)", ".".join(s.op)).groups())
     d_kind, kind, _ = s.op[-3:]
     width = FORMS[kind]
-    if d_kind != ("s32" if kind in ("s8", "u8") else "f32") or k * width != 32 or s.op[-2] != s.op[-1]:
+    fits = ("s32",) if kind in ("s8", "u8") else ("f32", "f16")
+    if d_kind not in fits or k * width != 32 or s.op[-2] != s.op[-1]:
         raise ValueError("this product")
     accumulators = split(s.operands[0][1:-1])
     fresh = s.operands[3] == "0"
@@ -159,14 +160,15 @@ def wgmma(d: Decoder, s: Statement) -> Instruction:
             x = matrix(run, a, 64, trans_a)[np.arange(run.warps)[:, None], own]
         y = matrix(run, b, n, trans_b)
         keep = whole(run.frame[adds], run)[:, :1, None]
+        each = 2 if d_kind == "f16" else 4  # registers of 8 columns
         for j in range(n // 8):
             before = np.zeros((run.warps, 16, 8), SUMS[d_kind])
             if not fresh:
-                words = fragments([run.frame[i] for i in held[4 * j : 4 * j + 4]], run)
+                words = fragments([run.frame[i] for i in held[each * j : each * (j + 1)]], run)
                 before = np.where(keep, accumulator(words, d_kind), before)
             found = results(multiply(x, y[:, 8 * j : 8 * j + 8].swapaxes(1, 2), before, d_kind), d_kind)
-            for i in range(4):
-                run.put(targets[4 * j + i], found[:, i], mask)
+            for i in range(each):
+                run.put(targets[each * j + i], found[:, i], mask)
         run.begin_product(targets, a if in_registers else [], f"{n} x {k}", places)
 
     holds = frozenset((*targets, *(a if in_registers else ())))
