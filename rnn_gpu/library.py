@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 _library = torch.library.Library("rnn_gpu", "FRAGMENT")
+BODIES: dict[torch._ops.OpOverload, Callable] = {}  # of each, for who wants to see what is within
 
 
 def operator(name: str, schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -15,12 +16,19 @@ def operator(name: str, schema: str) -> Callable[[Callable], torch._ops.OpOverlo
     memory of theirs. PyTorch calls it where gradients are wanted, too: it is differentiable itself, or `no_derivative`.
     """
 
-    def made(body: Callable) -> torch._ops.OpOverload:
+    def make(body: Callable) -> torch._ops.OpOverload:
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, body, "CompositeExplicitAutograd")
-        return getattr(torch.ops.rnn_gpu, name).default
+        made = getattr(torch.ops.rnn_gpu, name).default
+        BODIES[made] = body
+        return made
 
-    return made
+    return make
+
+
+def operator_of(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
+    """`operator` with the schema that the types of the body's arguments say; integers may be symbols."""
+    return lambda body: operator(name, torch.library.infer_schema(body, mutates_args=()))(body)
 
 
 def fake(name: str) -> Callable[[Callable], Callable]:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import backends, inductor
 from .call import Call, Weights
+from .kernels.buffers import aligned
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
+from .library import fake, no_derivative, operator_of
 from .rows import Rows
 
 # What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
@@ -65,7 +67,7 @@ def plan_anew() -> None:
     remembered.clear()
 
 
-@torch.library.custom_op("rnn_gpu::recurrence", mutates_args=())
+@operator_of("recurrence")
 def recurrence(
     x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
     lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
@@ -86,8 +88,6 @@ def recurrence(
     is "full" and the cell needs them, else empty; aux, what the backward needs besides; and what else, see
     `Cell.keeps_carries`, [R, N, ...], else empty.
     """
-    from .kernels.buffers import aligned
-
     batch, sets = h0.shape[1], x_part.shape[1]
     rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
@@ -103,7 +103,14 @@ def recurrence(
     return y, h_n, *(x_part.new_empty(0) if one is None else one for one in (c_n, gates, *kept))
 
 
-@recurrence.register_fake
+no_derivative(
+    "recurrence",
+    "Trying to backward through rnn_gpu.recurrence, which an exported program holds without its backward: train the "
+    "module that was exported (docs/limits.md).",
+)
+
+
+@fake("recurrence")
 def _(
     x_part, weight_hh, bias_hn, h0, c0, parameters, lengths, offsets, resets, dropped, kept_h, kept_c, time, cell,
     reversed_sets, max_programs, alone, saving, rate_h, rate_c,
@@ -130,7 +137,7 @@ def _(
     return y, h_n, c_n, gates, aux, carries
 
 
-@torch.library.custom_op("rnn_gpu::recurrence_backward", mutates_args=())
+@operator_of("recurrence_backward")
 def recurrence_backward(
     d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, d_cells: Tensor | None, weight_hh: Tensor,
     gates: Tensor, aux: Tensor, carries: Tensor, y: Tensor, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
@@ -157,7 +164,7 @@ def recurrence_backward(
     return d_gates, *(y.new_empty(0) if one is None else one for one in others)
 
 
-@recurrence_backward.register_fake
+@fake("recurrence_backward")
 def _(
     d_y, d_h_n, d_c_n, d_cells, weight_hh, gates, aux, carries, y, h0, c0, parameters, lengths, offsets, resets,
     dropped, kept_h, kept_c, time, cell, reversed_sets, max_programs, alone, clip, rate_h, rate_c,
@@ -187,7 +194,7 @@ def backward_directly(call: Call, d_outputs: tuple, weight_hh: Weights, states: 
     return launchers().backward(plan, *of_results, weight_hh, gates, aux, y, h0, c0, *how)
 
 
-@torch.library.custom_op("rnn_gpu::saved_again", mutates_args=())
+@operator_of("saved_again")
 def saved_again(
     sums: Tensor, apart: Tensor | None, y: Tensor, aux: Tensor, h0: Tensor | None, c0: Tensor | None,
     parameters: Tensor | None, places: Tensor | None, batch: int, cell: str,
@@ -195,14 +202,12 @@ def saved_again(
     """What the forward saved, made again from the gate sums [R, N, G*H], see `layer.saved_again`: gates [R, N, G*H],
     and aux, or empty where that has been kept.
     """
-    from .kernels.buffers import aligned
-
     gates = torch.empty_like(sums := aligned(sums))
     made = launchers().saved_again(cell, sums, gates, apart, y, aux, h0, c0, places, batch, parameters)
     return gates, y.new_empty(0) if made is None else made
 
 
-@saved_again.register_fake
+@fake("saved_again")
 def _(sums, apart, y, aux, h0, c0, parameters, places, batch, cell):
     inductor.fall_back()
     spec, (count, sets, hidden_size) = CELLS[cell], y.shape

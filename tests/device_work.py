@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rnn_gpu import backends, base, operators
 from rnn_gpu.kernels import launch
 from rnn_gpu.kernels.plan import DEVICES
+from rnn_gpu.library import BODIES
 
 DEVICE = torch.device("meta")
 
@@ -38,14 +39,7 @@ WAITING = {
     "is_nonzero",
 }
 # The operators of this library whose body, and not its stand-in for shapes, is to be seen.
-BODIES = {
-    str(one._opoverload): one._init_fn
-    for one in (
-        operators.recurrence,
-        operators.recurrence_backward,
-        operators.saved_again,
-    )
-}
+OPENED = operators.recurrence, operators.recurrence_backward, operators.saved_again
 
 
 class DeviceWork(TorchDispatchMode):
@@ -70,9 +64,9 @@ class DeviceWork(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if str(func) in BODIES:
+        if func in OPENED:
             with self:
-                return BODIES[str(func)](*args, **kwargs)
+                return BODIES[func](*args, **kwargs)
         given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         here = [t.device == DEVICE for t in given]
         assert not (any(here) and name in WAITING), f"{func} waits for the device"
