@@ -166,6 +166,7 @@ def run(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, given:
     ready = _ready.get(key)
     if ready is None:
         ready = _get_ready(plan, rows, reversed_sets)
+        assert (*given,) == ready.prepared.names, "a name that is no argument of the kernel"
         if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
     given["T"], given["B"], given["status"], given["limit"] = time, batch, status_word(device), WAIT_LIMIT
@@ -175,7 +176,7 @@ def run(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, given:
         _launches[number] = plan, (time, batch), begin
         _launches.pop(number - 256, None)
         given["begin"], given["launch"] = begin, number
-        _start(ready.prepared, device, grid, (*given.values(),))
+        _start(ready.prepared, device, grid, tuple(given.values()))
     if device.type == "cpu":
         raise_if_late(device)
 

@@ -17,6 +17,9 @@ from .plan import Plan
 from .rows import Rows
 from .spec import CELLS, Cell, padded
 
+Rates = tuple[float | None, float | None]  # what stays of h and of the states in every step; None for nothing
+NO_RATES: Rates = (None, None)
+
 
 class Begun(NamedTuple):
     """What stands ready before the input product and the recurrence.
@@ -85,9 +88,6 @@ def begin(
     return Begun(y, recurrent, input_weight, bias, bias_hn)
 
 
-NO_RATES = None, None
-
-
 def _two(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     """The tensors of two sets, None where there is none."""
     if tensors is None:
@@ -112,7 +112,7 @@ def whole(weights: Sequence[Tensor], size: int) -> Tensor | None:
 def forward(
     plan: Plan, x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor | None, c0: Tensor | None,
     rows: Rows, reversed_sets: int, saving: str, c_n: Tensor | None = None, parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None), gates: Tensor | None = None,
+    rates: Rates = NO_RATES, gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps forward.
 
@@ -137,7 +137,7 @@ def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
     return h0 if h0 is None or rows.dropped is None else (h0 * rows.dropped).to(h0.dtype)
 
 
-def _of_options(given: dict[str, Any], rows: Rows, rates: tuple[float | None, float | None]) -> bool:
+def _of_options(given: dict[str, Any], rows: Rows, rates: Rates) -> bool:
     """Put in what both kernels take for recurrent dropout and zoneout -> whether a part of the states is kept."""
     masks = rows.dropped, rows.kept_h, rows.kept_c
     given["rate_h"], given["rate_c"] = rates
@@ -148,7 +148,7 @@ def _of_options(given: dict[str, Any], rows: Rows, rates: tuple[float | None, fl
 def go_on(
     plan: Plan, begun: Begun, x_part: Tensor, h0: Tensor | None, c0: Tensor | None, rows: Rows, reversed_sets: int,
     saving: str, h_n: Tensor | None = None, c_n: Tensor | None = None, parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None), flat: bool = False, aux: Tensor | None = None,
+    rates: Rates = NO_RATES, flat: bool = False, aux: Tensor | None = None,
     gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`forward` after `begin`, when the input product is there, [R, ...]. h_n, c_n, aux: where to write those, or new
@@ -192,7 +192,7 @@ def backward(
     plan: Plan, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, weight_hh: Tensor, gates: Tensor | None,
     aux: Tensor | None, y: Tensor, h0: Tensor, c0: Tensor | None, rows: Rows, reversed_sets: int,
     d_cells: Tensor | None = None, clip: float | None = None, parameters: Tensor | None = None,
-    rates: tuple[float | None, float | None] = (None, None), carries: Tensor | None = None,
+    rates: Rates = NO_RATES, carries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps backward.
 

@@ -757,7 +757,10 @@ def test_contexts_open_and_close(monkeypatch):
     assert not running()
     with pytest.raises(TypeError, match=r"unexpected .* 'speed': it takes delay, slow, early"), on_machine(speed=3):
         pass
-    with pytest.raises(ValueError, match="arch to be 80, 86, 89, 90, 100, 103, 120 or 121, but got 130"), on_machine(arch=130):
+    with (
+        pytest.raises(ValueError, match="arch to be 80, 86, 89, 90, 100, 103, 120 or 121, but got 130"),
+        on_machine(arch=130),
+    ):
         pass
 
 
