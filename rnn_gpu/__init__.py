@@ -66,8 +66,13 @@ def check(device: torch.device | str | None = None) -> None:
 
     Every call of a layer looks for such an error without waiting; this looks at once, after the replay of a CUDA
     graph for instance. It looks at no numbers: `python -m rnn_gpu` says whether the kernels are right on a machine,
-    `check_cell` whether a cell of your own is, and `explain` what would run.
+    `check_cell` whether a cell of your own is, and `explain` what would run. TypeError for what is no device.
     """
+    if not isinstance(device, torch.device | str | int | None):
+        raise TypeError(
+            f"check expects a device, got: {type(device).__name__} (explain says which kernels serve a layer, "
+            "check_cell whether a cell is right)"
+        )
     from .backends import triton_missing
 
     if not triton_missing():

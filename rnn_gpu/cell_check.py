@@ -124,7 +124,11 @@ def _report(cell: Cell, show: Callable[[str], None] | None = None) -> Report:
 def _cell_of(given: Any) -> Cell:
     found = getattr(given, "cell", given) if isinstance(given, type) else given
     if not isinstance(found, Cell):
-        raise TypeError(f"check_cell expects a Cell, got: {type(given).__name__}")
+        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise TypeError(
+            f"check_cell expects a Cell, or the class that rnn_gpu.layer has made of one, got: {what} "
+            "(`python -m rnn_gpu` says whether the built-in layers are right on a machine)"
+        )
     return found
 
 

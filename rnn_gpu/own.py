@@ -1,7 +1,9 @@
 """Layers of cells that PyTorch does not have: `layer` makes the class of one from its description."""
 
 import importlib
+import inspect
 import sys
+import textwrap
 from typing import Any
 
 import torch
@@ -111,7 +113,7 @@ def _empty(module: str, name: str) -> CellLayer:
 
 def layer(cell: Cell) -> type[CellLayer]:
     """The class of a layer of `cell`: torch.nn's constructor, parameters and results, and the options of this library's
-    own layers. TypeError for what is no Cell.
+    own layers; its help() says what the docstring of the step does. TypeError for what is no Cell.
 
     Assign it to a name at the top of a module, best the cell's own, so that its layers can be pickled.
 
@@ -126,6 +128,8 @@ def layer(cell: Cell) -> type[CellLayer]:
     gates, own = ", ".join(cell.gate_names), "".join(f", {one}" for one in cell.parameters)
     states = f"(h, {', '.join(cell.states)})" if cell.states else "h"
     doc = f"A layer of the cell {cell.name}: gates {gates}{own and f'; parameters {own[2:]}'}; state {states}.\n\n    "
+    if inspect.isfunction(cell.step) and (said := inspect.getdoc(cell.step)):
+        doc += textwrap.indent(said, "    ").strip() + "\n\n    "
     doc += (CellLayer.__doc__ or "").partition("\n\n    ")[2]
     namespace = dict(cell=CELLS[name], mode=name, __module__=module, __qualname__=cell.name, __doc__=doc)
     return named(type(cell.name, (CellLayer,), namespace))

@@ -8,13 +8,17 @@ Environment variables, read when rnn_gpu is imported:
     RNN_GPU_ALONE         0: exchange between programs even where one could hold all units (for tests)
     RNN_GPU_AUTOTUNE      1: the first call of a shape is measured (autotuning.py)
     RNN_GPU_WAIT_LIMIT    polls before a wait becomes an error (kernels/spec.py)
+
+Others that begin so are named in a warning, but for RNN_GPU_TEST_..., which are the tests' own.
 """
 
 import contextlib
 import functools
 import inspect
 import operator
+import os
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -24,6 +28,8 @@ Backend = Literal["auto", "triton", "torch"]
 Memory = Literal["full", "lean"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS, MEMORY = get_args(Backend), get_args(Memory)
+_NAMES = "BACKEND", "MEMORY", "MAX_PROGRAMS", "ALONE", "AUTOTUNE", "WAIT_LIMIT"
+VARIABLES = tuple(f"RNN_GPU_{name}" for name in _NAMES)
 
 
 def checked_backend(name: Backend) -> Backend:
@@ -57,6 +63,9 @@ _memory: Memory = choice_from_environment("RNN_GPU_MEMORY", MEMORY)
 _max_programs = integer_from_environment("RNN_GPU_MAX_PROGRAMS", None)
 _wavefront = True
 _allow_alone = integer_from_environment("RNN_GPU_ALONE", 1, largest=1, smallest=0) == 1
+for _name in sorted(os.environ):
+    if _name.startswith("RNN_GPU_") and not _name.startswith("RNN_GPU_TEST_") and _name not in VARIABLES:
+        warnings.warn(f"the environment variable {_name} does nothing; there are {', '.join(VARIABLES)}", stacklevel=2)
 
 
 class _Setting:

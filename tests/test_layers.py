@@ -12,6 +12,7 @@ import operator
 import os
 import pickle
 import pydoc
+import re
 import subprocess
 import sys
 import types
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn_gpu
 from rnn_gpu import backends, settings
+from rnn_gpu.__main__ import main
 from rnn_gpu.kernels import cudnn, machine
 from rnn_gpu.kernels import plan as planning
 from tests.layers import STATES, draw, outcome, pair, same
@@ -350,6 +352,23 @@ def test_explain_names_the_reason_for_torch():
             rnn_gpu.explain(nothing, 4)
 
 
+def test_the_command_explains_a_layer(capsys):
+    """Catches: a command that explains another layer than its arguments say; an error that is no line of help."""
+    options = "--layers 2 --bidirectional --batch-size 4 --input-size 8 --dtype bfloat16 --ragged --inference"
+    assert main(["explain", "GRU", "300", "--device", "RTX 3060", *options.split()]) == 0
+    gru = rnn_gpu.GRU(8, 300, 2, bidirectional=True, dtype=torch.bfloat16)
+    assert capsys.readouterr().out == rnn_gpu.explain(gru, 4, "3060", ragged=True, training=False) + "\n"
+    assert main(["explain", "lstm", "24", "--precision", "ieee"]) == 0
+    assert capsys.readouterr().out == rnn_gpu.explain(rnn_gpu.LSTM(24, 24), 16, precision="ieee") + "\n"
+    for wrong, words in (
+        ("lstm 0 --input-size 3", "hidden_size must be greater"),
+        ("lstm 4 --device X", "Unknown device 'X'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["explain", *wrong.split()])
+        assert ended.value.code == 2 and f"error: {words}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "gpu"),
     [
@@ -469,6 +488,8 @@ def test_a_gpu_that_is_not_there():
     for call in (rnn_gpu.check, lambda device: rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, device)):
         with pytest.raises(RuntimeError, match="'cuda' is not available"):
             call("cuda")
+    with pytest.raises(TypeError, match="check expects a device, got: LSTM"):
+        rnn_gpu.check(rnn_gpu.LSTM(3, 4))
 
 
 def test_environment_variables_are_checked_at_import():
@@ -509,6 +530,17 @@ assert spec.WAIT_LIMIT == 30_000_000
         command, input=json.dumps(wrong), env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_unknown_environment_variables_are_named():
+    """Catches: a misspelt variable that does nothing, in silence; a warning of those of the tests, or without cause."""
+    program = "import sys, warnings; warnings.simplefilter('error'); import rnn_gpu"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RNN_GPU_")}
+    for name, words in (("RNN_GPU_TEST_SEED", ""), ("RNN_GPU_BACKENDS", "variable RNN_GPU_BACKENDS does nothing")):
+        more = {name: "1"}
+        done = subprocess.run([sys.executable, "-c", program], env=clean | more, capture_output=True, text=True)
+        assert (done.returncode == 0) == (not words) and words in done.stderr, done.stderr
+    assert set(settings.VARIABLES) == set(re.findall(r"^    (RNN_GPU_\w+)", settings.__doc__, re.MULTILINE))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])

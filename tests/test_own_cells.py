@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
 import itertools
 import os
@@ -529,8 +530,9 @@ def test_wrong_steps_are_named():
     with pytest.raises(rnn_gpu.CellError, match="its gradient differs"):
         rnn_gpu.check_cell(Cell("wrong", ("a",), lambda x, r, carry: (x[0] * r[0].detach(), ())))
     assert str(rnn_gpu.check_cell(Renamed)).endswith("halving is all right")
-    with pytest.raises(TypeError, match="check_cell expects a Cell, got: str"):
-        rnn_gpu.check_cell("lstm")
+    for wrong, words in (("lstm", "str"), (rnn_gpu.LSTM, "the class LSTM"), (Renamed(3, 4), "halving")):
+        with pytest.raises(TypeError, match=f"check_cell expects a Cell, or the class .*, got: {words} "):
+            rnn_gpu.check_cell(wrong)
     with pytest.raises(TypeError, match=r"CellLayer has no cell: rnn_gpu\.layer\(cell\) makes"):
         rnn_gpu.CellLayer(3, 4)
 
@@ -547,6 +549,17 @@ def test_a_cell_of_a_notebook_is_written_down():
     expected = zoo.MGU.cell.step(x, x, x)
     torch.testing.assert_close(there["CELL"].step(x, x, x), expected)
     assert there["CELL"].apart == 1 and there["CELL"].name == "written"
+
+
+@on_torch
+def test_help_says_what_the_step_does():
+    """Catches: a layer of the zoo whose help has neither what it is nor where it comes from; a partial's own text."""
+    for cls in zoo.ZOO:
+        first, said, *_ = cls.__doc__.split("\n\n")
+        assert first.startswith(f"A layer of the cell {cls.__name__}: gates") and said.startswith("    One step of the")
+        assert "Source: " in cls.__doc__ and "input [T, B, I]" in cls.__doc__
+    step = functools.partial(lambda scale, x, r, carry: (scale * x[0] + r[0], ()), 2.0)
+    assert "partial" not in rnn_gpu.layer(Cell("Partial", ("a",), step)).__doc__
 
 
 @on_torch
