@@ -27,6 +27,7 @@ FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 QUICK = [
     "make help",
     "python -m rnn_gpu",
+    'python -m rnn_gpu explain gru 32 --batch-size 64 --device "RTX 4090"',
     "python -m perf.report",
     'TRITON_INTERPRET=1 RNN_GPU_BACKEND=triton python -c "import torch, rnn_gpu; '
     'print(rnn_gpu.LSTM(3, 24)(torch.randn(4, 2, 3))[0].shape)"',
