@@ -745,6 +745,52 @@ def test_a_message_says_which_seed_and_which_launch():
     assert texts[0] == texts[1] and texts[0].endswith("\n  kernel numbered_kernel, launch 2, seed=3, patience=200")
 
 
+OTHERS = {  # the code, how it is launched, and what the other one did
+    "shl.b32 x, tid, 2; xor.b32 y, x, 128; st.shared.b32 [x], tid; bar.sync 0; st.shared.b32 [y], tid;"
+    "ld.shared.b32 y, [x];": (dict(warps=2), r"warp \d, lane \d+: (st|ld)\.shared"),
+    "st.volatile.global.b32 [%rd0], 1; ld.global.b32 x, [%rd0];": (
+        dict(grid=2),
+        r"program \(\d, 0, 0\), warp 0, lane \d+: (st\.volatile|ld\.global)",
+    ),
+    "setp.eq.u32 p, tid, 0; @p st.global.b32 [%rd0], 1; ld.global.b32 x, [%rd0];": (
+        dict(warps=2),
+        r"program \(0, 0, 0\), warp \d, lane \d+: (@p st|ld)\.global",
+    ),
+    "shl.b32 x, tid, 4; mad.wide.u32 offset, tid, 16, %rd0; cp.async.cg.shared.global [x], [offset], 16;"
+    "st.global.b32 [offset], 1;": (dict(), r"warp 0, lane 0: cp\.async\.cg"),
+    "shl.b32 x, tid, 4; mad.wide.u32 offset, tid, 16, %rd0; cp.async.cg.shared.global [x], [offset], 16;"
+    "ld.shared.b32 y, [x];": (dict(), r"warp 0, lane 0: cp\.async\.cg"),
+    "ld.global.nc.b32 x, [%rd0]; st.global.b32 [%rd0], 1;": (dict(), r"warp 0, lane 31: ld\.global\.nc"),
+}
+
+
+@pytest.mark.parametrize("code", OTHERS)
+def test_a_message_names_the_other_one(code):
+    """Catches a race of which one side is told alone."""
+    how, other = OTHERS[code]
+    for seed in range(5):
+        with pytest.raises(Fault, match=rf"\n  the other one: .*{other}.*\n  kernel probe, launch 1, seed={seed}"):
+            launch(".reg .pred p; .reg .b32 x, y;" + code, [zeros(256)], shared=1024, seed=seed, **how)
+
+
+@triton.jit
+def shifted_kernel(x, BLOCK: tl.constexpr):
+    """Moves x by one, with no barrier between what is loaded and stored."""
+    at = tl.arange(0, BLOCK)
+    values = tl.load(x + at + 1)
+    tl.store(x + at, values)
+
+
+def test_a_message_names_both_lines():
+    """Catches another one whose line of Python is not told."""
+    first = shifted_kernel.fn.__code__.co_firstlineno
+    with pytest.raises(Fault) as error, on_machine(seed=5):
+        shifted_kernel[(1,)](zeros(129), 128)
+    lines = re.findall(r"from test_machine.py:(\d+)", str(error.value))
+    assert sorted(int(line) for line in lines) in ([first + 4, first + 5], [first + 5, first + 6]), str(error.value)
+    assert "the other one: program (0, 0, 0), warp" in str(error.value)
+
+
 def test_contexts_open_and_close(monkeypatch):
     """Catches launches that stay on the machine after its context, and settings that are passed over."""
     assert not running()

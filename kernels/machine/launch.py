@@ -14,6 +14,7 @@ from .decode import SPECIAL
 from .local import LocalMemory
 from .memory import GlobalMemory
 from .parse import Fault
+from .recent import Recent
 from .run import DONE, NOWHERE, READY, WAITING, Run
 from .schedule import Counts, Schedule
 from .segment import Segment
@@ -92,6 +93,7 @@ class Launch:
         self.fine = any(s.has("warp") and s.op[0] in ("bar", "barrier") for s in code.kernel.statements)
         programs = len(self.index)
         rows = programs * self.warps
+        self.recent = Recent()
         self.memory = GlobalMemory(code.grain["global"], programs, schedule.races)
         for name, data in code.kernel.data.items():
             self.memory.add(np.frombuffer(data, np.uint8), name)
@@ -225,14 +227,20 @@ class Launch:
             lanes = np.flatnonzero(at[i] == place)
             raise Fault(self.message("only some lanes reach what a whole warp does", int(rows[i]), lanes, place))
 
-    def message(self, text: str, row: int, lanes, at: int) -> str:
-        """Text of a Fault: where it happened, and how to see it again."""
+    def message(self, text: str, row: int, lanes, at: int, other: tuple[int, int, int] | None = None) -> str:
+        """Text of a Fault: where it happened, what the other one did (`Recent.find`), and how to see it again."""
         s = self.code.code[min(at, len(self.code.code) - 1)].statement
         program, warp = self.index[self.program[row]], row % self.warps
         where = f"program {program}, warp {warp}"
         if lanes is not None:
             where += f", lane{'s' if len(lanes) > 1 else ''} {_ranges(lanes)}"
-        return f"{text}\n  {where}: {s.text}{s.origin}\n  kernel {self.code.kernel.name}, {self.schedule}"
+        text = f"{text}\n  {where}: {s.text}{s.origin}"
+        if other is not None:
+            program, thread, at = other
+            s = self.code.code[at].statement
+            where = f"program {self.index[program - 1]}, warp {thread // 32}, lane {thread % 32}"
+            text += f"\n  the other one: {where}: {s.text}{s.origin}"
+        return f"{text}\n  kernel {self.code.kernel.name}, {self.schedule}"
 
 
 def _ranges(numbers: np.ndarray) -> str:

@@ -79,6 +79,7 @@ class GlobalMemory:
                     if order == "constant":
                         reserved.load_constant(run, segment, some, places)
                     self.races.check_load(run, segment, *segment.judged(some, places), reach)
+                    run.note(segment, some, offset, size, False)
                 if self.races is not None and reach == 2:
                     raw = early.load(self, run, segment, some, offset, size, raw)
                 if self.pending:
@@ -123,6 +124,7 @@ class GlobalMemory:
             if self.races is not None:
                 reserved.check_write(run, segment, some, places, "a store to")
                 self.races.check_store(run, segment, *segment.judged(some, places), "a store to", reach)
+                run.note(segment, some, offset, size, True)
                 lost = self.races.note_store(run, segment, some, places, reach)
             data, late = segment.view(size), segment.late.view(VECTOR[size])
             at = offset // size
@@ -273,6 +275,7 @@ class GlobalMemory:
             if self.races is not None:
                 reserved.check_write(run, segment, some, places, "an atomic on")
                 self.races.check_store(run, segment, *segment.judged(some, places), "an atomic on", reach_of(order))
+                run.note(segment, some, offset, width, True)
                 self.races.note_store(run, segment, some, places, reach_of(order))
         self.order.time += 1
         self.version += bool(changed)  # one that leaves all as it is may be a poll

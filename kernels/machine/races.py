@@ -82,14 +82,13 @@ class Races:
             who = _program(run, writer[foreign][0])
             why = "in this launch, and no release that an acquire has seen orders it"
             what = "a load in scope cta" if reach else "a plain load"
-            run.fail_at(f"{what} of {segment.name}, which {who} {why}", lanes.which[foreign.any(1)])
+            text = f"{what} of {segment.name}, which {who} {why}"
+            run.fail_beside(text, segment, lanes, places, foreign, wrote=True, foreign=True)
         keys, odd = segment.shadow.writers_at_odds(places, lanes)
         odd &= writer == program
         if odd.any() and not reach:
-            run.fail_at(
-                f"race: {name_of(keys[odd][0])} wrote this of {segment.name}, and no barrier since",
-                lanes.which[odd.any(1)],
-            )
+            text = f"race: {name_of(keys[odd][0])} wrote this of {segment.name}, and no barrier since"
+            run.fail_beside(text, segment, lanes, places, odd, wrote=True)
         shadow = segment.shadow
         if self.order.acquired:  # readers that are known to be over are none
             earlier = segment.last[places]
@@ -123,11 +122,13 @@ class Races:
             who = _program(run, (segment.plain[places] if reach == 2 else writer)[foreign][0])
             how = "in scope cta" if segment.own_store[places][foreign][0] else "plainly"
             how = how if reach == 2 else "too"
-            run.fail_at(f"{what} {segment.name}, which {who} {how}", lanes.which[foreign.any(1)])
+            text = f"{what} {segment.name}, which {who} {how}"
+            run.fail_beside(text, segment, lanes, places, foreign, wrote=True, foreign=True)
         foreign = self._other_readers(segment, lanes, places)
         if foreign.any():
             how = "in scope cta" if segment.own_loads[places][foreign][0] else "plainly"
-            run.fail_at(f"{what} {segment.name} that another program loads {how}", lanes.which[foreign.any(1)])
+            text = f"{what} {segment.name} that another program loads {how}"
+            run.fail_beside(text, segment, lanes, places, foreign, wrote=False, foreign=True)
         wrote = (writer == program) & shadow.writers_at_odds(places, lanes)[1]
         reads = (last == program) & shadow.readers_at_odds(places, lanes)
         if reach:
@@ -136,8 +137,8 @@ class Races:
             reads &= ~segment.own_loads[places]
         for odd, did in ((wrote, "wrote"), (reads, "reads")):
             if np.any(odd):
-                where = lanes.which[odd.any(1)]
-                run.fail_at(f"race: another thread {did} this of {segment.name}, and no barrier since", where)
+                text = f"race: another thread {did} this of {segment.name}, and no barrier since"
+                run.fail_beside(text, segment, lanes, places, odd, wrote=did == "wrote")
 
     def note_store(self, run, segment: Segment, lanes: Lanes, places: np.ndarray, reach: int) -> np.ndarray | None:
         """Remember a store -> which of its places [lanes, grains] another lane of it has, as `Shadow.note_write`."""
@@ -169,7 +170,8 @@ class Races:
         lost = (segment.program[places] != program) & judged
         if lost.any() and not strong:
             who = _program(run, segment.program[places][lost][0])
-            run.fail_at(f"a store to {segment.name}, which {who} too", lanes.which[lost.any(1)])
+            text = f"a store to {segment.name}, which {who} too"
+            run.fail_beside(text, segment, lanes, places, lost, wrote=True, foreign=True)
         lost = shadow.note_write(places, lanes)
         return None if lost is None else lost & judged
 

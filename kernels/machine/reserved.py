@@ -20,7 +20,8 @@ def load_constant(run, segment: Segment, lanes: Lanes, places: np.ndarray) -> No
     """`ld.global.nc` of places [lanes, grains]."""
     written = segment.shadow.written[places] != 0
     if written.any():
-        run.fail_at(f"ld.global.nc of {segment.name}, which this launch writes", lanes.which[written.any(1)])
+        text = f"ld.global.nc of {segment.name}, which this launch writes"
+        run.fail_beside(text, segment, lanes, places, written, wrote=True, foreign=None)
     _of(segment)[places] |= CONSTANT
 
 
@@ -43,4 +44,4 @@ def check_write(run, segment: Segment, lanes: Lanes, places: np.ndarray, what: s
         (segment.reserved[places] & CONSTANT > 0, "that ld.global.nc reads in this launch"),
     ):
         if odd.any():
-            run.fail_at(f"{what} {segment.name} {why}", lanes.which[odd.any(1)])
+            run.fail_beside(f"{what} {segment.name} {why}", segment, lanes, places, odd, wrote=False, foreign=None)

@@ -19,11 +19,24 @@ class Services:
         """Raise a Fault of the lanes of a mask."""
         self.fail_at(text, np.arange(32 * self.warps) if mask is None else np.flatnonzero(mask))
 
-    def fail_at(self, text: str, which: np.ndarray) -> None:
-        """Raise a Fault of these lanes, 32 * row + lane; it tells of those of the first warp."""
+    def fail_at(self, text: str, which: np.ndarray, other: tuple[int, int, int] | None = None) -> None:
+        """Raise a Fault of these lanes, 32 * row + lane; it tells of those of the first warp. other: `Recent.find`."""
         row = int(which[0]) // 32
         lanes = np.unique(which[which // 32 == row] % 32)
-        raise Fault(self.launch.message(text, int(self.rows[row]), lanes, self.at))
+        raise Fault(self.launch.message(text, int(self.rows[row]), lanes, self.at, other))
+
+    def fail_beside(self, text, memory, lanes: Lanes, places, odd, wrote: bool, foreign: bool | None = False) -> None:
+        """Raise one of the lanes at odds, [lanes, grains], at places of a memory, with what another thread, or one of
+        another program (foreign), or anybody (None) wrote or read there.
+        """
+        lane, grain = np.argwhere(np.broadcast_to(odd, places.shape))[0]
+        who = int(lanes.program[lane]), int(lanes.fine[lane]) & 1023
+        other = self.launch.recent.find(memory, memory.grain, int(places[lane, grain]), who, wrote, foreign)
+        self.fail_at(text, lanes.which[odd.any(1)], other)
+
+    def note(self, memory, lanes: Lanes, offset: np.ndarray, size: int, writes: bool) -> None:
+        """Remember an access, for that."""
+        self.launch.recent.note(memory, self.at, writes, lanes, offset, size)
 
     def address(self, base: int, offset: int) -> np.ndarray:
         """Addresses of all lanes, int64 [warps, 32]."""

@@ -16,7 +16,7 @@ class SharedMemory:
     """The shared memory of all programs, side by side."""
 
     def __init__(self, size: int, programs: int, grain: int, fine: bool, races: bool, products: bool):
-        self.size, self.races = size, races
+        self.size, self.races, self.grain = size, races, grain
         self.room = -(-size // 16) * 16
         self.data = np.zeros(self.room * programs, np.uint8)
         self.shadow = Shadow(self.room * programs, grain, fine) if races else None
@@ -83,13 +83,14 @@ class SharedMemory:
                 run.fail_at("shared memory is read before it is written", lanes.which[(keys == 0).any(1)])
             if (flying := keys == IN_FLIGHT).any():
                 why = "race: an asynchronous copy to this shared memory was not waited for"
-                run.fail_at(why, lanes.which[flying.any(1)])
+                run.fail_beside(why, self, lanes, places, flying, wrote=True, foreign=None)
             odd |= self._stored_by_several(places, lanes)
             if odd.any():
                 why = f"race: {name_of(keys[odd][0])} wrote this shared memory, and no barrier since"
-                run.fail_at(why, lanes.which[odd.any(1)])
+                run.fail_beside(why, self, lanes, places, odd, wrote=True)
             self._check_atomics(run, lanes, places)
             self.shadow.note_read(places, lanes)
+            run.note(self, lanes, offset, size, False)
         return elements_of(self.data.view(VECTOR[size])[offset // size], width, count)
 
     def store(self, run, lanes: Lanes, values: np.ndarray, in_flight: bool = False) -> None:
@@ -103,6 +104,7 @@ class SharedMemory:
             again = None if in_flight else lambda: self._same(offset, values, places)
             self._check_write(run, lanes, places, again)
             self._check_atomics(run, lanes, places)
+            run.note(self, lanes, offset, size, True)
             lost = shadow.note_write(places, lanes)
             if in_flight:
                 shadow.written[places] = IN_FLIGHT
@@ -155,10 +157,12 @@ class SharedMemory:
             self._note_several(places, lanes, harmless)
             odd &= ~harmless
         if odd.any():
-            run.fail_at("race: another thread wrote this shared memory, and no barrier since", lanes.which[odd.any(1)])
+            text = "race: another thread wrote this shared memory, and no barrier since"
+            run.fail_beside(text, self, lanes, places, odd, wrote=True)
         odd = self.shadow.readers_at_odds(places, lanes)
         if odd.any():
-            run.fail_at("race: another thread reads this shared memory, and no barrier since", lanes.which[odd.any(1)])
+            text = "race: another thread reads this shared memory, and no barrier since"
+            run.fail_beside(text, self, lanes, places, odd, wrote=False)
         if self.held is not None and (used := self.held[places] > 0).any():
             run.fail_at(
                 "a store to shared memory that a product reads which was not waited for", lanes.which[used.any(1)]
@@ -167,7 +171,7 @@ class SharedMemory:
     def _check_atomics(self, run, lanes: Lanes, places: np.ndarray) -> None:
         if self.atomics is not None and (odd := self.atomics.readers_at_odds(places, lanes)).any():
             why = "race: an atomic of another thread changed this shared memory, and no barrier since"
-            run.fail_at(why, lanes.which[odd.any(1)])
+            run.fail_beside(why, self, lanes, places, odd, wrote=True)
 
     def atomic(self, run, lanes: Lanes, width: int, function) -> np.ndarray:
         """As in global memory. Atomics are no race among themselves, only with plain loads and stores."""
@@ -178,6 +182,7 @@ class SharedMemory:
                 unwritten = (self.shadow.written[places] == 0).any(1)
                 run.fail_at("shared memory is read before it is written", lanes.which[unwritten])
             self._check_write(run, lanes, places)
+            run.note(self, lanes, offset, width, True)
             if self.unfenced is not None:
                 self.unfenced[places] = True
             self.atomics = self.atomics or Shadow(self.data.size, self.shadow.grain, self.shadow.fine)
