@@ -1,8 +1,18 @@
 """Recurrent layers for PyTorch whose whole time loop runs in one persistent Triton kernel.
 
 >>> import torch, rnn_gpu
->>> layer = rnn_gpu.LSTM(10, 20)  # in place of torch.nn.LSTM
->>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+>>> lstm = rnn_gpu.LSTM(10, 20)  # in place of torch.nn.LSTM
+>>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+
+LSTM, GRU, RNN; LSTMCell, GRUCell, RNNCell     what torch.nn has, under the same names
+replace_rnns, restore_rnns                     the layers of a model that exists, and back
+backend, memory, max_programs                  settings: from here on, as a context, or as a decorator
+explain, autotune                              which kernels run a layer, and why; which are fastest on this GPU
+check, gradient_flow                           did every launch end; how far back gradients reach
+init                                           initial values that help to remember
+Cell, layer, CellLayer, check_cell; zoo        cells of your own, and five that are there
+
+`python -m rnn_gpu` says what runs on this machine, and whether it is right. docs/start.md leads on.
 """
 
 import torch

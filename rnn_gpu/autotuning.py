@@ -74,7 +74,8 @@ def autotune(
     that it does not take.
     """
     if not isinstance(layer, _Layer):
-        raise TypeError(f"autotune expects an LSTM, GRU or RNN of rnn_gpu, got: {type(layer).__name__}")
+        got = f"{type(layer).__module__}.{type(layer).__qualname__}"  # torch.nn's has the same name
+        raise TypeError(f"autotune expects an LSTM, GRU or RNN of rnn_gpu, got: {got}")
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
     data = _data_of(input)

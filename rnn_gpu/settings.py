@@ -51,7 +51,8 @@ def positive_integer(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} should be an integer, got: {value!r}") from None
+        got = repr(value) if isinstance(value, str | float | None) else type(value).__name__  # no whole tensor
+        raise TypeError(f"{name} should be an integer, got: {got}") from None
     if number < 1:
         raise ValueError(f"{name} should be a positive number, got: {number}")
     return number

@@ -422,7 +422,7 @@ def test_what_cannot_be_timed_is_an_error():
     layer = rnn_gpu.GRU(3, 5)
     with pytest.raises(RuntimeError, match="autotune times kernels on a GPU: the input is on cpu"):
         rnn_gpu.autotune(layer, torch.randn(2, 3, 3))
-    with pytest.raises(TypeError, match=r"an LSTM, GRU or RNN of rnn_gpu, got: GRU"):
+    with pytest.raises(TypeError, match=r"an LSTM, GRU or RNN of rnn_gpu, got: torch\.nn\.modules\.rnn\.GRU"):
         rnn_gpu.autotune(torch.nn.GRU(3, 5), torch.randn(2, 3, 3))
     with pytest.raises(TypeError, match="should be a tensor or a PackedSequence, got: list"):
         rnn_gpu.autotune(layer, [1.0])

@@ -262,6 +262,13 @@ def test_wrong_settings_are_refused():
     assert settings._max_programs is None and settings.current_memory() == "full"
 
 
+def test_help_of_the_package_names_all_that_is_for_users():
+    """Catches: a public name that help(rnn_gpu) does not say the purpose of."""
+    assert set(rnn_gpu.__all__) - {"CellError", "GradientFlow", "current_backend", "current_memory"} == set(
+        re.findall(r"\w+", " ".join(re.findall(r"^(\w.*?)  ", rnn_gpu.__doc__, re.MULTILINE)))
+    )
+
+
 def test_a_shell_completes_what_is_for_users():
     """Catches: files of the package, or what a public module imports, among the names that `rnn_gpu.<TAB>` offers; one
     that is not there.
@@ -335,8 +342,8 @@ def test_explain_names_the_reason_for_torch():
     for batch_size in (0, -4):
         with pytest.raises(ValueError, match="batch_size should be a positive number"):
             rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
-    for batch_size in (16.5, "16", None):
-        with pytest.raises(TypeError, match="batch_size should be an integer"):
+    for batch_size, got in ((16.5, "16.5"), ("16", "'16'"), (None, "None"), (torch.zeros(5, 2, 8), "Tensor")):
+        with pytest.raises(TypeError, match=f"batch_size should be an integer, got: {got}$"):
             rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
     with pytest.raises(TypeError, match=r"argument 'dtype' must be torch\.dtype, not str"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", dtype="bf16")
