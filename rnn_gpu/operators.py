@@ -14,14 +14,14 @@ from torch import Tensor
 
 from . import backends, inductor
 from .call import Call, Weights
-from .kernels.buffers import aligned
+from .kernels.buffers import aligned, dense
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
 from .library import fake, no_derivative, operator_of
 from .rows import Rows
 
 # What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
-# by one product ("lean"); or the gates too, in the memory of the input part ("full").
+# by one product ("lean"); or the gates too ("full").
 SAVING = ("nothing", "lean", "full")
 
 
@@ -89,7 +89,7 @@ def recurrence(
     `Cell.keeps_carries`, [R, N, ...], else empty.
     """
     batch, sets = h0.shape[1], x_part.shape[1]
-    rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
+    rows = Rows(time, batch, *map(dense, (lengths, offsets, resets)), dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = plan_of(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     x_part = aligned(x_part)
@@ -156,7 +156,7 @@ def recurrence_backward(
     H] in float32, where a part of h is kept and not carried, what of h0's gradient comes that way, else empty.
     """
     batch = y.shape[0] // time if offsets is None else lengths.shape[0]
-    rows = Rows(time, batch, lengths, offsets, resets, dropped, kept_h, kept_c)
+    rows = Rows(time, batch, *map(dense, (lengths, offsets, resets)), dropped, kept_h, kept_c)
     kept = None if rate_h is None and rate_c is None else (rate_h or 0.0, rate_c or 0.0)
     call = Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone), clip=clip, zoneout=kept)
     d_outputs, states, saved = (d_y, d_h_n, d_c_n, d_cells), (h0, c0, parameters), (y, gates, aux, carries)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import aten, backends, inductor
 from .autograd import gradients_by_set, run_directly
 from .call import Call, Inputs, in_turn
+from .kernels.buffers import dense
 from .kernels.rows import Passed
 from .kernels.spec import CELLS, known, padded
 from .library import fake, no_derivative, operator, without_autocast
@@ -130,7 +131,7 @@ def _taken(input: Tensor, how: How) -> tuple[Call, Rows]:
     batch = input.shape[0] // how.time if how.lengths is None else how.lengths.shape[0]
     limits = how.max_programs, how.alone
     call = Call(how.cell, 1, 0, how.biases, route="direct", saving=how.saving, limits=limits)
-    return call, Rows(how.time, batch, how.lengths, how.offsets, how.resets)
+    return call, Rows(how.time, batch, *map(dense, how[: MASKS - 1]))
 
 
 # ---- The operators ---------------------------------------------------------------------------------------------------

@@ -50,6 +50,26 @@ def test_vmap_over_inputs(name, kwargs):
     torch.testing.assert_close(actual, torch.stack(expected))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_masks_that_lie_in_another_way(name, batch):
+    """Catches: masks that are one for all mapped problems, or mapped along their last dimension, read as if they lay
+    one after another: other steps of other rows, in silence.
+    """
+    layer, inputs = getattr(rnn_gpu, name)(3, 5), torch.randn(COUNT, TIME, batch, 3)
+    parameters = {key: torch.stack([value * (v + 1) for v in range(COUNT)]) for key, value in layer.named_parameters()}
+    lengths, resets = torch.randint(1, TIME + 1, (batch, COUNT)), torch.rand(TIME, batch, COUNT) < 0.4
+    run = lambda p, x, l, r: functional_call(layer, p, (x,), dict(lengths=l, resets=r))[0]
+    for of_weights, of_masks in ((None, None), (None, -1), (0, None), (0, -1)):
+        weights = parameters if of_weights == 0 else dict(layer.named_parameters())
+        masks = (lengths, resets) if of_masks == -1 else (lengths[:, 0], resets[..., 0])
+        found = vmap(run, (of_weights, 0, of_masks, of_masks))(weights, inputs, *masks)
+        for v in range(COUNT):
+            mine = {key: value[v] if of_weights == 0 else value for key, value in weights.items()}
+            mask = [one[..., v] if of_masks == -1 else one for one in masks]
+            torch.testing.assert_close(found[v], run(mine, inputs[v], *mask))
+
+
 def test_vmap_over_states_alone():
     """Catches: an input that is the same for all and is taken for a mapped one."""
     layer, input, states = rnn_gpu.GRU(3, 5), torch.randn(TIME, BATCH, 3), torch.randn(COUNT, 1, BATCH, 5)
