@@ -23,16 +23,15 @@ import textwrap
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, reference, settings
 from .kernels.spec import FUNCTIONS, Cell, imported
-
-if TYPE_CHECKING:
-    from .own import CellLayer
+from .own import CellLayer
+from .own import layer as layer_of
 
 # Largest relative error, by norm, of an equation in float32: 1e-6 is usual, a wrong one gives 1e-2 or more.
 ALLOWED = 1e-4
@@ -86,7 +85,7 @@ class Report:
     __repr__ = __str__
 
 
-def check_cell(cell: "Cell | type[CellLayer]") -> Report:
+def check_cell(cell: Cell | type[CellLayer]) -> Report:
     """Is a cell of your own right? Checked in a minute or two, with no GPU: its step's gradient by finite differences
     in float64; the Triton functions against the step, element by element and then in the loop, in the interpreter (all
     types, several programs and one, odd sizes, both directions, rows that end early and start anew, lean memory);
@@ -419,9 +418,8 @@ def _outcome(layer: Any, input: Tensor, states: Sequence[Tensor], backend: Any, 
 def _loop(cell: Cell, report: Report) -> None:
     """The whole layer on the kernels, in the interpreter, against its own step in float64."""
     from .kernels.interpreter import concurrent_programs
-    from .own import layer
 
-    made, switch = layer(cell), torch.backends.cudnn.rnn
+    made, switch = layer_of(cell), torch.backends.cudnn.rnn
     for seed, (size, batch, time, kind, precision, options, masked, exchange) in enumerate(LOOPS):
         dtype = getattr(torch, kind)
         torch.manual_seed(seed)
