@@ -16,7 +16,7 @@ Python that it came from, and the seed that repeats it.
     lanes.py, products.py, warpgroup.py, access.py, control.py   of a warp, of four, on memory, branches and barriers
     memory.py, segment.py, shared.py, local.py, copies.py   memory, late stores and copies
     early.py   what strong accesses may still find
-    shadow.py, crowd.py, races.py, order.py, reserved.py   what is a race
+    shadow.py, crowd.py, races.py, order.py, reserved.py, recent.py   what is a race, and with whom
     launch.py, run.py, services.py, schedule.py   warps that step together, against chance
     library.py   `on_machine`: Triton's launches on this machine
 
