@@ -13,7 +13,7 @@ from torch import Tensor
 from .around import add_start, cells_of, gates_again, input_part, products_by_set
 from .call import COUNT, MASKS, Call, Inputs, Weights, by_kind, by_sets, stacked, taken
 from .kernels.spec import CELLS
-from .many_gradients import for_each_gradient, in_a_batch
+from .many_gradients import Linear, for_each_gradient, in_a_batch, transformed
 from .operators import backward_directly, launchers, plan_of, recurrence, recurrence_backward
 from .products import input_product
 from .rows import Rows
@@ -171,7 +171,7 @@ class EagerLayer(torch.autograd.Function):
         *masks, y, gates, aux, carries, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:own]
         call, rows, weights = ctx.call, Rows(*ctx.sizes, *masks), by_kind(kept[own:], ctx.call.sets)
         need, y = _wanted(ctx.needs_input_grad[2:], call.sets), by_sets(y, call.sets)
-        if torch.is_grad_enabled() or in_a_batch(d_outputs):
+        if torch.is_grad_enabled() or transformed() or in_a_batch(d_outputs):
             kinds = [None if kind is None else stacked(kind) for kind in weights]
             h0 = y.new_zeros(call.sets, rows.batch, y.shape[2]) if h0 is None else h0
             if c0 is None and CELLS[call.cell].states:
@@ -181,7 +181,8 @@ class EagerLayer(torch.autograd.Function):
             saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
             rest = *kinds, None, *states, *rows, *saved
             run = lambda d_y, *d: gradients(call, need, by_sets(d_y, call.sets), *d, input, *rest)
-            found = for_each_gradient(run, d_outputs)
+            one_by_one = transformed() and not torch.is_grad_enabled()
+            found = Linear.apply(run, call.clip, *d_outputs) if one_by_one else for_each_gradient(run, d_outputs)
         else:
             inputs = Inputs(input, *weights, None, start, h0, c0, parameters)
             found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, (y, gates, aux, carries))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("rnn_gpu", "FRAGMENT")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}  # of each, for who wants to see what is within
@@ -43,6 +44,23 @@ def no_derivative(name: str, words: str) -> None:
         raise RuntimeError(words)
 
     torch.library.register_autograd(f"rnn_gpu::{name}", refuse, lib=_library)
+
+
+def without_tangents(body: Callable) -> Callable:
+    """The same; NotImplementedError in forward mode, where kernels would leave the derivative out."""
+
+    @functools.wraps(body)
+    def run(*arguments):
+        if forward_ad._current_level >= 0:
+            for one in arguments:
+                if isinstance(one, torch.Tensor) and forward_ad.unpack_dual(one).tangent is not None:
+                    raise NotImplementedError(
+                        "rnn_gpu: the kernels have no derivative in forward mode within a compiled graph: call the "
+                        "layer without torch.compile (docs/limits.md)"
+                    )
+        return body(*arguments)
+
+    return run
 
 
 def without_autocast(body: Callable) -> Callable:

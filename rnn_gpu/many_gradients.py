@@ -1,11 +1,12 @@
-"""Backwards that are asked for many gradients at once, by `torch.autograd.grad(is_grads_batched=True)` and
-`jacobian(vectorize=True)`.
+"""Backwards that are asked for more than a gradient: for many at once, by `is_grads_batched` and `vectorize` of
+torch.autograd, or of an eager call by vmap; or for a derivative, where what they are given has tangents.
 """
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _stands_for_many = torch._C._functorch.is_legacy_batchedtensor
 
@@ -30,3 +31,44 @@ def for_each_gradient(run: Callable[..., tuple[Tensor | None, ...]], d_outputs: 
     found = [run(*(d if one is None else one[i] for d, one in pairs)) for i in range(count)]
     hidden = lambda parts: None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
     return tuple(map(hidden, zip(*found, strict=True)))
+
+
+def transformed() -> bool:
+    """Whether gradients may be mapped by vmap, or have tangents: no launcher sees that, and would leave them out."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class Linear(torch.autograd.Function):
+    """(run, clip, *d_outputs) -> run(*d_outputs), a backward by the launchers, for vmap and forward mode: linear in the
+    gradients, but where it clips them.
+    """
+
+    @staticmethod
+    def forward(run, clip, *d_outputs):
+        """Under no transform."""
+        return run(*d_outputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep what runs."""
+        ctx.run, ctx.clip = inputs[:2]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(info, in_dims, run, clip, *d_outputs):
+        """One after another."""
+        pairs = list(zip(d_outputs, in_dims[2:], strict=True))
+        of = lambda i: (d if dim is None else d.select(dim, i) for d, dim in pairs)
+        found = [Linear.apply(run, clip, *of(i)) for i in range(info.batch_size)]
+        found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+        return tuple(found), tuple(None if one is None else 0 for one in found)
+
+    @staticmethod
+    def jvp(ctx, _run, _clip, *tangents):
+        """The same of the tangents."""
+        if ctx.clip is not None:
+            raise RuntimeError(CLIPPED)
+        return ctx.run(*tangents)
+
+
+CLIPPED = "rnn_gpu: gradients of a layer with clip= are no function's gradients, and have no derivative of their own"

@@ -17,7 +17,7 @@ from .call import Call, Weights
 from .kernels.buffers import aligned, dense
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
-from .library import fake, no_derivative, operator_of
+from .library import fake, no_derivative, operator_of, without_tangents
 from .rows import Rows
 
 # What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
@@ -68,6 +68,7 @@ def plan_anew() -> None:
 
 
 @operator_of("recurrence")
+@without_tangents
 def recurrence(
     x_part: Tensor, weight_hh: Tensor, bias_hn: Tensor | None, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,
     lengths: Tensor | None, offsets: Tensor | None, resets: Tensor | None, dropped: Tensor | None,
@@ -138,6 +139,7 @@ def _(
 
 
 @operator_of("recurrence_backward")
+@without_tangents
 def recurrence_backward(
     d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, d_cells: Tensor | None, weight_hh: Tensor,
     gates: Tensor, aux: Tensor, carries: Tensor, y: Tensor, h0: Tensor, c0: Tensor | None, parameters: Tensor | None,

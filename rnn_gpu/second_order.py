@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .call import COUNT, Call, Inputs, taken
+from .many_gradients import CLIPPED
 from .rows import Rows, first_rows
 
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -73,9 +74,6 @@ def _seen(call: Call, weight_hr: Tensor | None) -> Callable[[int, Tensor], Tenso
         return h if call.watch is None else call.watch(t, h)
 
     return seen
-
-
-CLIPPED = "rnn_gpu: gradients of a layer with clip= are no function's gradients, and have no derivative of their own"
 
 
 class ClippedGradient(torch.autograd.Function):

@@ -20,7 +20,7 @@ from .call import Call, Inputs, in_turn
 from .kernels.buffers import dense
 from .kernels.rows import Passed
 from .kernels.spec import CELLS, known, padded
-from .library import fake, no_derivative, operator, without_autocast
+from .library import fake, no_derivative, operator, without_autocast, without_tangents
 from .many_gradients import for_each_gradient
 from .operators import backward_directly
 from .rows import Rows
@@ -184,6 +184,7 @@ def _results(y: Tensor, h_n: Tensor, c_n: Tensor | None, kept: Kept, batch: int)
 
 
 @operator("kernel_stack", f"({GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+@without_tangents
 @without_autocast
 def kernel_stack(input, h0, c0, weights, *how):
     """See `stack`; besides, each empty where it is not kept: y [L, R, H] of all layers, gates [L, R, G*H], aux."""
@@ -219,6 +220,7 @@ def _one_set(of_layer: Tensor | None) -> Tensor | None:
     "kernel_stack_backward",
     f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, {GIVEN}, {KEPT}, bool[] need) -> Tensor[]",
 )
+@without_tangents
 @without_autocast
 def kernel_stack_backward(d_y, d_h_n, d_c_n, input, h0, c0, weights, *rest):
     """The gradients of input, h0, c0 and weights that `need` says, from what the forward has kept."""

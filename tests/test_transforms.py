@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -68,6 +69,36 @@ def test_masks_that_lie_in_another_way(name, batch):
             mine = {key: value[v] if of_weights == 0 else value for key, value in weights.items()}
             mask = [one[..., v] if of_masks == -1 else one for one in masks]
             torch.testing.assert_close(found[v], run(mine, inputs[v], *mask))
+
+
+@pytest.mark.parametrize("name, layers", [("GRU", 1), ("LSTM", 2)])
+def test_gradients_that_are_mapped_or_have_tangents(name, layers):
+    """Catches: a backward by the launchers that takes a dual tensor for a plain one, whose derivative is then missing
+    without a word, or that raises under vmap.
+    """
+    layer, input = getattr(rnn_gpu, name)(3, 5, layers), torch.randn(TIME, BATCH, 3, requires_grad=True)
+    given, along = torch.randn(2, COUNT, TIME, BATCH, 5)
+
+    def pulled(layer):
+        output = layer(input)[0]
+        leaves = input, *layer.parameters()
+        return lambda d: torch.autograd.grad(output, leaves, d, retain_graph=True)
+
+    back, peer = pulled(layer), pulled(same(layer, torch.float32))
+    for actual, expected in zip(vmap(back)(given), zip(*map(peer, given), strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.stack(expected))
+    if BACKEND == "torch" and name == "LSTM":  # oneDNN's has no forward mode, and says so
+        return
+    with forward_ad.dual_level():
+        found = [forward_ad.unpack_dual(d) for d in back(forward_ad.make_dual(given[0], along[0]))]
+    for (primal, tangent), d, expected in zip(found, peer(given[0]), peer(along[0]), strict=True):
+        torch.testing.assert_close(primal, d)
+        torch.testing.assert_close(tangent, expected)
+    if BACKEND == "torch":
+        return
+    compiled = pulled(torch.compile(layer, backend="aot_eager"))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        compiled(forward_ad.make_dual(given[0], along[0]))
 
 
 def test_vmap_over_states_alone():
