@@ -808,6 +808,29 @@ def test_contexts_open_and_close(monkeypatch):
         on_machine(arch=130),
     ):
         pass
+    with on_machine():
+        with pytest.raises(KeyError, match="no argument and no option 'warps'"):
+            numbered_kernel[(1,)](zeros(), warps=4)
+        with pytest.raises(TypeError, match=r"no tensors of torch\.complex64"):
+            numbered_kernel[(1,)](torch.zeros(4, dtype=torch.complex64))
+        with pytest.raises(TypeError, match="no arguments of tuple"):
+            numbered_kernel[(1,)]((1, 2))
+
+
+@triton.jit
+def halved_kernel(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, tl.load(x + at) >> 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_tensors(dtype):
+    """Catches: a type of torch's that the machine does not take, or takes for its signed one."""
+    values = [(1 << min(8 * dtype.itemsize, 63) - 1) + 4, 3, 7, 8]
+    x, y = torch.tensor(values).to(dtype), torch.zeros(4, dtype=dtype)
+    with on_machine():
+        halved_kernel[(1,)](x, y, 4)
+    assert y.to(torch.int64).tolist() == [value >> 1 for value in values]
 
 
 def test_what_is_meant_is_said():

@@ -282,3 +282,67 @@ def test_the_source_of_an_asynchronous_copy_is_read_until_its_wait(before, behin
         else:
             with pytest.raises(Fault, match=said):
                 launch(code, [zeros(256)], warps=2, shared=1024, seed=seed)
+
+
+# ---- What is one's own -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def own_kernel(x, y, COUNT: tl.constexpr):
+    """Program 0 makes each x five, all others leave it as it is; each keeps what it then finds in y."""
+    program = tl.program_id(0)
+    for i in range(COUNT):
+        tl.atomic_max(x + i, tl.where(program == 0, 5, 0), sem="relaxed")
+        tl.store(y + program * COUNT + i, tl.load(x + i, volatile=True))
+
+
+@pytest.mark.parametrize("programs", [2, 4])
+def test_a_thread_sees_what_it_has_written_itself(programs):
+    """Catches a value that counts as made by the last atomic there, though that has left it as it is: the thread that
+    made it then seems to come before itself.
+    """
+    for seed in range(SEEDS):
+        x, y = zeros(16), zeros(16 * programs)
+        with on_machine(90, seed=seed):
+            own_kernel[(programs,)](x, y, 16, num_warps=1)
+        assert (y[:16] == 5).all() and set(y.tolist()) <= {0, 5}
+
+
+@triton.jit
+def lock_kernel(total, lock):
+    while tl.atomic_cas(lock, 0, 1, sem="acquire") == 1:
+        pass
+    value = tl.load(total)
+    tl.debug_barrier()
+    tl.store(total, value + 1)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0, sem="release")
+
+
+@pytest.mark.parametrize("programs", [2, 3, 8])
+def test_a_lock_that_is_right_is_given_back(programs):
+    """Catches the same where it ends in a wait for ever: who gives a lock back comes behind its own taking."""
+    for seed in range(SEEDS):
+        total, lock = torch.zeros(1), zeros(1)
+        with on_machine(90, seed=seed, patience=500):
+            lock_kernel[(programs,)](total, lock, num_warps=1)
+        assert total.item() == programs and lock.item() == 0
+
+
+@triton.jit
+def read_and_written_kernel(x, y):
+    """Program 0 reads x plainly, then writes it by an atomic, as program 1 does, and nothing orders the two."""
+    if tl.program_id(0) == 0:
+        value = tl.load(x)
+        tl.debug_barrier()
+        tl.atomic_xchg(x, 7, sem="relaxed")
+        tl.store(y, value)
+    else:
+        tl.atomic_xchg(x, 9, sem="relaxed")
+
+
+def test_an_atomic_of_ones_own_does_not_hide_a_plain_load():
+    """Catches a reader that is forgotten when its program writes there strongly, which orders nobody behind it."""
+    for seed in range(SEEDS):
+        with pytest.raises(Fault, match="plain"), on_machine(90, seed=seed):
+            read_and_written_kernel[(2,)](zeros(1), zeros(1), num_warps=1)

@@ -9,18 +9,10 @@ too, if it leaves that value as it is.
 
 import numpy as np
 
-from .order import MANY
 from .segment import Segment
-from .shadow import VECTOR, Lanes, elements_of
+from .shadow import VECTOR, Lanes, elements_of, keys_at_odds
 
 SEEN, UNSEEN = 1, 2  # whether another thread of the program may have seen what has become visible, or nobody
-
-
-def latest_writer(segment: Segment, places: np.ndarray) -> np.ndarray:
-    """Programs of the last stores."""
-    writer = segment.program[places]
-    many = writer == MANY
-    return np.where(many, segment.latest[places], writer) if many.any() else writer
 
 
 def missed(memory, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> np.ndarray:
@@ -30,14 +22,13 @@ def missed(memory, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> n
     found = (state != 0) & (segment.owner[places] == 0) & (landed > launch.sequential[rows][:, None])
     if not found.any():
         return found
-    writer = latest_writer(segment, places)
+    writer, key = segment.maker[places], segment.maker_key[places]
     own = found & (writer == lanes.program[:, None])
     if own.any():
         unseen = (state == UNSEEN) & (landed > launch.ordered[rows][:, None])
-        found &= ~own | (unseen & segment.shadow.writers_at_odds(places, lanes)[1])
+        found &= ~own | (unseen & keys_at_odds(key, lanes))
     if order.acquired:
-        last = segment.shadow.last_writer(places)
-        access = writer, last, last, segment.clock[places]
+        access = writer, key, key, segment.made[places]
         found = (found & own) | memory.races.unordered(lanes, places, found & ~own, *access)
     if order.renewed:  # where the value before was released, too, who finds it would have to acquire that
         found &= ~np.isin(lanes.address, list(order.renewed))[:, None]
@@ -71,5 +62,5 @@ def atomic(memory, run, segment: Segment, lanes: Lanes, places: np.ndarray) -> n
     """Which atomics may come before the latest store."""
     if memory.races is None or run.random.random() >= run.launch.schedule.early or not segment.replaced[places].any():
         return np.zeros(lanes.which.size, bool)
-    foreign = latest_writer(segment, places) != lanes.program[:, None]
+    foreign = segment.maker[places] != lanes.program[:, None]
     return (missed(memory, run, segment, lanes, places) & foreign).all(1)

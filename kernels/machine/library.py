@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from .launch import Machine
@@ -27,6 +27,9 @@ TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
     torch.int8: "*i8",
+    torch.uint64: "*u64",
+    torch.uint32: "*u32",
+    torch.uint16: "*u16",
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
@@ -139,12 +142,18 @@ def specialized(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict, d
             continue
         free = not parameter.do_not_specialize
         if isinstance(value, torch.Tensor):
+            if value.dtype not in TYPES:
+                raise TypeError(f"{kernel.__name__}: the machine knows no tensors of {value.dtype}, as {name} is")
             types[name] = TYPES[value.dtype]
             whole = free and not parameter.do_not_specialize_on_alignment and value.data_ptr() % 16 == 0
         elif isinstance(value, bool):
             types[name], whole = "u1", False
         elif isinstance(value, float):
             types[name], whole = "fp32", False
+        elif not isinstance(value, int):
+            raise TypeError(
+                f"{kernel.__name__}: the machine knows no arguments of {type(value).__name__}, as {name} is"
+            )
         elif free and value == 1:
             types[name], fixed[name] = "constexpr", 1
             continue
@@ -175,6 +184,8 @@ def compiled(kernel: JITFunction, arch: int, key: _Key, edit: Callable[[str], st
     types, fixed, attributes, options = key.parts
     source = ASTSource(kernel, types, fixed, attributes)
     target = GPUTarget("cuda", arch, 32)
+    for name in options.keys() - vars(make_backend(target).parse_options({})).keys():
+        raise KeyError(f"{kernel.__name__}: no argument and no option {name!r}")
     made = triton.compile(source, target=target, options=options)
     ptx = made.asm["ptx"]
     return Machine(edit(ptx) if edit else ptx, made.metadata.num_warps, made.metadata.shared)

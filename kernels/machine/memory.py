@@ -137,6 +137,7 @@ class GlobalMemory:
                 segment.replaced[places] = 0
             late[at] = np.ascontiguousarray(values[here]).view(VECTOR[size])[:, 0]
             segment.owner[places] = some.program[:, None]
+            segment.note_maker(some, places, self.order.time)
             if lost is not None and reach < 1:
                 there = elements_of(late[at], width, count)
                 check_lost(run, some, lost, segment.shadow.written[places], values[here], there, segment.name)
@@ -219,7 +220,7 @@ class GlobalMemory:
             segment.before.view(grain)[places] = data[places]
             segment.landed[places] = self.version
             owner = segment.owner[places]
-            latest = early.latest_writer(segment, places) == abs(owner)  # no atomic has come before it meanwhile
+            latest = segment.maker[places] == abs(owner)  # no atomic has come before it meanwhile
             segment.replaced[places] = np.where(latest, np.where(owner > 0, UNSEEN, SEEN), 0)
         data[places] = late[places]
         self.order.land(segment.base + places * segment.grain)
@@ -257,21 +258,24 @@ class GlobalMemory:
                 self._land_before(run, segment, some, places, offset // width, width)
             may_miss = early.atomic(self, run, segment, some, places).tolist()
             data, before = segment.view(width), segment.before.view(UNSIGNED[width])
-            seen, replaced, touched = np.ones(offset.size, bool), np.zeros(offset.size, bool), set()
+            seen, makers, unseen = np.ones(offset.size, bool), {}, {}  # by place: who made its value, and saw it alone
             each = numbers[here].tolist(), *some.threads(), some.address.tolist(), (offset // width).tolist()
             for i, (number, *thread, address, at) in enumerate(zip(*each, strict=True)):
                 found = data[at]
-                if may_miss[i] and at not in touched and function(number, before[at]) == before[at]:
+                if may_miss[i] and at not in unseen and function(number, before[at]) == before[at]:
                     old[number], seen[i] = before[at], False
                     continue
-                touched.add(at)
-                old[number] = found
+                old[number], unseen[at] = found, None
                 self._order_atomic(order, thread, address)
                 data[at] = new = function(number, found)
                 if new != found:
-                    before[at], replaced[i], changed = found, True, True
+                    before[at], makers[at], unseen[at] = found, i, i
             segment.replaced[places[seen]] = 0
-            segment.replaced[places[replaced]], segment.landed[places[replaced]] = UNSEEN, self.version + 1
+            if makers:
+                changed, made = True, np.array([*makers.values()])
+                segment.note_maker(some.some(made), places[made], self.order.time)
+                alone = places[[i for i in unseen.values() if i is not None]]
+                segment.replaced[alone], segment.landed[alone] = UNSEEN, self.version + 1
             if self.races is not None:
                 reserved.check_write(run, segment, some, places, "an atomic on")
                 self.races.check_store(run, segment, *segment.judged(some, places), "an atomic on", reach_of(order))

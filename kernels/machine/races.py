@@ -150,13 +150,11 @@ class Races:
         several |= strong & (segment.program[places] != program)  # in this very instruction
         if np.any(several):
             segment.program[places[several]] = MANY
-            segment.latest[places] = program
             several, last, fine = segment.program[places] == MANY, shadow.last_writer(places), lanes.fine[:, None]
             segment.writers.join(several, places, (before[0], last, last, before[1]), (program, fine, fine, time))
             segment.writers.forget(places[~several])
         else:
             segment.writers.forget(places)
-        segment.readers.forget(places)
         segment.clock[places] = time
         if not strong:
             segment.plain[places], segment.plain_key[places] = program, lanes.fine[:, None]
@@ -164,8 +162,10 @@ class Races:
             segment.owned |= reach == 1
             if segment.owned:
                 segment.own_store[places] = reach == 1
-        for readers in (segment.last, segment.first, shadow.last, shadow.first):
-            readers[places] = 0  # whoever is ordered behind this store is so behind those loads
+        if not strong:  # whoever is ordered behind this store is so behind those loads
+            segment.readers.forget(places)
+            for readers in (segment.last, segment.first, shadow.last, shadow.first):
+                readers[places] = 0
         judged = True if segment.meant is None else ~segment.meant[places]
         lost = (segment.program[places] != program) & judged
         if lost.any() and not strong:

@@ -39,12 +39,23 @@ class Segment:
         self.own_store, self.own_loads, self.owned = np.zeros(count, bool), np.zeros(count, bool), False
         room = -(-self.size // 32) * 32
         self.writers, self.readers = Crowds(), Crowds()  # where `program` is MANY, or `first` another one than `last`
-        self.latest = np.zeros(count, np.int32)  # the last program, where `program` is MANY
         self.late = np.zeros(room, np.uint8)  # values stored and not visible yet
         self.owner = np.zeros(room // self.grain, SIGNED[self.grain])  # by which program, 0 none; < 0: others saw it
         self.before = np.zeros(room, np.uint8)  # values that the latest visible ones took the place of
         self.replaced = np.zeros(room // self.grain, np.uint8)  # where no other program has seen it yet (early.SEEN)
         self.landed = np.zeros(count, np.int32)  # when
+        # Who made the latest value: the program, the thread (a fine key), and when. An atomic that leaves a place as it
+        # is has made none.
+        self.maker, self.made, self.maker_key = (
+            np.zeros(count, np.int32),
+            np.zeros(count, np.int32),
+            np.zeros(count, int),
+        )
+
+    def note_maker(self, lanes: Lanes, places: np.ndarray, time: int) -> None:
+        """These lanes have made new values at their places [lanes, grains]."""
+        self.maker[places], self.made[places] = lanes.program[:, None], time
+        self.maker_key[places] = lanes.fine[:, None]
 
     def excuse(self, offset: int, meant: np.ndarray) -> None:
         """On these bytes from an offset on, races are meant."""
