@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
@@ -235,6 +236,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
         compiling = torch.compiler.is_compiling()
+        if compiling and forward_ad._current_level >= 0:  # a graph would leave tangents out, inductor's without a word
+            return self._outside_of_graphs(input, hx, lengths=lengths, resets=resets)
         known = None if compiling else self._known_calls
         if known and lengths is None and resets is None and (key := ready.key_of(self, input, hx)) is not None:
             found = ready.again(self, known, key, input, hx)
@@ -271,6 +274,10 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             key = ready.key_of(self, input, hx)
             route = backends.route(self, *how)  # under what the key says, whatever has changed before it was made
         return self._by_route(route, input, hx, batch_size, dtype, lengths, resets, key)
+
+    @torch.compiler.disable(reason="forward-mode derivatives of rnn_gpu's layers are computed outside of graphs")
+    def _outside_of_graphs(self, input, hx, **masks):
+        return self.forward(input, hx, **masks)
 
     def _by_route(
         self, route: str, input: Tensor | PackedSequence, hx: Any, batch_size: int, dtype: torch.dtype, lengths, resets,

@@ -101,6 +101,19 @@ def test_gradients_that_are_mapped_or_have_tangents(name, layers):
         compiled(forward_ad.make_dual(given[0], along[0]))
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_tangents_of_compiled_layers(name):
+    """Catches: a graph made of a plain call, or for one with a tangent, whose result has none, without a word."""
+    layer, (input, along) = getattr(rnn_gpu, name)(3, 5).requires_grad_(False), torch.randn(2, TIME, BATCH, 3)
+    compiled = torch.compile(layer, backend="aot_eager")
+    plain = compiled(input)[0]
+    with forward_ad.dual_level():
+        output, tangent = forward_ad.unpack_dual(compiled(forward_ad.make_dual(input, along))[0])
+    _, expected = torch.func.jvp(lambda x: layer(x)[0], (input,), (along,))
+    torch.testing.assert_close(output, plain)
+    torch.testing.assert_close(tangent, expected)
+
+
 def test_vmap_over_states_alone():
     """Catches: an input that is the same for all and is taken for a mapped one."""
     layer, input, states = rnn_gpu.GRU(3, 5), torch.randn(TIME, BATCH, 3), torch.randn(COUNT, 1, BATCH, 5)
