@@ -166,7 +166,8 @@ def run(plan: Plan, device: torch.device, rows: Rows, reversed_sets: int, given:
     ready = _ready.get(key)
     if ready is None:
         ready = _get_ready(plan, rows, reversed_sets)
-        assert (*given,) == ready.prepared.names, "a name that is no argument of the kernel"
+        if (*given,) != ready.prepared.names:
+            raise TypeError(f"not the arguments of the kernel, in its order: {', '.join(given)}")
         if not interpreter.interpreting():  # where a test may have changed a cell
             _ready[key] = ready
     given["T"], given["B"], given["status"], given["limit"] = time, batch, status_word(device), WAIT_LIMIT

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, explain, modules, selfcheck, settings
+from . import __version__, backends, explain, modules, selfcheck, settings
 
 QUESTIONS = """\
 other questions (docs/api.md):
@@ -38,8 +38,15 @@ def about() -> int:
     gpu = torch.cuda.is_available()
     print(f"device: {torch.cuda.get_device_name() if gpu else 'no CUDA device'}")
     print(f"backend setting: {settings.current_backend()}")
-    if not gpu:
+    asked = settings.current_backend() == "triton"
+    if not gpu and not asked:
         print("backend used: torch (PyTorch's own kernels), because there is no CUDA device")
+    elif asked and backends.interpreting():
+        print("backend used: triton, in Triton's interpreter")
+    elif asked and not gpu:
+        print(
+            "backend used: none: 'triton' needs CUDA tensors, and there is no CUDA device; a call on a CPU is an error"
+        )
     print("for example:")
     print(explain(modules.LSTM(512, 512, dtype=torch.bfloat16), batch_size=16))
     return selfcheck.main(list(selfcheck.LAYERS))

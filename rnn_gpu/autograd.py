@@ -181,8 +181,9 @@ class EagerLayer(torch.autograd.Function):
             saved = y, *(y.new_empty(0) if one is None else one for one in (gates, aux, carries))
             rest = *kinds, None, *states, *rows, *saved
             run = lambda d_y, *d: gradients(call, need, by_sets(d_y, call.sets), *d, input, *rest)
-            one_by_one = transformed() and not torch.is_grad_enabled()
-            found = Linear.apply(run, call.clip, *d_outputs) if one_by_one else for_each_gradient(run, d_outputs)
+            if transformed() and not torch.is_grad_enabled():
+                run = functools.partial(Linear.apply, run, call.clip)
+            found = for_each_gradient(run, d_outputs)
         else:
             inputs = Inputs(input, *weights, None, start, h0, c0, parameters)
             found = gradients_by_set(backward_directly, call, need, d_outputs, inputs, rows, (y, gates, aux, carries))

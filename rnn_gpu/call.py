@@ -53,7 +53,7 @@ class Call(NamedTuple):
     route: str = "kernels"  # functional.ROUTES
     saving: str = "nothing"  # operators.SAVING
     limits: tuple[int, bool] = (0, True)  # of plans: settings.limits
-    functional: bool = False  # keep nothing beside the results, a layer one operator: for torch.func
+    functional: bool = False  # for torch.func, which maps operators: each layer is one, and results are all it has
     cells: bool = False  # c of every step is a result, too
     clip: float | None = None  # most that the gradient of h may be at each step, by element
     zoneout: tuple[float, float] | None = None  # probabilities that h and the states are kept; in eval what stays

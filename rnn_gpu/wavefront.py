@@ -3,6 +3,7 @@
 T steps, B rows of the batch, R rows of all steps, L layers, G gates, H hidden units, E slots a unit (kernels/spec.py).
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -149,7 +150,7 @@ class EagerStack(torch.autograd.Function):
         else:
             run = lambda *d: gradients(*how, d, y, gates, aux, *given)
         if transformed() and not torch.is_grad_enabled():
-            return None, None, None, *Linear.apply(run, None, *d_outputs)
+            run = functools.partial(Linear.apply, run, None)
         return None, None, None, *for_each_gradient(run, d_outputs)
 
 

@@ -413,10 +413,10 @@ def test_threads_with_a_barrier_between_them(distance, barrier):
     [
         (128, "", "bar.sync 0;", "read before it is written|race"),
         (128, "bar.warp.sync -1;", "bar.sync 0;", "read before it is written|race"),
-        (128, "bar.sync 0;", "", "race: another thread reads|race: warp 0"),
-        (128, "bar.sync 0;", "bar.warp.sync -1;", "race: another thread reads|race: warp 0"),
+        (128, "bar.sync 0;", "", "race: another thread has read|race: warp 0"),
+        (128, "bar.sync 0;", "bar.warp.sync -1;", "race: another thread has read|race: warp 0"),
         (4, "", "bar.sync 0;", "race: warp . lane"),
-        (4, "bar.sync 0;", "", "race: another thread reads"),
+        (4, "bar.sync 0;", "", "race: another thread has read"),
     ],
 )
 def test_threads_without_one_are_a_fault(distance, barrier, after, why):
@@ -432,7 +432,10 @@ def test_threads_without_one_are_a_fault(distance, barrier, after, why):
     [
         ("7 7", "bar.sync 0;", None),
         ("7 8", "bar.sync 0;", "another thread wrote this|two warps write|other values"),
-        ("7 7", "", "wrote this shared memory, and no barrier|another thread reads|read before it is written"),
+        # No numbers that differ in rounding: large integers, and pairs of bfloat16 (1, 1) and (1, 1 / 64).
+        ("300000000 300000007", "bar.sync 0;", "another thread wrote this|two warps write|other values"),
+        ("0x3f803f80 0x3f803c80", "bar.sync 0;", "another thread wrote this|two warps write|other values"),
+        ("7 7", "", "wrote this shared memory, and no barrier|another thread has read|read before it is written"),
         ("7 7", "st.shared.b32 [global_smem], 8; bar.sync 0;", "another thread wrote this"),
     ],
 )
@@ -503,7 +506,7 @@ def test_a_strong_store_or_an_atomic_after_a_plain_load_is_a_fault(write):
     ld.global.b32 x, [%rd0]; mad.wide.u32 offset, tid, 4, %rd1; st.global.b32 [offset], x; bra END; WRITE: $WRITE END:
     """.replace("$WRITE", write)
     for seed in range(10):
-        with pytest.raises(Fault, match=r"plain load|loads plainly"):
+        with pytest.raises(Fault, match=r"plain load|loaded plainly"):
             launch(code.replace("$MINE", "%ctaid.x"), [zeros(), zeros()], grid=2, seed=seed)
         with pytest.raises(Fault, match="race: "):
             launch(code.replace("$MINE", "%tid.x"), [zeros(), zeros()], warps=2, seed=seed)
@@ -808,6 +811,9 @@ def test_contexts_open_and_close(monkeypatch):
         on_machine(arch=130),
     ):
         pass
+    for wrong in (dict(early=2), dict(part=-0.1), dict(patience=0), dict(races="no")):
+        with pytest.raises((ValueError, TypeError), match=f"expected {next(iter(wrong))} to be"), on_machine(**wrong):
+            numbered_kernel[(1,)](zeros())
     with on_machine():
         with pytest.raises(KeyError, match="no argument and no option 'warps'"):
             numbered_kernel[(1,)](zeros(), warps=4)

@@ -420,7 +420,7 @@ def gathered_kernel(table, y, BLOCK: tl.constexpr, TWICE: tl.constexpr):
         (3, 128, False, None),
         (2, 128, False, r"a load outside of all allocations, .* \(`tensors` of on_machine: what memory points to\)"),
         (3, 120, False, "a load outside of all allocations"),
-        (3, 128, True, r"tensors\[.\](, which program .* writes| that another program loads plainly)"),
+        (3, 128, True, r"tensors\[.\](, which program .* writes| that another program has loaded plainly)"),
     ],
 )
 def test_pointers_in_memory(named, size, twice, said):
@@ -434,6 +434,28 @@ def test_pointers_in_memory(named, size, twice, said):
         with fault, on_machine(90, seed=seed, tensors=cut[:named]):
             gathered_kernel[(3,)](table, y, 128, twice)
             assert torch.equal(y, expected) and torch.equal(torch.stack(cut), expected)
+
+
+@triton.jit
+def over_itself_kernel(a, b, M, K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The first M rows of a @ b over those of a."""
+    rows, columns, k = tl.arange(0, 64), tl.arange(0, N), tl.arange(0, BLOCK)
+    total = tl.zeros((64, N), tl.float32)
+    for at in range(0, K, BLOCK):
+        x = tl.load(a + rows[:, None] * K + at + k[None, :], mask=rows[:, None] < M, other=0.0)
+        total = tl.dot(x, tl.load(b + (at + k)[:, None] * N + columns[None, :]), total)
+    tl.debug_barrier()
+    tl.store(a + rows[:, None] * K + columns[None, :], total.to(a.dtype.element_ty), mask=rows[:, None] < M)
+
+
+@pytest.mark.parametrize("rows", [64, 8])
+def test_copies_of_masked_rows(rows):
+    """Catches an error at warps whose asynchronous copies all read nothing."""
+    a, b = torch.randn(64, 128, dtype=torch.float16), torch.randn(128, 32, dtype=torch.float16)
+    expected = (a.float() @ b.float())[:rows]
+    with on_machine(80):
+        over_itself_kernel[(1,)](a, b, rows, 128, 32, 32, num_warps=4, num_stages=3)
+    torch.testing.assert_close(a[:rows, :32].float(), expected, atol=0.05, rtol=2e-3)
 
 
 @triton.jit

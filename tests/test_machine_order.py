@@ -262,9 +262,13 @@ OTHER = "xor.b32 x, tid, 32; mad.wide.u32 offset, x, 16, %rd0; st.global.b32 [of
         (
             "",
             OTHER,
-            "race: another thread reads this of arg|race: warp ., lane .* wrote|that an asynchronous copy reads",
+            "race: another thread has read this of arg|race: warp ., lane .* wrote|that an asynchronous copy reads",
         ),
-        ("bar.sync 0;", OTHER, "race: another thread reads this of arg|race: warp ., lane .* wrote|asynchronous copy"),
+        (
+            "bar.sync 0;",
+            OTHER,
+            "race: another thread has read this of arg|race: warp ., lane .* wrote|asynchronous copy",
+        ),
     ],
 )
 def test_the_source_of_an_asynchronous_copy_is_read_until_its_wait(before, behind, said):

@@ -3,6 +3,7 @@
 A report of one of our layers becomes a test of its whole kind here.
 """
 
+import threading
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn_gpu
 from rnn_gpu import settings
+from rnn_gpu.many_gradients import for_each_gradient
 from tests.layers import BACKEND, INTERPRETED, ON_BOTH_BACKENDS, same
 
 pytestmark = ON_BOTH_BACKENDS
@@ -63,6 +65,21 @@ def test_gradients_in_batches(name, kwargs):
     expected = [torch.autograd.grad(output, wanted, one, retain_graph=True) for one in d_outputs]
     for actual, one_by_one in zip(found, zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(one_by_one))
+
+
+def test_gradients_in_batches_in_a_thread_of_the_engine():
+    """Catches: a level asked of the thread, which on a GPU is the engine's own, where nobody maps anything."""
+    found = []
+
+    def elsewhere(d):
+        run = lambda: found.extend(for_each_gradient(lambda d, _: (d.sum(0), None), (d, None)))
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    d = torch.randn(3, 4, 2)
+    assert torch.equal(torch._vmap_internals._vmap(elsewhere)(d), d.sum(1)) and found[1] is None
 
 
 @pytest.mark.parametrize("mask", ["lengths", "resets", "packed"])

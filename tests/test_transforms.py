@@ -94,11 +94,16 @@ def test_gradients_that_are_mapped_or_have_tangents(name, layers):
     for (primal, tangent), d, expected in zip(found, peer(given[0]), peer(along[0]), strict=True):
         torch.testing.assert_close(primal, d)
         torch.testing.assert_close(tangent, expected)
+    one, d, along = torch.tensor(1.0), given[0], along[0]
+    again = lambda s: torch.func.jvp(lambda d: back(d)[0], (d,), (s * along,))[1]  # linear in s
+    torch.testing.assert_close(torch.func.jvp(again, (one,), (one,))[1], peer(along)[0])
+    for none, expected in zip(vmap(back)(given[:0]), peer(d), strict=True):
+        assert none.shape == (0, *expected.shape)
     if BACKEND == "torch":
         return
     compiled = pulled(torch.compile(layer, backend="aot_eager"))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
-        compiled(forward_ad.make_dual(given[0], along[0]))
+        compiled(forward_ad.make_dual(d, along))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])

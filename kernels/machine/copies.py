@@ -49,7 +49,8 @@ def begin(run, address, values, mask, source, wanted) -> None:
         parts = [(group.to, lanes), (group.source, read)] if held else [(group.to, lanes)]
         for where, some in parts:
             mine = some.which // 32 == i
-            where.append(Part(some.which[mine] % 32, some.address[mine], size))
+            if mine.any():
+                where.append(Part(some.which[mine] % 32, some.address[mine], size))
 
 
 def commit(run) -> None:

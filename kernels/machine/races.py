@@ -19,6 +19,10 @@ def reach_of(order: str) -> int:
     return {"": 0, "constant": 0, "cta": 1}.get(order, 2)
 
 
+# A release covers what its own thread has done, and what barriers ordered before it.
+UNORDERED = "no release behind it (a barrier between, if by another thread) that an acquire has seen orders it"
+
+
 class Races:
     """Looks at each access to a segment, and remembers it in the segment."""
 
@@ -80,9 +84,8 @@ class Races:
         foreign = self._other_writers(segment, lanes, places)
         if foreign.any():
             who = _program(run, writer[foreign][0])
-            why = "in this launch, and no release that an acquire has seen orders it"
             what = "a load in scope cta" if reach else "a plain load"
-            text = f"{what} of {segment.name}, which {who} {why}"
+            text = f"{what} of {segment.name}, which {who} in this launch; {UNORDERED}"
             run.fail_beside(text, segment, lanes, places, foreign, wrote=True, foreign=True)
         keys, odd = segment.shadow.writers_at_odds(places, lanes)
         odd &= writer == program
@@ -122,12 +125,12 @@ class Races:
             who = _program(run, (segment.plain[places] if reach == 2 else writer)[foreign][0])
             how = "in scope cta" if segment.own_store[places][foreign][0] else "plainly"
             how = how if reach == 2 else "too"
-            text = f"{what} {segment.name}, which {who} {how}"
+            text = f"{what} {segment.name}, which {who} {how}; {UNORDERED}"
             run.fail_beside(text, segment, lanes, places, foreign, wrote=True, foreign=True)
         foreign = self._other_readers(segment, lanes, places)
         if foreign.any():
             how = "in scope cta" if segment.own_loads[places][foreign][0] else "plainly"
-            text = f"{what} {segment.name} that another program loads {how}"
+            text = f"{what} {segment.name} that another program has loaded {how}; {UNORDERED}"
             run.fail_beside(text, segment, lanes, places, foreign, wrote=False, foreign=True)
         wrote = (writer == program) & shadow.writers_at_odds(places, lanes)[1]
         reads = (last == program) & shadow.readers_at_odds(places, lanes)
@@ -135,7 +138,7 @@ class Races:
             plain = (segment.plain[places] == program) & ~segment.own_store[places]
             wrote = plain & keys_at_odds(segment.plain_key[places], lanes)
             reads &= ~segment.own_loads[places]
-        for odd, did in ((wrote, "wrote"), (reads, "reads")):
+        for odd, did in ((wrote, "wrote"), (reads, "has read")):
             if np.any(odd):
                 text = f"race: another thread {did} this of {segment.name}, and no barrier since"
                 run.fail_beside(text, segment, lanes, places, odd, wrote=did == "wrote")

@@ -43,6 +43,17 @@ class Schedule:
     races: bool = True
     leave_out: tuple | Callable = ()
 
+    def __post_init__(self) -> None:
+        """ValueError and TypeError for what is no chance, no number, no switch."""
+        for name in ("delay", "early", "stop", "part"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} to be a chance between 0 and 1, but got {getattr(self, name)!r}")
+        for name in ("budget", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} to be positive, but got {getattr(self, name)!r}")
+        if not isinstance(self.races, bool):
+            raise TypeError(f"expected races to be a bool, but got {self.races!r}")
+
     def __str__(self) -> str:
         """What must be given to see a launch again."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

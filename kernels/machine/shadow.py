@@ -150,16 +150,16 @@ def name_of(key: int) -> str:
 
 
 def differ_in_rounding(values: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Where values [lanes, count] of one store are as good as equal: taken for floating point, by a thousandth of
-    themselves, or by what is rounded off of the largest beside them. (Integers below 2**27 are no such numbers.)
+    """Where values [lanes, count] of one store are as good as equal: taken for float32 or float64 of a common size, by
+    a 65,536th of themselves, or by what is rounded off of the largest beside them. Small integers are no such numbers,
+    and of two numbers of 16 bits in a word the first must be equal, and the second of a size.
     """
-    near = np.zeros(values.shape, bool)
-    for kind in {2: ("f16", "bf16"), 4: ("f32",), 8: ("f64",)}.get(values.itemsize, ()):
-        a, b = (typed(np.ascontiguousarray(x), kind).astype(np.float64) for x in (values, found))
-        size = np.nan_to_num(np.maximum(abs(a), abs(b)), nan=0.0, posinf=0.0)
-        largest = size.max(0)
-        near |= (abs(a - b) <= np.maximum(size / 2**10, largest / 2**20)) & (largest > 1e-30)
-    return near
+    if values.itemsize < 4:
+        return np.zeros(values.shape, bool)
+    a, b = (typed(np.ascontiguousarray(x), f"f{8 * x.itemsize}").astype(np.float64) for x in (values, found))
+    size = np.nan_to_num(np.maximum(abs(a), abs(b)), nan=0.0, posinf=0.0)
+    largest = size.max(0)
+    return (abs(a - b) <= np.maximum(size / 2**16, largest / 2**21)) & (1e-20 < largest) & (largest < 1e20)
 
 
 def check_lost(run, lanes: Lanes, lost, keys, values, found, name: str, rounding: bool = False) -> None:

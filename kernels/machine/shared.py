@@ -161,7 +161,7 @@ class SharedMemory:
             run.fail_beside(text, self, lanes, places, odd, wrote=True)
         odd = self.shadow.readers_at_odds(places, lanes)
         if odd.any():
-            text = "race: another thread reads this shared memory, and no barrier since"
+            text = "race: another thread has read this shared memory, and no barrier since"
             run.fail_beside(text, self, lanes, places, odd, wrote=False)
         if self.held is not None and (used := self.held[places] > 0).any():
             run.fail_at(
