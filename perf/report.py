@@ -128,7 +128,8 @@ def described(rows: list[Row]) -> str:
         last = [of_case for of_case in commits.values() if [*of_case][-1] == name]
         partly = sum(len(of_case) > 1 for of_case in last)
         cases.append(
-            f"{len(last)} cases of commit {name}" + (f" ({partly} with a mode timed by an earlier one)" if partly else "")
+            f"{len(last)} cases of commit {name}"
+            + (f" ({partly} with a mode timed by an earlier one)" if partly else "")
         )
     versions = f"torch {every('torch')}, CUDA {every('cuda')}, cuDNN {cudnn}, Triton {every('triton')}"
     return f"{', '.join(cases)}, {versions}; {when}"

@@ -485,7 +485,9 @@ def test_a_case_counts_once():
     rows = [invented(measured=old, commit="old", hidden_size=size) for size in (256, 512, 768)]
     rows.append(invented(measured=new, commit="new", hidden_size=512, mode="forward+backward"))
     told = report.described(rows)
-    assert told.startswith("1 cases of commit new (1 with a mode timed by an earlier one), 2 cases of commit old, torch")
+    assert told.startswith(
+        "1 cases of commit new (1 with a mode timed by an earlier one), 2 cases of commit old, torch"
+    )
 
 
 def test_every_case_of_the_core_grid_is_in_one_row_of_the_table():
