@@ -951,7 +951,7 @@ MISTAKES = {  # name -> the mistake, and what is to be said of it
     "the last barrier of a step left out": (without_barrier(-1), BARRIER_MISSED),
     "polls may be served by a cache": (
         lambda t: changed(t, POLL, "ld.global"),
-        "Fault: a plain load of $PUBLISHED, which program .* writes in this launch, and no release .* orders it",
+        "Fault: a plain load of $PUBLISHED, which program .* writes in this launch; no release .* orders it",
     ),
     "published beside its place": (
         published_beside_its_place,
