@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 
 
-def as_words(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer for so many elements of a type, of which the last dimension is even, as words of 32 bits."""
-    *others, last = size
-    return torch.empty((*others, last * dtype.itemsize // 4), dtype=torch.int32, device=device)
-
-
 def part_of(buffer: Tensor, dtype: torch.dtype, begin: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """Elements of a buffer, from number `begin` on, as a tensor of its own: autograd then treats it as a result, which
     users may change in place, and not as a view.

@@ -139,6 +139,8 @@ def sent(h0: Tensor | None, rows: Rows) -> Tensor | None:
 
 def _of_options(given: dict[str, Any], rows: Rows, rates: Rates) -> bool:
     """Put in what both kernels take for recurrent dropout and zoneout -> whether a part of the states is kept."""
+    if rates == NO_RATES and rows.dropped is rows.kept_h is rows.kept_c is None:
+        return False
     masks = rows.dropped, rows.kept_h, rows.kept_c
     given["rate_h"], given["rate_c"] = rates
     given["dropped"], given["kept_h"], given["kept_c"] = [None if mask is None else aligned(mask) for mask in masks]
@@ -157,9 +159,7 @@ def go_on(
     assert rows.time > 0 and x_part.is_contiguous()
     cell, sets, hidden_size, size, y = CELLS[plan.cell], plan.sets, plan.hidden_size, plan.padded_size, begun.y
     dtype, device, batch, count, given = x_part.dtype, x_part.device, rows.batch, x_part.shape[0], launch.FORWARD.copy()
-    mixed, shown, carries = False, None, None
-    if rates != NO_RATES or rows.dropped is not None or rows.kept_h is not None or rows.kept_c is not None:
-        mixed = _of_options(given, rows, rates)
+    mixed, shown, carries = _of_options(given, rows, rates), None, None
     if saving != "nothing":
         if aux is None and cell.keeps_aux(saving):
             exact = torch.float32 if cell.states else dtype
@@ -215,9 +215,7 @@ def backward(
         raise RuntimeError("rnn_gpu: a backward was asked for, and the forward kept nothing for one")
     d_gates = torch.empty((batch + count + batch, sets, cell.slots, plan.row_words), dtype=torch.int32, device=device)
     given["weight"] = weight = torch.empty((sets, size, cell.gates, size), dtype=dtype, device=device)
-    mixed = False
-    if rates != NO_RATES or rows.dropped is not None or rows.kept_h is not None or rows.kept_c is not None:
-        mixed = _of_options(given, rows, rates)
+    mixed = _of_options(given, rows, rates)
     wide = count, sets, size
     if cell.reads_h:
         aux = within(y, wide) if rates[0] is None else aligned(carries)

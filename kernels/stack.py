@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import launch, prepare
-from .buffers import aligned, all_dense, as_words, dense, part_of, within
+from .buffers import aligned, all_dense, dense, part_of, within
 from .layer import of_backward
 from .plan import Plan
 from .rows import Passed, Rows
@@ -56,7 +56,7 @@ def begin(
     cell, (layers, hidden_size) = CELLS[plan.cell], (plan.layers, plan.hidden_size)
     size, width, batch = plan.padded_size, cell.gates * hidden_size, rows.batch
     like = weight_hh[0]
-    y = as_words((layers, batch + count + batch, size), like.dtype, like.device) if y is None else y
+    y = _new(like, (layers, batch + count + batch, plan.row_words), torch.int32) if y is None else y
     recurrent, other = (_new(like, (layers, width, size)) for _ in range(2))
     bias = None if bias_ih is None else _new(like, (layers, width))
     apart = cell.apart * hidden_size if bias is not None else 0
@@ -154,7 +154,7 @@ def backward(
     batch, size = rows.batch, plan.padded_size
     if batch * cell.slots * size * y.element_size() >> 2 > 0x7FFFFFFF:  # words; backward.py counts them in 32 bits
         raise RuntimeError(f"rnn_gpu: the gradients of one step of {batch} rows take more than 8 GB: split the batch")
-    d_gates = as_words((layers, batch + count + batch, cell.slots, size), y.dtype, y.device)
+    d_gates = _new(y, (layers, batch + count + batch, cell.slots, plan.row_words), torch.int32)
     transposed = _new(y, (2, layers, size, cell.gates, size))
     state_0 = history_0 = None
     span = layers, count + 2 * batch  # of y and aux, as `forward` leaves them
