@@ -235,14 +235,23 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         step (in the order in which each direction runs).
         -> output [T, B, D*H] (or as the input is laid out) and final states [L*D, B, H]. Errors are those of torch.nn.
         """
-        compiling = torch.compiler.is_compiling()
-        if compiling and forward_ad._current_level >= 0:  # a graph would leave tangents out, inductor's without a word
-            return self._outside_of_graphs(input, hx, lengths=lengths, resets=resets)
-        known = None if compiling else self._known_calls
+        if forward_ad._current_level >= 0:  # a graph would leave tangents out, inductor's without a word
+            return self._outside_of_graphs(input, hx, lengths, resets)
+        known = None if torch.compiler.is_compiling() else self._known_calls
         if known and lengths is None and resets is None and (key := ready.key_of(self, input, hx)) is not None:
             found = ready.again(self, known, key, input, hx)
             if found is not None:
                 return found
+        return self._any_forward(input, hx, lengths, resets)
+
+    @torch.compiler.disable(reason="forward-mode derivatives of rnn_gpu's layers are computed outside of graphs")
+    def _outside_of_graphs(self, input, hx, lengths, resets):
+        """Every call in a dual level: what Dynamo leaves to Python because of a tangent it leaves frame by frame."""
+        return self._any_forward(input, hx, lengths, resets)
+
+    def _any_forward(self, input, hx, lengths, resets):
+        """A call that is not remembered: checked, its route chosen, computed."""
+        compiling = torch.compiler.is_compiling()
         if not isinstance(input, (Tensor, PackedSequence)):
             self._refuse_input(input, hx)
         if type(input) is not Tensor and distributed.is_dtensor(input):
@@ -274,10 +283,6 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             key = ready.key_of(self, input, hx)
             route = backends.route(self, *how)  # under what the key says, whatever has changed before it was made
         return self._by_route(route, input, hx, batch_size, dtype, lengths, resets, key)
-
-    @torch.compiler.disable(reason="forward-mode derivatives of rnn_gpu's layers are computed outside of graphs")
-    def _outside_of_graphs(self, input, hx, **masks):
-        return self.forward(input, hx, **masks)
 
     def _by_route(
         self, route: str, input: Tensor | PackedSequence, hx: Any, batch_size: int, dtype: torch.dtype, lengths, resets,
