@@ -15,8 +15,13 @@ everywhere but here. (PyTorch's own converters, `convert_sync_batchnorm` for one
 shows in results, and this in nothing but the time.) A second call on a model that is done says nothing.
 """
 
+import collections
+import dataclasses
+import itertools
+import types
 import warnings
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -39,6 +44,8 @@ OURS = {
 LAYERS = LSTM, GRU, RNN
 RECURRENT = RNNBase, RNNCellBase
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+REGISTERED = "_modules", "_parameters", "_buffers"  # the attributes of a module that hold its parts
+MOST_LOOKS = 10_000  # of an attribute: a list of numbers may be long, and layers lie near its beginning or nowhere
 
 
 def replace_rnns(model: Model) -> Model:
@@ -46,9 +53,10 @@ def replace_rnns(model: Model) -> Model:
 
     Parameters, buffers, hooks, names, the training flag, weight_norm and parametrizations stay as they are, because
     the modules do: an optimizer made before keeps working. Calling it again changes nothing. Sub-classes are left
-    alone, since they may override what rnn_gpu relies on, and one UserWarning names them all; others name layers in
-    plain lists, which no module sees, and say so where there is nothing recurrent in the model. Call it last: after the
-    model has been built and initialised, before DistributedDataParallel, `fully_shard` and `torch.compile`.
+    alone, since they may override what rnn_gpu relies on, and one UserWarning names them all; others name layers that
+    no module sees, in lists, tuples, sets, dicts, dataclasses and modules inside of these, nested in any way, and say
+    so where there is nothing recurrent in the model. Call it last: after the model has been built and initialised,
+    before DistributedDataParallel, `fully_shard` and `torch.compile`.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5))
     >>> type(replace_rnns(model)[1])
@@ -118,14 +126,47 @@ def _swap(
     return model
 
 
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container, a dataclass or a module holds, each with how Python writes the way to it; nothing of others."""
+    if isinstance(value, torch.nn.Module):
+        yield from ((f".{name}", one) for name, one in value.named_children())
+        yield from ((f".{name}", one) for name, one in vars(value).items() if name not in REGISTERED)
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r}]" if isinstance(key, str | int) else "[...]", one) for key, one in value.items())
+    elif isinstance(value, list | tuple | collections.deque):
+        yield from ((f"[{index}]", one) for index, one in enumerate(value))
+    elif isinstance(value, set | frozenset):
+        yield from (("[...]", one) for one in value)
+    elif isinstance(value, types.SimpleNamespace):
+        yield from ((f".{name}", one) for name, one in vars(value).items())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f".{one.name}", getattr(value, one.name, None)) for one in dataclasses.fields(value))
+
+
 def _in_plain_attributes(model: torch.nn.Module, table: dict[type, type]) -> list[str]:
-    """The attributes with layers that are no part of the model: lists, tuples and dicts that are no modules."""
-    registered, found = {*model.modules()}, []
+    """The layers and cells that are no part of the model, in what its modules hold beside modules: of each attribute
+    the first, and how many more. What is near the module is looked at first, nothing twice, and not all of long lists.
+    """
+    seen, found = {id(module) for module in model.modules()}, []
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-            if any(isinstance(one, RECURRENT) and type(one) in table and one not in registered for one in values):
-                found.append(f"{name}.{attribute}".lstrip("."))
+            if attribute in REGISTERED:
+                continue
+            hidden, waiting, looks = [], collections.deque([(attribute, value)]), 0
+            while waiting and looks < MOST_LOOKS:
+                (way, one), looks = waiting.popleft(), looks + 1
+                if id(one) in seen:
+                    continue
+                if isinstance(one, RECURRENT):
+                    seen.add(id(one))
+                    hidden += [way] if class_after(one, table) is not None else []
+                elif not (isinstance(one, torch.nn.Module) and any(inner is model for inner in one.modules())):
+                    inside = list(itertools.islice(_inside(one), MOST_LOOKS))
+                    seen |= {id(one)} if inside else set()
+                    waiting.extend((way + step, inner) for step, inner in inside)
+            if hidden:
+                more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+                found.append(f"{name}.{hidden[0]}{more}".lstrip("."))
     return found
 
 

@@ -2,11 +2,15 @@
 rnn_gpu and back.
 """
 
+import collections
 import copy
+import dataclasses
 import doctest
 import gc
 import inspect
 import pickle
+import re
+import types
 import warnings
 import weakref
 
@@ -362,10 +366,90 @@ def test_layers_in_plain_lists_are_named():
     model = torch.nn.Sequential(ByHand(), torch.nn.LSTM(3, 4))
     model[0].layers, model.by_name, model[0].known = [torch.nn.LSTM(3, 4)], {"a": torch.nn.GRU(3, 4)}, (model[1],)
     with pytest.warns(
-        UserWarning, match=r"no part of the model, .*: by_name, 0\.layers\. A torch.nn.ModuleList"
+        UserWarning, match=r"no part of the model, .*: by_name\['a'\], 0\.layers\[0\]\. A torch.nn.ModuleList"
     ) as seen:
         rnn_gpu.replace_rnns(model)
     assert len(seen) == 1 and type(model[1]) is rnn_gpu.LSTM and type(model[0].layers[0]) is torch.nn.LSTM
+
+
+@dataclasses.dataclass
+class Parts:
+    """Layers in a place that PyTorch does not look into."""
+
+    reader: torch.nn.Module
+    others: dict
+
+
+def with_attribute(value, module=None) -> torch.nn.Module:
+    """A module that holds something in a plain attribute."""
+    module = ByHand() if module is None else module
+    module.kept = value
+    return module
+
+
+NESTED = {  # what holds a layer, and the way to it
+    "[0]": lambda one: [one, one],
+    "['a'][1]": lambda one: {"a": [0, one]},
+    "[0][0][3]['b']": lambda one: [({3: {"b": one}},)],
+    "[...]": lambda one: {torch.zeros(2): one},
+    "[1][...]": lambda one: collections.deque([None, {one}]),
+    ".reader": lambda one: Parts(one, {}),
+    "[0].others['x']": lambda one: [Parts(ByHand(), {"x": one})],
+    ".cell": lambda one: types.SimpleNamespace(cell=one),
+    "[0].1": lambda one: [torch.nn.Sequential(ByHand(), one)],
+    "[0].kept['a']": lambda one: [with_attribute({"a": one})],
+    "[1] and 2 more": lambda one: [[one, copy.deepcopy(one)], copy.deepcopy(one)],
+}
+
+
+@pytest.mark.parametrize("way", NESTED)
+@pytest.mark.parametrize("swap", [rnn_gpu.replace_rnns, rnn_gpu.restore_rnns], ids=lambda swap: swap.__name__)
+def test_layers_nested_in_plain_containers_are_named(way, swap):
+    """Catches: a layer in a container that is not looked into; a name under which nobody finds it; one named twice; a
+    layer that is as it should be and named all the same.
+    """
+    before, after = (torch.nn, rnn_gpu) if swap is rnn_gpu.replace_rnns else (rnn_gpu, torch.nn)
+    model = torch.nn.Sequential(before.LSTM(3, 4))
+    with pytest.warns(UserWarning, match=f"no part of the model, .*: {re.escape(f'0.kept{way}')}. A torch") as seen:
+        model[0].kept = NESTED[way](before.GRUCell(3, 4))
+        swap(model)
+    assert len(seen) == 1 and type(model[0]) is after.LSTM
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0].kept = NESTED[way](after.GRUCell(3, 4))
+        swap(model)
+
+
+def test_looking_for_hidden_layers_ends():
+    """Catches: endless recursion where containers or modules hold themselves; a walk through all of a data set; a model
+    around the one that is replaced, named as if it were inside.
+    """
+    model = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+    around = torch.nn.Sequential(model, torch.nn.GRU(3, 4))
+    loop = [1]
+    loop += [loop, {"again": loop}, ByHand()]
+    loop[-1].kept = loop
+    model.loop, model.parent, model[0].back = loop, [around], {"model": model}
+    counted = Counted(range(10**6))
+    model.numbers = counted
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnn_gpu.replace_rnns(model)
+    assert counted.looks <= 2 * rnn_gpu.convert.MOST_LOOKS
+    loop[2]["deep"] = torch.nn.GRU(3, 4)
+    with pytest.warns(UserWarning, match=r"model, .*: loop\[2\]\['deep'\]\."):
+        rnn_gpu.replace_rnns(model)
+
+
+class Counted(list):
+    """A list that counts how many of its items were taken."""
+
+    looks = 0
+
+    def __iter__(self):
+        for one in super().__iter__():
+            self.looks += 1
+            yield one
 
 
 def test_a_parametrized_sub_class_is_left_alone():
