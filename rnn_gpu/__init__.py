@@ -70,22 +70,27 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def check(device: torch.device | str | None = None) -> None:
+def check(device: torch.device | str | int | None = None) -> None:
     """Did every launch come to its end? Wait for `device` (default: all that were used) and raise RuntimeError if a
     wait inside a kernel on it did not end.
 
     Every call of a layer looks for such an error without waiting; this looks at once, after the replay of a CUDA
     graph for instance. It looks at no numbers: `python -m rnn_gpu` says whether the kernels are right on a machine,
-    `check_cell` whether a cell of your own is, and `explain` what would run. TypeError for what is no device.
+    `check_cell` whether a cell of your own is, and `explain` what would run. It needs a device that is there, and not
+    the name of a GPU: TypeError for what is no device, and RuntimeError, as from torch.device, for a string that names
+    none, such as "H200", and for a GPU that is not there.
     """
-    if not isinstance(device, torch.device | str | int | None):
+    if not isinstance(device, torch.device | str | int | None) or isinstance(device, bool):
         raise TypeError(
             f"check expects a device, got: {type(device).__name__} (explain says which kernels serve a layer, "
             "check_cell whether a cell is right)"
         )
+    chosen = None if device is None else torch.device(device)
+    if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {str(chosen)!r} is not available: PyTorch finds no GPU here")
     from .backends import triton_missing
 
     if not triton_missing():
         from .kernels import launch
 
-        launch.check(device)
+        launch.check(chosen)

@@ -479,11 +479,16 @@ output, _ = rnn_gpu.LSTM(3, 4)(torch.randn(2, 1, 3))
 output.sum().backward()
 print(rnn_gpu.explain(rnn_gpu.LSTM(3, 4), 2, "h200"))
 rnn_gpu.check()
+rnn_gpu.check("cpu")
+try:
+    rnn_gpu.check("H200")
+except RuntimeError as error:
+    print(error)
 runpy.run_module("rnn_gpu", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "Triton is not installed" in done.stdout
+    assert "Triton is not installed" in done.stdout and "Invalid device string: 'H200'" in done.stdout
     assert "one program holds all hidden units" in done.stdout  # explain plans all the same
 
 
@@ -497,6 +502,21 @@ def test_a_gpu_that_is_not_there():
             call("cuda")
     with pytest.raises(TypeError, match="check expects a device, got: LSTM"):
         rnn_gpu.check(rnn_gpu.LSTM(3, 4))
+
+
+@pytest.mark.parametrize("device", ["H200", "", "cuda:-1", "cuda:x", -1, True, 1.0, [], "cpu", torch.device("cpu")])
+def test_check_takes_what_torch_takes_for_a_device(device):
+    """Catches: what is no device taken in silence; another type of error than torch.device's, or other words than its
+    own for a string.
+    """
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        words = re.escape(str(error)) if isinstance(error, RuntimeError) else "check expects a device, got: "
+        with pytest.raises(type(error), match=words):
+            rnn_gpu.check(device)
+    else:
+        assert rnn_gpu.check(device) is None
 
 
 def test_environment_variables_are_checked_at_import():
