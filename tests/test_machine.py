@@ -596,7 +596,10 @@ def test_an_asynchronous_copy_nobody_waits_for_is_a_fault():
             "setp.lt.u32 p, tid, 32; @p bra AWAY; bar.sync 0; AWAY:",
             "a barrier that some warps of the program never reach",
         ),
-        ("AGAIN: ld.volatile.global.b32 x, [%rd0]; setp.eq.u32 p, x, 0; @p bra AGAIN;", "what nobody writes any more"),
+        (
+            "AGAIN: ld.volatile.global.b32 x, [%rd0]; setp.eq.u32 p, x, 0; @p bra AGAIN;",
+            r"what nobody writes any more .*: this one for argument 0, byte 0 of 128\n.*, lanes 0-31: ld",
+        ),
         ("AGAIN: mov.b32 x, 1; bra AGAIN;", "no end after"),
         ("add.s32 x, x, 1;", r"^x is read, and nothing has written it\n.*, lanes 0-31"),
         ("@p mov.b32 x, 1;", "^p is read, and nothing has written it"),
@@ -938,7 +941,7 @@ def swapped_rows(text: str) -> str:
 
 
 BARRIER_MISSED = "Fault: race: .* this shared memory, and no barrier since"
-NEVER = "Fault: all warps wait for what nobody writes any more"
+NEVER = "Fault: all warps wait for what nobody writes any more .*: this one for $PUBLISHED, byte"
 PARTED = "Fault: only some lanes reach what a whole warp does"
 WRONG = r"AssertionError: \S+ $RESULT "
 PASSES = {  # pass -> what it publishes, and the first of its results that is compared

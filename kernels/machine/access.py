@@ -55,14 +55,19 @@ def ld(d: Decoder, s: Statement) -> Instruction:
     targets = [d.target(name) for name in vector(s.operands[0])]
     holders = [width if target < 0 else d.widths[target] for target in targets]
 
+    asks = order not in ("", "constant") and space == "global"
+
     def load(run, mask):
-        values = run.load(space, run.address(base, offset), width, len(targets), mask, order)
+        address = run.address(base, offset)
+        if asks:
+            run.ask(address, mask)
+        values = run.load(space, address, width, len(targets), mask, order)
         if s.has("acquire") and order == "cta":
             run.fence_own(mask, True, False)
         for i, (target, holder) in enumerate(zip(targets, holders)):
             run.put(target, extended(values[..., i], kind, holder), mask)
 
-    return d.act(load, asks=order not in ("", "constant") and space == "global")
+    return d.act(load, asks=asks)
 
 
 def _parameter(d: Decoder, s: Statement) -> Instruction:
@@ -173,7 +178,10 @@ def atom(d: Decoder, s: Statement) -> Instruction:
         if s.has("release", "acq_rel"):
             run.release(mask, order)
         values = [run.vector(slots, width).view(UNSIGNED[WIDTH[kind]]) for slots in sources]
-        old = run.atomic(space, run.address(base, offset), values, step, mask, order)
+        address = run.address(base, offset)
+        if space == "global":
+            run.ask(address, mask)
+        old = run.atomic(space, address, values, step, mask, order)
         if s.has("acquire", "acq_rel") and order == "cta":
             run.fence_own(mask, True, False)
         for i, target in enumerate(targets):

@@ -107,6 +107,8 @@ class Launch:
         # The version of memory when a warp last ordered its loads of what its own program stores; at its last fence.sc.
         self.ordered, self.sequential = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.count, self.seen = np.zeros(rows, np.int64), np.full(rows, -1, np.int64)
+        # The last instruction of each warp that asked memory for what others write, -1 none, and the lanes' addresses.
+        self.asked, self.asked_for = np.full(rows, -1), np.full((rows, 32), -1, np.int64)
         self.barriers, self.warp_barriers = np.ones(programs, np.int64), np.zeros(rows, np.int64)
         self.arrived = np.zeros(programs, np.int64)
         self.registers: list[np.ndarray | None] = [None] * len(code.widths)
@@ -169,8 +171,7 @@ class Launch:
             elif self.counts.polls > polls or (self.counts.barriers, int((self.status == READY).sum())) == others:
                 idle += 1  # a barrier behind a poll is no news: the loop of a wait may have one
             if idle > self.schedule.patience:
-                what = f"all warps wait for what nobody writes any more (patience={self.schedule.patience})"
-                raise Fault(self.message(what, rows[0], None, int(self.at[rows[0]])))
+                self._give_up()
         if (self.status == WAITING).any():
             row = int(np.flatnonzero(self.status == WAITING)[0])
             raise Fault(
@@ -183,6 +184,18 @@ class Launch:
                 raise Fault(self.message(what, row + came, None, at))
         self.memory.commit(np.ones(len(self.index) + 1), self.random)
         self.counts.most = int(self.count.max(initial=0))
+
+    def _give_up(self) -> None:
+        """Fault of a wait without end: of the warp that has come the least far, which others may wait for."""
+        ready = np.flatnonzero(self.status == READY)
+        asking = ready[self.asked[ready] >= 0]
+        row = int((some := asking if asking.size else ready)[np.argmin(self.count[some])])
+        what = f"all warps wait for what nobody writes any more (patience={self.schedule.patience})"
+        if not asking.size:
+            raise Fault(self.message(what, row, None, int(self.at[row])))
+        lanes = np.flatnonzero(self.asked_for[row] >= 0)
+        place = self.memory.place(int(self.asked_for[row, lanes[0]]))
+        raise Fault(self.message(f"{what}: this one for {place}", row, lanes, int(self.asked[row])))
 
     def _news(self) -> tuple[int, int, int]:
         """What changes while anything goes on but waits."""

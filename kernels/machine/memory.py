@@ -40,6 +40,13 @@ class GlobalMemory:
         self.segments.append(Segment(base_of(len(self.segments)), data, name, self.grain))
         return self.segments[-1]
 
+    def place(self, address: int) -> str:
+        """An address that was accessed, for messages."""
+        if address >> SEGMENT < FIRST:
+            address = int(from_host(self.segments, np.array([address]))[0])
+        segment = self.segments[(address >> SEGMENT) - FIRST]
+        return f"{segment.name}, byte {address - segment.base} of {segment.size}"
+
     def parts(self, run, lanes: Lanes, size: int, what: str):
         """(segment, its lanes, offsets, which of all lanes) for each segment that is touched."""
         at = lanes.address

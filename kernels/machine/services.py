@@ -58,6 +58,11 @@ class Services:
         which = np.flatnonzero(mask)
         return Lanes(which, address.ravel()[which], known.program[which], known.key[which], known.fine[which])
 
+    def ask(self, address: np.ndarray, mask: np.ndarray | None) -> None:
+        """Remember what these warps asked memory for, should they wait without end."""
+        self.launch.asked[self.rows] = self.at
+        self.launch.asked_for[self.rows] = address if mask is None else np.where(mask, address, -1)
+
     def load(self, space, address, width, count, mask, order="") -> np.ndarray:
         """-> [warps, 32, count]; zeros in lanes outside of the mask. order: `access.order_of`."""
         lanes = self.lanes(address, mask)
