@@ -68,7 +68,7 @@ def stream(cell: str, hidden_size: int, batch_size: int, device: torch.device) -
         calls["ATen, called directly"] = lambda: aten.layer(inputs, rows, call)
         tensors, of_set = for_operator(inputs, rows), [weight[0] for weight in weights]
         given = input[0], *states, of_set, call.cell, True, 1, 1, 1, False
-        calls["as an operator of a layer"] = lambda: aten.aten_layer(*tensors, *call.options, False)
+        calls["as an operator of a layer"] = lambda: aten.aten_layer(*tensors, *call.how, False)
         calls["as that of a stack"] = lambda: torch.ops.rnn_gpu.aten_stack(*given)
     return calls
 

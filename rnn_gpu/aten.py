@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import inductor, onnx, versions
-from .call import COUNT, OPTIONS, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
+from .call import COUNT, HOW, TENSORS, Call, Inputs, for_operator, taken, taken_by_operator
 from .kernels.spec import CELLS, known
 from .library import fake, operator
 from .many_gradients import for_each_gradient
@@ -172,7 +172,7 @@ def _computed(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor | None, ..
     return reference_layer(inputs, rows, call) if beyond else (*layer(inputs, rows, call), None)
 
 
-@operator("aten_layer", f"({TENSORS}, {OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+@operator("aten_layer", f"({TENSORS}, {HOW}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def aten_layer(*arguments):
     """`layer`, opaque, or where it cannot serve a call the readable loop; c_n is empty for cells without c, and c of
     every step [R, N, H] where it is not wanted.
@@ -231,7 +231,7 @@ def _(*arguments):
 
 @operator(
     "aten_layer_backward",
-    f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells, {TENSORS}, {OPTIONS}, bool[] need, "
+    f"(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells, {TENSORS}, {HOW}, bool[] need, "
     f"Tensor token) -> ({', '.join(['Tensor'] * COUNT)})",
 )
 def aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *arguments):
@@ -295,7 +295,7 @@ class AtenLayer(torch.autograd.Function):
         """See `layer`."""
         return aten_layer(
             input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, start, h0, c0, parameters, lengths, offsets,
-            resets, dropped, kept_h, kept_c, time, *call.options, _may_be_kept(call),
+            resets, dropped, kept_h, kept_c, time, *call.how, _may_be_kept(call),
         )  # fmt: skip
 
     @staticmethod
@@ -327,7 +327,7 @@ def aten_gradients(call: Call, need: Sequence[bool], d_y, d_h_n, d_c_n, d_cells,
     """`aten_layer_backward` of inputs, rows, and what stands for the rest."""
     *arguments, kept = arguments
     tensors = for_operator(*taken(arguments))
-    return aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *tensors, *call.options, list(need), kept)
+    return aten_layer_backward(d_y, d_h_n, d_c_n, d_cells, *tensors, *call.how, list(need), kept)
 
 
 class AtenLayerBackward(AgainByReference):

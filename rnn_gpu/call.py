@@ -23,8 +23,8 @@ TENSORS = (
     "Tensor? start, Tensor h0, Tensor? c0, Tensor? parameters, Tensor? lengths, Tensor? offsets, Tensor? resets, "
     "Tensor? dropped, Tensor? kept_h, Tensor? kept_c, SymInt time"
 )
-# And of one that takes what else of a call it must know: `Call.options`.
-OPTIONS = "str cell, int reversed_sets, bool cells, float? clip, float[]? zoneout"
+# And of one that takes what else of a call it must know: `Call.how`.
+HOW = "str cell, int reversed_sets, bool cells, float? clip, float[]? zoneout"
 
 
 class Inputs(NamedTuple):
@@ -64,8 +64,8 @@ class Call(NamedTuple):
     precision: str | None = None  # of float32 products when a direct call began; None: as PyTorch's switches say then
 
     @property
-    def options(self) -> tuple:
-        """The arguments of OPTIONS."""
+    def how(self) -> tuple:
+        """The arguments of HOW."""
         return self.cell, self.reversed_sets, self.cells, self.clip, self.rates
 
     @property
