@@ -54,14 +54,14 @@ def route(
     dtype: torch.dtype,
     packed: bool,
     masked: bool,
-    drops: bool = False,
+    reweighted: bool = False,
     beyond: bool = False,
     unknown: bool = False,
 ) -> str:
     """How a call is computed: one of `functional.ROUTES`, or "torch.nn" where that class's own forward is.
 
     input: the input, or, if `packed`, the data of a PackedSequence; time: T; dtype: that of the computation; masked:
-    with lengths or resets; drops: with other weights than the layer's own (`other_weights`); beyond: with what
+    with lengths or resets; reweighted: with other weights than the layer's own (`other_weights`); beyond: with what
     PyTorch's own kernels do not know; unknown: PyTorch has no such layer. RuntimeError where backend "triton" was asked
     for and cannot serve the call.
     """
@@ -78,26 +78,26 @@ def route(
             raise RuntimeError(
                 "torch.onnx.export(dynamo=False) cannot export lengths and resets: use dynamo=True (docs/limits.md)"
             )
-        if drops or module.has_another_forward():
+        if reweighted or module.has_another_forward():
             raise RuntimeError(
                 f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}: use dynamo=True for heads, "
                 "call model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
             )
         return "reference" if unknown else "torch.nn"
     least_time = choose(module, input, batch_size, dtype, packed or masked)
-    kernels = least_time is not None and (tracing or masked or drops or time >= least_time)
+    kernels = least_time is not None and (tracing or masked or reweighted or time >= least_time)
     if tracing:
         return "kernels" if kernels else "opaque"
     if forward_ad._current_level >= 0:
         return "reference"  # no fused kernel has a forward-mode derivative
-    return "kernels" if kernels else route_of_torch(module, input, masked, drops, beyond, unknown)
+    return "kernels" if kernels else route_of_torch(module, input, masked, reweighted, beyond, unknown)
 
 
 def route_of_torch(
     module: torch.nn.RNNBase,
     input: torch.Tensor,
     masked: bool,
-    drops: bool = False,
+    reweighted: bool,
     beyond: bool = False,
     unknown: bool = False,
 ) -> str:
@@ -110,7 +110,7 @@ def route_of_torch(
     if (masked or unknown) and (input.is_meta or isinstance(input, FakeTensor)):
         return "opaque"  # which knows the shapes of its results without looking at the masks
     in_eval_mode = input.is_cuda and torch.is_grad_enabled() and not module.training
-    return "aten" if masked or drops or unknown or in_eval_mode else "torch.nn"
+    return "aten" if masked or reweighted or unknown or in_eval_mode else "torch.nn"
 
 
 @functools.cache

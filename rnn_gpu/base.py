@@ -256,9 +256,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             self._refuse_input(input, hx)
         if type(input) is not Tensor and distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
-        drops, beyond = backends.other_weights(self), self._beyond_aten()
+        reweighted, beyond = backends.other_weights(self), self._beyond_aten()
         unknown = self._torch_class is None  # to PyTorch
-        plain = lengths is None and resets is None and self._watch is None and not (drops or beyond or unknown)
+        plain = lengths is None and resets is None and self._watch is None and not (reweighted or beyond or unknown)
         if plain and not compiling and backends.plainly_torch(input):
             return self._torch_class.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
@@ -277,7 +277,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             from . import autotuning
 
             autotuning.first_call(self, input, lengths, resets, batch_size, dtype)
-        how, key = (data, time, batch_size, dtype, packed, masked, drops, beyond, unknown), None
+        how, key = (data, time, batch_size, dtype, packed, masked, reweighted, beyond, unknown), None
         route = "reference" if self._watch else backends.route(self, *how)
         if route == "kernels" and not masked and not compiling:
             key = ready.key_of(self, input, hx)

@@ -119,15 +119,15 @@ def key_of_groups(
 
 def key_of_layer(
     cell: str, hidden_size: int, batch_size: int, sets: int, dtype: str, device: Device, layers: int, projected: int,
-    precision: str | None, ragged: bool, limits: tuple[int, bool], saving: str, drops: bool, heads: int = 1,
+    precision: str | None, ragged: bool, limits: tuple[int, bool], saving: str, reweighted: bool, heads: int,
 ) -> Key:  # fmt: skip
     """The key of a comparison with PyTorch's own kernels, hidden_size and sets as a plan has them. saving: "nothing" in
-    inference; drops: `backends.other_weights`.
+    inference; reweighted: `backends.other_weights`.
     """
     return _key(
         "backend", device, cell=cell, hidden_size=hidden_size, batch_size=batch_size, sets=sets, dtype=dtype,
         layers=layers, projected=projected, precision=precision, ragged=ragged, limits=limits, saving=saving,
-        drops=drops, heads=heads,
+        reweighted=reweighted, heads=heads,
     )  # fmt: skip
 
 
