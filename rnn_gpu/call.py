@@ -79,7 +79,7 @@ class Call(NamedTuple):
         if self.zoneout is None:
             return None, None
         rate_h, rate_c = self.rates or (0.0, 0.0)
-        return rate_h or None, rate_c or None
+        return float(rate_h) or None, float(rate_c) or None  # a whole 1 would be compiled into the kernel
 
     @property
     def beyond_aten(self) -> bool:

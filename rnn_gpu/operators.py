@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends, inductor
 from .call import Call, Weights
-from .kernels.buffers import aligned, dense
+from .kernels.buffers import aligned
 from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
 from .library import fake, no_derivative, operator_of, without_tangents
@@ -67,6 +67,11 @@ def plan_anew() -> None:
     remembered.clear()
 
 
+def _of_rows(mask: Tensor | None) -> Tensor | None:
+    """A tensor that says where rows lie as the kernels take it. One of many that vmap maps may begin anywhere."""
+    return None if mask is None else aligned(mask)
+
+
 @operator_of("recurrence")
 @without_tangents
 def recurrence(
@@ -90,7 +95,7 @@ def recurrence(
     `Cell.keeps_carries`, [R, N, ...], else empty.
     """
     batch, sets = h0.shape[1], x_part.shape[1]
-    rows = Rows(time, batch, *map(dense, (lengths, offsets, resets)), dropped, kept_h, kept_c)
+    rows = Rows(time, batch, *map(_of_rows, (lengths, offsets, resets)), dropped, kept_h, kept_c)
     call = Call(cell, sets, reversed_sets, saving=saving, limits=(max_programs, alone))
     plan = plan_of(call, weight_hh.shape[-1], x_part, batch, False, rows.ragged)
     x_part = aligned(x_part)
@@ -158,7 +163,7 @@ def recurrence_backward(
     H] in float32, where a part of h is kept and not carried, what of h0's gradient comes that way, else empty.
     """
     batch = y.shape[0] // time if offsets is None else lengths.shape[0]
-    rows = Rows(time, batch, *map(dense, (lengths, offsets, resets)), dropped, kept_h, kept_c)
+    rows = Rows(time, batch, *map(_of_rows, (lengths, offsets, resets)), dropped, kept_h, kept_c)
     kept = None if rate_h is None and rate_c is None else (rate_h or 0.0, rate_c or 0.0)
     call = Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone), clip=clip, zoneout=kept)
     d_outputs, states, saved = (d_y, d_h_n, d_c_n, d_cells), (h0, c0, parameters), (y, gates, aux, carries)

@@ -1,5 +1,6 @@
 """Launches without Triton's binder: the same call as Triton's own, seen by a driver that only notes it, with no GPU."""
 
+import contextlib
 import types
 
 import pytest
@@ -10,7 +11,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+import rnn_gpu
+from perf.overhead import launches_left_out
 from rnn_gpu.kernels import backward, direct, forward, launch, prepare
+from rnn_gpu.kernels.machine.library import specialized
 from rnn_gpu.kernels.plan import DEVICES, plan
 
 pytestmark = [pytest.mark.compiled]
@@ -86,6 +90,78 @@ def test_a_prepared_launch_tells_who_wants_to_know(noted):
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(told)
     assert noted.calls[1][7] is triton.knobs.runtime.launch_enter_hook
+
+
+@contextlib.contextmanager
+def as_compiled_for(monkeypatch):
+    """Within this context launches are left out, and each `Prepared` is given what its first one would have been
+    compiled for: where 16 divides an address, and which numbers are 1, is compiled into a kernel.
+    """
+    first, count = {}, 0
+
+    def see(prepared, device, grid, arguments):
+        nonlocal count
+        count += 1
+        given = dict(zip(prepared.kernel.arg_names, (*arguments, *prepared.tail), strict=True))
+        found = specialized(prepared.kernel, given)
+        before = first.setdefault(id(prepared), (found, prepared))[0]
+        differ = [name for a, b in zip(found, before, strict=True) for name in a | b if a.get(name) != b.get(name)]
+        assert not differ, f"{prepared.kernel.__name__}: {differ}"
+
+    with launches_left_out(), monkeypatch.context() as patch:
+        patch.setattr(launch, "_start", see)
+        patch.setattr(launch, "_ready", {})
+        patch.setattr(launch, "_prepared", {})
+        yield
+    assert count > len(first) > 0, "nothing was launched twice"
+
+
+@pytest.mark.parametrize("rates", [(1, 0.25), (1, (1, 0.25)), (0.25, 1)])
+def test_rates_are_no_part_of_a_kernel(rates, monkeypatch):
+    """Catches: zoneout=1 compiled into a kernel that serves every other rate from then on."""
+    layer, input = rnn_gpu.LSTM(3, 8).eval(), torch.randn(4, 2, 3)
+    with as_compiled_for(monkeypatch), torch.no_grad():
+        for layer.zoneout in rates:
+            layer(input)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_an_ensemble_has_masks_where_kernels_expect_them(name, monkeypatch):
+    """Catches: masks of members, one after another in memory, that begin elsewhere than those of the first."""
+    members = [getattr(rnn_gpu, name)(3, 20) for _ in range(3)]
+    weights, _ = torch.func.stack_module_state(members)
+    inputs, lengths, resets = torch.randn(3, 4, 5, 3), torch.randint(0, 5, (3, 5)), torch.rand(3, 4, 5) < 0.4
+
+    def loss(weights, input, lengths, resets):
+        masks = dict(lengths=lengths, resets=resets)
+        return torch.func.functional_call(members[0], weights, (input,), masks)[0].sum()
+
+    with as_compiled_for(monkeypatch):
+        torch.func.vmap(torch.func.grad(loss))(weights, inputs, lengths, resets)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"num_layers": 2}, {"bidirectional": True}, {"memory": "lean"}, {"heads": 3}, {"recurrent_dropout": 0.5},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_tensors_may_begin_anywhere(name, options, monkeypatch):
+    """Catches: an input, a state, a weight or a gradient at an address for which a remembered kernel was not made."""
+    layer = getattr(rnn_gpu, name)(3, 9, **options)
+    sets = layer.num_layers * (2 if layer.bidirectional else 1)
+
+    def elsewhere(tensor, by):
+        room = torch.zeros(by + tensor.numel(), dtype=tensor.dtype)
+        return room[by:].view(tensor.shape).copy_(tensor).detach()
+
+    with as_compiled_for(monkeypatch):
+        for by in (0, 1, 2, 4, 1):
+            for parameter in layer.parameters():
+                parameter.data = elsewhere(parameter, by)
+            states = [elsewhere(torch.zeros(sets, 5, 9), by).requires_grad_() for _ in range(layer._states)]
+            for given in ({}, {"lengths": elsewhere(torch.tensor([4, 1, 0, 3, 2]), by)}):
+                input = elsewhere(torch.randn(4, 5, 3), by).requires_grad_()
+                output, _ = layer(input, tuple(states) if layer._states > 1 else states[0], **given)
+                output.backward(elsewhere(output, by))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 120])
