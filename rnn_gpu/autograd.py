@@ -13,6 +13,7 @@ from torch import Tensor
 from .around import add_start, cells_of, gates_again, input_part, products_by_set
 from .call import COUNT, MASKS, Call, Inputs, Weights, by_kind, by_sets, stacked, taken
 from .kernels.spec import CELLS
+from .library import autocasts
 from .many_gradients import Linear, for_each_gradient, in_a_batch, transformed
 from .operators import backward_directly, launchers, plan_of, recurrence, recurrence_backward
 from .products import input_product
@@ -167,6 +168,9 @@ class EagerLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_outputs):
         """The gradients that are needed; differentiable themselves where a graph of the backward is made."""
+        if torch._C._is_any_autocast_enabled() and (device := autocasts(d_outputs)):  # the forward knew none
+            with torch.autocast(device, enabled=False):
+                return EagerLayer.backward(ctx, *d_outputs)
         own = MASKS + 9
         *masks, y, gates, aux, carries, input, start, h0, c0, parameters = (kept := ctx.saved_tensors)[:own]
         call, rows, weights = ctx.call, Rows(*ctx.sizes, *masks), by_kind(kept[own:], ctx.call.sets)

@@ -3,7 +3,7 @@ and in autograd that ours do not need, and which take longer than a step of a sm
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.autograd import forward_ad
@@ -63,15 +63,20 @@ def without_tangents(body: Callable) -> Callable:
     return run
 
 
+def autocasts(arguments: Iterable[object]) -> str | None:
+    """The kind of device of the tensors among the arguments, where autocast is on for it; else None."""
+    device = next((one.device.type for one in arguments if isinstance(one, torch.Tensor)), None)
+    return device if device is not None and torch.is_autocast_enabled(device) else None
+
+
 def without_autocast(body: Callable) -> Callable:
     """The same with autocast off: everything has its type already."""
 
     @functools.wraps(body)
     def run(*arguments):
-        if not torch._C._is_any_autocast_enabled():
-            return body(*arguments)
-        device = next(one.device.type for one in arguments if isinstance(one, torch.Tensor))
-        with torch.autocast(device, enabled=False):
-            return body(*arguments)
+        if torch._C._is_any_autocast_enabled() and (device := autocasts(arguments)):
+            with torch.autocast(device, enabled=False):
+                return body(*arguments)
+        return body(*arguments)
 
     return run

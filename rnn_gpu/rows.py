@@ -18,6 +18,8 @@ from .library import fake, operator
 # Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
 # the values that they were made from, and for each device and stream.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Those that a CUDA graph reads at every replay, whatever has become of the batch sizes: nobody tells when it is gone.
+_in_graphs: dict[int, Rows] = {}
 
 
 def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.device) -> Rows:
@@ -45,7 +47,10 @@ def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.devic
             return rows  # which hold nothing before the graph runs; or a mode's own tensors
         known[place] = rows
         _known[batch_sizes] = values, known
-    return known[place]
+    rows = known[place]
+    if capturing:
+        _in_graphs[id(rows)] = rows
+    return rows
 
 
 def _may_remember(batch_sizes: Tensor) -> bool:

@@ -16,6 +16,7 @@ from .call import Call, Inputs, by_kind
 from .kernels.plan import Plan
 from .kernels.rows import Passed
 from .kernels.spec import padded
+from .library import autocasts
 from .many_gradients import Linear, for_each_gradient, transformed
 from .operators import plan_of, remembered
 from .products import input_product
@@ -142,6 +143,9 @@ class EagerStack(torch.autograd.Function):
         """The gradients that are needed; layer by layer where a graph of the backward is made, since a layer alone has
         derivatives of its backward.
         """
+        if torch._C._is_any_autocast_enabled() and (device := autocasts(d_outputs)):  # the forward knew none
+            with torch.autocast(device, enabled=False):
+                return EagerStack.backward(ctx, *d_outputs)
         *masks, _, y, gates, aux, mask, input, h0, c0 = (kept := ctx.saved_tensors)[:11]
         given, passed = (input, h0, c0, *kept[11:]), None if mask is None else Passed(mask, ctx.p)
         how = ctx.call, Rows(*ctx.sizes, *masks), passed, ctx.needs_input_grad[3:]

@@ -3,6 +3,10 @@
 Without a GPU: `tests/device_work.py` says how.
 """
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,7 +16,8 @@ pytest.importorskip("triton")
 
 import rnn_gpu
 from perf import overhead
-from rnn_gpu.rows import packed_rows
+from rnn_gpu import rows
+from rnn_gpu.rows import Rows, packed_rows
 from tests.device_work import DEVICE, autocast, pretending
 
 pytestmark = [pytest.mark.compiled]
@@ -154,6 +159,28 @@ def test_rows_of_packed_input_are_made_anew_where_the_batch_sizes_change():
     assert third.lengths.tolist() == [3, 2, 2]
     with FakeTensorMode(allow_non_fake_inputs=True):  # which would give sizes without values
         assert packed_rows(sizes, 3, 7, device) is third
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_rows_of_packed_input_live_as_long_as_a_graph(captured, monkeypatch):
+    """Catches: rows that a CUDA graph reads at every replay, given back when the batch sizes change or are gone."""
+    made = lambda sizes, batch, count, device: Rows(len(sizes), batch, sizes.clone(), sizes.clone())
+    monkeypatch.setattr(rows, "_packed_rows", made)
+    monkeypatch.setattr(rows, "_in_graphs", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    sizes, device = torch.tensor([3, 2, 1]), torch.device("cuda", 0)
+    read = weakref.ref(packed_rows(sizes, 3, 6, device).lengths)
+    if captured:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=2))
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            assert packed_rows(sizes, 3, 6, device).lengths is read()
+    sizes.fill_(2)
+    packed_rows(sizes, 3, 6, device)
+    del sizes
+    gc.collect()
+    assert (read() is not None) == captured
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU, both directions, 2 layers", "LSTM, projected"])

@@ -1,10 +1,12 @@
 """On a GPU: the layers inside torch.compile, CUDA graphs, torch.func and autograd."""
 
+import gc
 import itertools
 
 import pytest
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnn_gpu
 from rnn_gpu import products
@@ -146,6 +148,50 @@ def test_a_training_step_in_a_cuda_graph(name):
             static.copy_(scale * input)
         graph.replay()
         assert_equal([g.clone() for g in found], trained(layer, layer, scale * input)[1:])
+
+
+def test_packed_input_in_a_cuda_graph():
+    """Catches: rows given back with the PackedSequence that they were made of, which every replay reads."""
+    layer, input = made("GRU", bidirectional=True)
+    static, lengths = input.detach().clone(), torch.arange(TIME, TIME - BATCH, -1)
+    padded = lambda packed: pad_packed_sequence(packed)[0]
+
+    def captured():
+        packed = pack_padded_sequence(static, lengths)
+        data = packed.data.clone()
+        packed = PackedSequence(data, packed.batch_sizes)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            layer(packed)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            output, _ = layer(packed)
+        return graph, data, output.data
+
+    graph, data, output = captured()
+    gc.collect()
+    others = [torch.full((n,), -1, dtype=torch.int32, device="cuda") for n in range(1, 200)]  # whoever had their memory
+    for scale in (1, 2):
+        packed = pack_padded_sequence(scale * input, lengths)
+        data.copy_(packed.data)
+        graph.replay()
+        with torch.no_grad():
+            expected = padded(layer(packed)[0])
+        assert torch.equal(padded(PackedSequence(output, packed.batch_sizes)), expected)
+    del others
+
+
+def test_a_backward_within_autocast():
+    """Catches: gradients of a float32 layer that autocast makes of half the digits, in the engine's own threads."""
+    layer, input = made("LSTM", torch.float32)
+    expected = trained(layer, layer, input)
+    input = input.detach().requires_grad_()
+    total = layer(input)[0].float().pow(2).sum()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = torch.autograd.grad(total, [input, *layer.parameters()])
+    assert_equal(found, expected[1:])
 
 
 def test_an_ensemble_in_one_launch():

@@ -269,6 +269,21 @@ def test_autocast(dtype):
     assert layer.weight_hh_l0.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"num_layers": 2}], ids=str)
+def test_a_backward_within_autocast(options):
+    """Catches: gradients of a float32 layer that whoever asks for them within autocast gets from products in half the
+    digits; cuDNN's backward, one operator that no autocast knows, gives them in full.
+    """
+    layer, input = rnn_gpu.LSTM(3, 8, **options), torch.randn(4, 2, 3, requires_grad=True)
+    leaves = [input, *layer.parameters()]
+    with rnn_gpu.backend("triton"):
+        expected = torch.autograd.grad(layer(input)[0].sum(), leaves)
+        total = layer(input)[0].sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(total, leaves)
+    assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("cell, gates", [("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)])
 def test_operators_keep_the_rules_of_torch_library(cell, gates):
     """Catches: a wrong fake (shape, stride, type), an undeclared mutation, an output that shares memory with an
