@@ -34,7 +34,8 @@ def status_word(device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # or nobody could reset it outside of that mode
             word = torch.zeros(1, dtype=torch.int32, device="cpu")
         word = word.pin_memory() if device.type == "cuda" else word
-        _status[device] = word, ctypes.c_int32.from_address(word.data_ptr())
+        # Of two threads that come first the first one's: a launch writes to the word that it was given.
+        _status.setdefault(device, (word, ctypes.c_int32.from_address(word.data_ptr())))
     return _status[device][0]
 
 

@@ -8,6 +8,7 @@ Timed is a layer of the same kind with weights of its own, on the data of the ca
 nor random numbers of the user's are touched.
 """
 
+import contextlib
 import datetime
 import logging
 import os
@@ -84,8 +85,13 @@ def autotune(
         raise RuntimeError(f"autotune times kernels on a GPU: the input is on {device}")
     if (reason := why_not(data)) is not None:
         raise RuntimeError(f"autotune can time nothing: {reason}")
-    with _at_work:
+    with _at_work, _there(device):
         return tune(layer, input, lengths, resets, device_seconds, again)
+
+
+def _there(device: torch.device) -> Any:
+    """A context in which a GPU is the current one, whose work events and `device_seconds` wait for."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def why_not(data: Tensor) -> str | None:
@@ -128,7 +134,8 @@ def first_call(
         key = batch, ragged, dtype, data.device, *sizes, *now, settings.limits(), backends.precision_of("float32")
         if key not in _seen:
             _seen.add(key)
-            tune(layer, input, lengths, resets, device_seconds)
+            with _there(data.device):
+                tune(layer, input, lengths, resets, device_seconds)
     except Exception as error:
         logger.warning("rnn_gpu: a call could not be timed, and the model of the plan decides: %s", error)
     finally:

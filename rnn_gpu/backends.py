@@ -122,6 +122,8 @@ def route_of_torch(
 @functools.cache
 def triton_missing() -> str | None:
     """Why Triton cannot be used, or None."""
+    if torch.version.hip is not None and not interpreting():  # whose GPUs are "cuda" to PyTorch, too
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's"
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
@@ -161,7 +163,7 @@ def _properties(index: int) -> Device:
         name=found.name,
         arch=arch,
         multiprocessors=found.multi_processor_count,
-        shared_memory=found.shared_memory_per_block_optin,
+        shared_memory=getattr(found, "shared_memory_per_block_optin", like.shared_memory),  # not all of AMD's have it
         gigahertz=getattr(found, "clock_rate", like.gigahertz * 1e6) / 1e6,
         l2_bytes=found.L2_cache_size,
         memory_gigabytes_per_second=like.memory_gigabytes_per_second,

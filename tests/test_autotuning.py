@@ -3,6 +3,7 @@ timed: a timer of the tests says what each plan takes.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -552,16 +553,25 @@ def test_nothing_is_measured_where_it_must_not_be(where, automatic, monkeypatch)
 
 
 def test_the_function_gives_what_was_chosen(clock, monkeypatch):
-    """Catches: arguments that the door does not hand on."""
-    given = []
-    monkeypatch.setattr(autotuning, "tune", lambda *arguments: given.append(arguments) or "choice")
+    """Catches: arguments that the door does not hand on; another GPU's clock, which would see nothing."""
+    given, current = [], []
+    tune = lambda *arguments: (given.append(arguments), "choice on cuda:1" if current == ["cuda:1"] else "elsewhere")[1]
+    monkeypatch.setattr(autotuning, "tune", tune)
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(str(device))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
 
     class OnGPU(torch.Tensor):
-        device = torch.device("cuda")
+        device = torch.device("cuda", 1)
 
     monkeypatch.setattr(autotuning, "PLAIN", {OnGPU, torch.Tensor})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     layer, input = rnn_gpu.LSTM(8, 512), torch.randn(3, 2, 8).as_subclass(OnGPU)
     monkeypatch.setattr(OnGPU, "data", property(lambda self: self))
-    assert rnn_gpu.autotune(layer, input, lengths=[1, 2], again=True) == "choice"
+    assert rnn_gpu.autotune(layer, input, lengths=[1, 2], again=True) == "choice on cuda:1"
     assert given == [(layer, input, [1, 2], None, autotuning.device_seconds, True)]

@@ -721,6 +721,26 @@ def test_auto_leaves_calls_of_few_steps_to_pytorch(monkeypatch):
     assert backends.kernels_for(with_option, 16, torch.float32, planning.DEVICES["h200"], True).least_time == 1
 
 
+def test_on_gpus_of_amd_pytorch_serves_the_layers(monkeypatch):
+    """Catches: kernels of NVIDIA's instructions for a GPU that PyTorch calls "cuda", of compute capability 9.0, and
+    that knows none of them.
+    """
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(backends, "device_of", lambda _: planning.DEVICES["h200"])
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(backends, "_chosen", {})
+    layer, on_gpu = rnn_gpu.LSTM(8, 512), types.SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True)
+    route = lambda: backends.route(layer, on_gpu, 1000, 16, torch.float32, False, masked=False)
+    backends.triton_missing.cache_clear()
+    try:
+        assert route() == "torch.nn"
+        assert "AMD" in rnn_gpu.explain(layer, 4, "h200")
+        with rnn_gpu.backend("triton"), pytest.raises(RuntimeError, match="the kernels are for NVIDIA GPUs"):
+            route()
+    finally:
+        backends.triton_missing.cache_clear()
+
+
 @pytest.mark.parametrize("serves, level", [(True, "INFO"), (False, "WARNING")])
 def test_auto_says_once_that_it_falls_back(serves, level, monkeypatch, caplog):
     """Catches: a message for every call, or none; a choice of speed told as loudly as a failure."""
