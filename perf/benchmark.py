@@ -28,6 +28,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import backends
+from rnn_gpu.command import exit_with
 
 # The rule and its numbers are those of the tests; only the norms are taken on the device, where the tensors are large.
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
@@ -578,4 +579,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

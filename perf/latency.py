@@ -28,13 +28,13 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from perf.resources import documented
+from rnn_gpu.command import exit_with
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import compile_kernel
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, name_of
@@ -460,4 +460,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

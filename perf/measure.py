@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from rnn_gpu.command import exit_with
+
 from . import ledger
 from .compiling import JOBS
 
@@ -126,4 +128,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

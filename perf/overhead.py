@@ -24,6 +24,7 @@ import torch
 import rnn_gpu
 from rnn_gpu import aten, backends
 from rnn_gpu.call import Call, Inputs, for_operator
+from rnn_gpu.command import exit_with
 from rnn_gpu.rows import Rows
 
 CELLS = ("LSTM", "GRU", "RNN")
@@ -192,4 +193,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -17,6 +17,7 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
+from rnn_gpu.command import exit_with
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.cudnn import cudnn_microseconds
 from rnn_gpu.kernels.plan import DEVICES, Plan
@@ -286,4 +287,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -20,6 +20,7 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
+from rnn_gpu.command import exit_with
 from rnn_gpu.kernels.devices import named
 
 from . import cases as grids
@@ -474,4 +475,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -15,10 +15,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 from dataclasses import asdict
 
 from rnn_gpu import zoo
+from rnn_gpu.command import exit_with
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import ROWS, TENSOR_CORE, Resources, compile_plan
 from rnn_gpu.kernels.plan import DEVICES, Plan, Problem, exchanging_plans, plan
@@ -179,9 +179,12 @@ def compile_all(all_plans: list[Plan], arch: int, jobs: int, rows: str = "dense"
     """Pairs of a plan and its resources, or why it failed, as they are ready, compiled by `jobs` processes."""
     # spawn: a fork would copy the threads' locks of a process that has imported torch
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(_attempt, p, arch, rows): p for p in all_plans}
-        for done in concurrent.futures.as_completed(running):
-            yield running[done], done.result()
+        try:
+            running = {pool.submit(_attempt, p, arch, rows): p for p in all_plans}
+            for done in concurrent.futures.as_completed(running):
+                yield running[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # where nobody wants the rest
 
 
 def where(p: Plan) -> str:
@@ -283,4 +286,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

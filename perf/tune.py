@@ -25,6 +25,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
+from rnn_gpu.command import exit_with
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
@@ -519,4 +520,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -5,12 +5,12 @@
 import argparse
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Sequence
 
 import torch
 
 from . import __version__, backends, explain, modules, selfcheck, settings
+from .command import exit_with
 
 QUESTIONS = """\
 other questions (docs/api.md):
@@ -99,4 +99,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, modules, settings
+from .command import BROKEN_PIPE, exit_with
 
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 ALLOWED = 1e-5  # float32 with full products: 2e-7 is usual, and a wrong equation or a stale state gives 1e-2 or more
@@ -95,7 +96,10 @@ def in_interpreter(cells: list[str]) -> bool:
         return True
     sys.stdout.flush()
     command = [sys.executable, "-m", "rnn_gpu.selfcheck", *cells]
-    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode == 0
+    status = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    if status == BROKEN_PIPE:
+        raise BrokenPipeError("nobody reads what the self-check prints")
+    return status == 0
 
 
 def main(cells: list[str]) -> int:
@@ -104,7 +108,8 @@ def main(cells: list[str]) -> int:
     return 0 if (all_right if here else in_interpreter)(cells) else 1
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """The check alone, of the cells that are asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m rnn_gpu.selfcheck",
         description="Are the kernels right on this machine? Small layers against torch.nn in float64.",
@@ -115,4 +120,8 @@ if __name__ == "__main__":
     cells = parser.parse_args().cells or list(LAYERS)
     if unknown := [cell for cell in cells if cell not in LAYERS]:
         parser.error(f"unknown cell {unknown[0]!r}. Select from {', '.join(map(repr, LAYERS))}.")
-    sys.exit(main(cells))
+    return main(cells)
+
+
+if __name__ == "__main__":
+    exit_with(command)
