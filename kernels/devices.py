@@ -1,6 +1,7 @@
 """The GPUs that are known here, by name: what plans, tests and estimates must know of them. Pure Python."""
 
 import dataclasses
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -176,6 +177,13 @@ SAME_GPU = re.compile(r"sxm[0-9]*|pcie|hbm[0-9]*e?|[0-9]+gb?|generation|workstat
 BY_HAND = re.compile(r"(?:sm_?|compute capability )([0-9]{1,2})\.?([0-9])\W+([0-9]+) *(?:multiprocessors|sms)")
 
 
+def _words(name: str) -> list[str]:
+    """The words of a name that tell GPUs apart."""
+    vendor = ("nvidia", "geforce", "tesla", "gpu", "blackwell")
+    one_word = re.sub(r"\b([0-9]+) gb\b", r"\1gb", name.lower())
+    return [word for word in re.findall("[a-z0-9]+", one_word) if word not in vendor]
+
+
 def named(name: str) -> Device | None:
     """The GPU that a name means, as people or PyTorch write it: "H200", "NVIDIA H100 80GB HBM3", "rtx 4090", "3090"; or
     its sizes, "sm_89, 24 multiprocessors". None where it means none that is known here.
@@ -184,9 +192,7 @@ def named(name: str) -> Device | None:
     if sizes is not None:
         major, minor, multiprocessors = map(int, sizes.groups())
         return of_sizes(10 * major + minor, multiprocessors) if multiprocessors > 0 else None
-    vendor = ("nvidia", "geforce", "tesla", "gpu", "blackwell")
-    one_word = re.sub(r"\b([0-9]+) gb\b", r"\1gb", name.lower())
-    words = [word for word in re.findall("[a-z0-9]+", one_word) if word not in vendor]
+    words = _words(name)
     for count in range(len(words), 0, -1):
         joined = "".join(words[:count])
         for key in (joined, f"rtx{joined}", f"gtx{joined}", joined.removeprefix("rtx")):
@@ -194,6 +200,14 @@ def named(name: str) -> Device | None:
             if found is not None:
                 return found if all(map(SAME_GPU.fullmatch, words[count:])) else None
     return None
+
+
+def nearest(name: str) -> list[str]:
+    """The names of the few known GPUs that are most like a name that means none."""
+    known = {re.sub("^(rtx|gtx)", "", key): gpu for key, gpu in (DEVICES | TOO_OLD).items()}
+    alike = difflib.get_close_matches(re.sub("^(rtx|gtx)", "", "".join(_words(name))), known, 4, 0.5)
+    found = [known[key].name for key in alike or ("h200", "a100", "4090")]
+    return [one.removeprefix("NVIDIA ") for one in found]
 
 
 def of_sizes(arch: int, multiprocessors: int) -> Device:

@@ -6,6 +6,7 @@ T time steps, B rows of the batch, H hidden units, I input features (always H he
 import itertools
 from dataclasses import asdict, dataclass
 
+from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.kernels.plan import Device
 from rnn_gpu.kernels.spec import CELLS, itemsize
 
@@ -122,7 +123,7 @@ def selected(cases: list[Case], conditions: list[str]) -> list[Case]:
         if not separator or field not in Case.__dataclass_fields__:
             known = ", ".join([*Case.__dataclass_fields__, *SHORT])
             raise ValueError(f"unknown condition {condition!r}: NAME=VALUE[,VALUE...] with one of {known}")
-        wanted = set(values.split(","))
+        wanted = {dtype_name(value) if field == "dtype" else value for value in values.split(",")}
         cases = [case for case in cases if str(getattr(case, field)) in wanted]
     return cases
 

@@ -35,11 +35,12 @@ from pathlib import Path
 
 from perf.resources import documented
 from rnn_gpu.command import exit_with
+from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import compile_kernel
 from rnn_gpu.kernels.machine_code import is_poll, is_publish, name_of
 from rnn_gpu.kernels.plan import DEVICES, Plan, plan
-from rnn_gpu.kernels.spec import CELLS, padded
+from rnn_gpu.kernels.spec import CELLS, DTYPES, padded
 
 CLOCK = 1.9  # GHz
 TRAVEL = 130  # ns from a publishing store's issue to its arrival in the second-level cache
@@ -75,7 +76,6 @@ READ = 14  # cycles until a memory instruction has read its registers
 BARRIER = 30  # cycles from the last arrival to the first instruction behind it
 STEPS, SETTLED = 8, 3  # steps that are walked, and those before they repeat
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
-DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Measured plans, and what this clock says of their kernels: an H200, 2026-11-28 (perf/results), Triton 3.7.1. Those
 # without a pause ran with commit 2cc106c too, whose kernels were the same but for that.
 RESULTS, FITTED = Path(__file__).with_suffix(".csv"), "3a3b8ba"
@@ -426,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.latency", description=__doc__.splitlines()[0])
     parser.add_argument("cell", nargs="?", choices=BUILT_IN)
     parser.add_argument("hidden_size", nargs="?", type=int)
-    parser.add_argument("dtype", nargs="?", choices=[*DTYPE, *DTYPE.values()])
+    parser.add_argument("dtype", nargs="?", type=dtype_name, choices=DTYPES, help="or short: bf16, fp16, ...")
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
     parser.add_argument("--precision", choices=["tf32", "ieee"], help="of float32 products (default tf32)")
@@ -439,9 +439,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.dtype is None:
         parser.error("cell, hidden_size and dtype, or --table, or --fit")
-    dtype = DTYPE.get(given.dtype, given.dtype)
-    precision = (given.precision or "tf32") if dtype == "float32" else None
-    p = plan(given.cell, given.hidden_size, given.batch, 1, dtype, DEVICES["h200"], given.backward, precision)
+    precision = (given.precision or "tf32") if given.dtype == "float32" else None
+    p = plan(given.cell, given.hidden_size, given.batch, 1, given.dtype, DEVICES["h200"], given.backward, precision)
     if not isinstance(p, Plan) or p.alone:
         print(p if not isinstance(p, Plan) else f"one program alone, which waits for nobody: {p}")
         return 1

@@ -18,6 +18,7 @@ import torch
 import rnn_gpu
 from rnn_gpu import backends
 from rnn_gpu.command import exit_with
+from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.cudnn import cudnn_microseconds
 from rnn_gpu.kernels.plan import DEVICES, Plan
@@ -245,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.profile", description="Where the time of a layer goes.")
     add = parser.add_argument
     add("--cell", choices=BUILT_IN, default="lstm", help="(default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    add("--dtype", type=dtype_name, choices=DTYPES, default="bfloat16", help="or fp16, ... (default: %(default)s)")
     add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")
     add("--time", type=int, default=512, metavar="T", help="steps, on a GPU (default: %(default)s)")

@@ -19,6 +19,7 @@ from dataclasses import asdict
 
 from rnn_gpu import zoo
 from rnn_gpu.command import exit_with
+from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import ROWS, TENSOR_CORE, Resources, compile_plan
 from rnn_gpu.kernels.plan import DEVICES, Plan, Problem, exchanging_plans, plan
@@ -237,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--grid", choices=("usual", "full"), default="usual", help="full: odd sizes too, and two directions; hours")
     add("--quick", action="store_true", help="a grid that takes less than a minute")
     add("--cell", action="append", choices=NAMED, help="only this cell, also of rnn_gpu.zoo (may be repeated)")
-    add("--dtype", action="append", choices=DTYPES, help="only this type (may be repeated)")
+    add("--dtype", action="append", type=dtype_name, choices=DTYPES, help="only this type (may be repeated; bf16, ...)")
     add("--precision", action="append", choices=KINDS["float32"], help="only float32, with these products (repeatable)")
     add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")
     add("--rows", choices=ROWS, default="dense", help="how the rows of the batch lie (default: dense)")

@@ -26,6 +26,7 @@ from torch import Tensor
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
 from rnn_gpu.command import exit_with
+from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
 from rnn_gpu.kernels.plan import CHUNK_ROW_BYTES, DEVICES, Device, Plan
@@ -429,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.tune", description="Time all plans of a shape on a GPU.")
     add = parser.add_argument
     add("--cell", choices=BUILT_IN, default="lstm", help="(default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    add("--dtype", type=dtype_name, choices=DTYPES, default="bfloat16", help="or fp16, ... (default: %(default)s)")
     add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")
     add("--directions", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")

@@ -6,11 +6,15 @@ import argparse
 import importlib.metadata
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from . import __version__, backends, explain, modules, selfcheck, settings
 from .command import exit_with
+from .dtypes import dtype_name, dtype_of
+from .kernels.devices import DEVICES, TOO_OLD
+from .kernels.spec import DTYPES
 
 QUESTIONS = """\
 other questions (docs/api.md):
@@ -52,6 +56,20 @@ def about() -> int:
     return selfcheck.main(list(selfcheck.LAYERS))
 
 
+class Devices(argparse.Action):
+    """Print the GPUs that are known by name, and end: no layer need be named."""
+
+    def __init__(self, **given: Any):
+        super().__init__(nargs=0, **given)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """The list, and the end."""
+        for gpu in (*DEVICES.values(), *TOO_OLD.values()):
+            name, old = gpu.name.removeprefix("NVIDIA "), "" if gpu.arch >= 80 else ": too old for the kernels"
+            print(f"{name:20} compute capability {gpu.arch / 10}, {gpu.multiprocessors} multiprocessors{old}")
+        parser.exit()
+
+
 def explained(chosen: argparse.Namespace) -> str:
     """`explain` of the layer that the arguments describe. Its errors, and those of the layer."""
     kind = getattr(modules, selfcheck.LAYERS[chosen.layer])
@@ -61,7 +79,7 @@ def explained(chosen: argparse.Namespace) -> str:
         chosen.layers,
         bidirectional=chosen.bidirectional,
         device="meta",
-        dtype=getattr(torch, chosen.dtype),
+        dtype=dtype_of(chosen.dtype),
     )
     options = dict(ragged=chosen.ragged, training=not chosen.inference, precision=chosen.precision)
     return explain(layer, chosen.batch_size, chosen.device, **options)
@@ -83,9 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--layers", type=int, default=1)
     one.add_argument("--bidirectional", action="store_true")
     one.add_argument("--batch-size", type=int, default=16)
-    one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    one.add_argument("--dtype", type=dtype_name, choices=DTYPES, default="float32", help="or short: bf16, fp16, ...")
     one.add_argument("--precision", choices=("tf32", "ieee"), help="of float32 products (default: PyTorch's)")
     one.add_argument("--device", help='"H200", "RTX 4070 Ti", "sm_89, 24 multiprocessors" (default: the GPU here)')
+    one.add_argument("--devices", action=Devices, help="list the GPUs that are known by name, and do nothing else")
     one.add_argument("--ragged", action="store_true", help="with lengths, resets or packed input")
     one.add_argument("--inference", action="store_true", help="the forward alone")
     chosen = parser.parse_args(arguments)

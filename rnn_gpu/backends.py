@@ -18,7 +18,7 @@ from . import measured, settings
 from .equations import CELL_OF_MODE
 from .kernels import cudnn, machine
 from .kernels import plan as planning
-from .kernels.devices import DEVICES, Device, named, of_sizes
+from .kernels.devices import DEVICES, Device, named, nearest, of_sizes
 from .kernels.spec import CELLS, TRITON_VERSIONS
 
 Sizes = tuple[str, int, int, int, str]  # cell, hidden units, batch, sets, type
@@ -179,10 +179,10 @@ def device_of(device: torch.device | str) -> Device:
     try:
         device = torch.device(device)
     except RuntimeError:
-        names = ", ".join(repr(gpu.name.removeprefix("NVIDIA ")) for gpu in DEVICES.values())
         raise ValueError(
-            f"Unknown device {device!r}. Select a torch device or one of {names}; or give a GPU's compute capability "
-            "and size: 'sm_89, 24 multiprocessors'."
+            f"Unknown device {device!r}. Select a torch device or a GPU that is known by name, such as "
+            f"{', '.join(map(repr, nearest(str(device))))} (`python -m rnn_gpu explain --devices` lists all), or give "
+            "its compute capability and size: 'sm_89, 24 multiprocessors'."
         ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -6,6 +6,7 @@ import torch
 from torch.nn.modules.rnn import RNNCellBase
 
 from . import backends, settings
+from .dtypes import dtype_of
 from .kernels.cudnn import cudnn_microseconds
 from .kernels.devices import Device, named
 from .kernels.plan import Plan
@@ -98,11 +99,20 @@ def _layer_lines(
     return lines
 
 
+def _cells_lines(model: torch.nn.Module) -> list[str]:
+    """What runs the cells of a model: a line, or none where it has none."""
+    cells = [f"{name} ({type(one).__name__})" for name, one in model.named_modules() if isinstance(one, RNNCellBase)]
+    if not cells:
+        return []
+    more = f" and {len(cells) - 4} more" if len(cells) > 4 else ""
+    return [f"{', '.join(cells[:4])}{more}: cells, a step a call, on PyTorch's own kernels whatever the backend"]
+
+
 def explain(
     module: torch.nn.Module,
     batch_size: int,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     ragged: bool = False,
     *,
     training: bool = True,
@@ -113,13 +123,13 @@ def explain(
     module: a layer of this library or of torch.nn, or a model with such layers inside. batch_size: rows of the batch.
     device: a CUDA device, or the name of a GPU that need not be here, as people write it: "H200", "rtx 4090", "L4",
     "NVIDIA A100-SXM4-40GB", or of one that has no name here its compute capability and size, "sm_89, 24
-    multiprocessors"; default: the current GPU, or an H200 where there is none. dtype: default that of the
-    layer's parameters; give autocast's where it is used. ragged: plan for sequences that are packed, end early
-    (lengths) or start anew (resets). training: forward and backward; False: inference. precision: of float32 products,
-    "tf32" or "ieee" (full); default: as PyTorch's switches for RNNs say.
+    multiprocessors"; default: the current GPU, or an H200 where there is none. dtype: torch.bfloat16, or its name,
+    "bfloat16" or "bf16"; default that of the layer's parameters; give autocast's where it is used. ragged: plan for
+    sequences that are packed, end early (lengths) or start anew (resets). training: forward and backward; False:
+    inference. precision: of float32 products, "tf32" or "ieee" (full); default: as PyTorch's switches for RNNs say.
 
     The times are estimates of a model, not measurements (docs/design.md), but for what `autotune` has measured, which
-    says when. TypeError and ValueError for wrong arguments.
+    says when. Cells of a model are named, in one line. TypeError and ValueError for wrong arguments.
 
     >>> print(explain(torch.nn.GRU(64, 128), batch_size=16, device="T4"))  # doctest: +ELLIPSIS
     on NVIDIA T4 ...
@@ -139,8 +149,9 @@ def explain(
     batch_size = settings.positive_integer("batch_size", batch_size)
     if precision not in (None, "tf32", "ieee"):
         raise ValueError(f"Unknown precision {precision!r}. Select from 'tf32', 'ieee'.")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
+    if dtype is not None and not isinstance(dtype, torch.dtype | str):
         raise TypeError(f"explain(): argument 'dtype' must be torch.dtype, not {type(dtype).__name__}")
+    dtype = None if dtype is None else dtype_of(dtype)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype should be a floating point type, got: {dtype}")
     stands_in = device is None and not torch.cuda.is_available()
@@ -160,6 +171,7 @@ def explain(
         found = _layer_lines(layer, batch_size, gpu, of_layer, ragged, training, multiplied)
         planned = planned or any(line.startswith("  ") for line in found)
         lines += [f"{name}: {found[0]}" if name else found[0], *found[1:]]
+    lines += _cells_lines(module)
     if planned:
         estimates = (
             "Times are estimates of a model that was fitted on an H200, cuDNN's too: rnn_gpu.autotune measures both"

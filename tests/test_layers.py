@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rnn_gpu
 from rnn_gpu import backends, settings
 from rnn_gpu.__main__ import main
+from rnn_gpu.dtypes import dtype_name, dtype_of
 from rnn_gpu.kernels import cudnn, machine
 from rnn_gpu.kernels import plan as planning
+from rnn_gpu.kernels.devices import DEVICES, TOO_OLD, named
 from tests.layers import STATES, draw, outcome, pair, same
 
 NAMES = tuple(STATES)
@@ -345,23 +348,71 @@ def test_explain_names_the_reason_for_torch():
     for batch_size, got in ((16.5, "16.5"), ("16", "'16'"), (None, "None"), (torch.zeros(5, 2, 8), "Tensor")):
         with pytest.raises(TypeError, match=f"batch_size should be an integer, got: {got}$"):
             rnn_gpu.explain(rnn_gpu.LSTM(8, 8), batch_size, "h200")
-    with pytest.raises(TypeError, match=r"argument 'dtype' must be torch\.dtype, not str"):
-        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", dtype="bf16")
+    with pytest.raises(TypeError, match=r"argument 'dtype' must be torch\.dtype, not int"):
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", dtype=16)
     with pytest.raises(ValueError, match="Unknown precision 'tf16'"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", precision="tf16")
-    with pytest.raises(TypeError, match=r"'dtype' must be torch.dtype, not str"):
-        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", "bfloat16")
+    for unknown in ("tf16", "", "torch", "nn"):
+        with pytest.raises(ValueError, match=f"Unknown dtype '{unknown}'. Select a torch.dtype or one of 'float32'"):
+            rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", unknown)
     with pytest.raises(ValueError, match="dtype should be a floating point type"):
-        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", torch.int32)
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", "int32")
     cell = rnn_gpu.LSTMCell(3, 4), "cells run on PyTorch's own kernels"
     for nothing, words in ((torch.nn.Linear(3, 4), "Linear"), (torch.nn.LSTM, "got: type"), (3, "got: int"), cell):
         with pytest.raises(TypeError, match=words):
             rnn_gpu.explain(nothing, 4)
 
 
+def test_types_have_one_set_of_names():
+    """Catches: a name of a type that `explain` or one of the commands takes, and another does not."""
+    names = {torch.float32: "float32 fp32 float", torch.float16: "float16 fp16 half", torch.bfloat16: "bfloat16 bf16"}
+    for dtype, known in names.items():
+        for name in known.split():
+            for written in (name, f"torch.{name}", name.upper()):
+                assert dtype_of(written) is dtype_of(dtype) is dtype
+                assert dtype_name(written) == str(dtype).removeprefix("torch.")
+    assert dtype_of("double") is torch.float64 and dtype_name("tf16") == "tf16"
+    layer = rnn_gpu.LSTM(8, 8)
+    assert rnn_gpu.explain(layer, 4, "h200", "bf16") == rnn_gpu.explain(layer, 4, "h200", torch.bfloat16)
+    for path in (Path(rnn_gpu.__file__).parents[1] / "perf").glob("*.py"):
+        for options in re.findall(r"""\("-*dtype",.*""", path.read_text("utf-8")):
+            assert "type=dtype_name, choices=DTYPES" in options, path
+
+
+def test_explain_names_the_cells_of_a_model():
+    """Catches: a part of a model that is passed over in silence; a line about cells where there are none."""
+    cells = {"step": rnn_gpu.GRUCell(3, 4), "more": torch.nn.ModuleList([torch.nn.LSTMCell(3, 4)])}
+    layer = {"encoder": rnn_gpu.GRU(3, 64), "own": rnn_gpu.zoo.MGU(3, 64)}
+    lines = rnn_gpu.explain(torch.nn.ModuleDict(layer | cells), 4, "h200").splitlines()
+    words = "cells, a step a call, on PyTorch's own kernels whatever the backend"
+    assert [line for line in lines if "Cell" in line] == [f"step (GRUCell), more.0 (LSTMCell): {words}"]
+    assert words not in rnn_gpu.explain(torch.nn.ModuleDict(layer), 4, "h200")
+    many = torch.nn.ModuleDict(layer | {f"c{i}": torch.nn.RNNCell(3, 4) for i in range(7)})
+    assert f"c3 (RNNCell) and 3 more: {words}" in rnn_gpu.explain(many, 4, "h200")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    {"rtx 4070 tie": "RTX 4070 Ti", "H20O": "H200", "5090ti": "RTX 5090", "V10O": "V100", "X": "H200"}.items(),
+)
+def test_an_unknown_gpu_is_told_the_nearest(name, near, capsys):
+    """Catches: eighty names where four would do; the one that was meant left out; a list that is nowhere."""
+    with pytest.raises(ValueError, match=f"Unknown device '{name}'.*'{near}'") as raised:
+        rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
+    assert len(str(raised.value)) < 320
+    command = re.search(r"`python -m rnn_gpu ([^`]*)` lists all", str(raised.value)).group(1)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    listed = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(listed) == len(DEVICES) + len(TOO_OLD)
+    for line, gpu in zip(listed, (*DEVICES.values(), *TOO_OLD.values()), strict=True):
+        assert named(line.partition(" compute")[0]) == gpu and f"{gpu.multiprocessors} multi" in line
+        assert ("too old" in line) == (gpu.arch < 80)
+
+
 def test_the_command_explains_a_layer(capsys):
     """Catches: a command that explains another layer than its arguments say; an error that is no line of help."""
-    options = "--layers 2 --bidirectional --batch-size 4 --input-size 8 --dtype bfloat16 --ragged --inference"
+    options = "--layers 2 --bidirectional --batch-size 4 --input-size 8 --dtype bf16 --ragged --inference"
     assert main(["explain", "GRU", "300", "--device", "RTX 3060", *options.split()]) == 0
     gru = rnn_gpu.GRU(8, 300, 2, bidirectional=True, dtype=torch.bfloat16)
     assert capsys.readouterr().out == rnn_gpu.explain(gru, 4, "3060", ragged=True, training=False) + "\n"
@@ -410,7 +461,7 @@ def test_explain_does_not_take_one_gpu_for_another(name):
     leaves a user without a way on.
     """
     with pytest.raises(
-        ValueError, match=f"Unknown device {name!r}. Select a torch device or one of 'H200', 'H100'"
+        ValueError, match=f"Unknown device {name!r}. Select a torch device or a GPU that is known by name, such as"
     ) as e:
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, name)
     assert "give a GPU's compute capability and size: 'sm_89, 24 multiprocessors'" in str(e.value)

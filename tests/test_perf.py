@@ -78,6 +78,10 @@ def test_grids_hold_what_they_promise():
 def test_conditions_choose_cases():
     """Catches a condition that chooses nothing in silence."""
     some = cases.selected(cases.full(), ["cell=gru", "H=512,1024", "layers=2"])
+    short, whole = ("bf16", "half"), ("bfloat16", "float16")
+    assert (
+        cases.selected(some, [f"dtype={','.join(short)}"]) == cases.selected(some, [f"dtype={','.join(whole)}"]) != []
+    )
     assert some and all(c.cell == "gru" and c.hidden_size in (512, 1024) and c.layers == 2 for c in some)
     for wrong in ("size=3", "lstm"):
         with pytest.raises(ValueError, match="unknown condition"):
