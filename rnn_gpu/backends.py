@@ -181,8 +181,8 @@ def device_of(device: torch.device | str) -> Device:
     except RuntimeError:
         raise ValueError(
             f"Unknown device {device!r}. Select a torch device or a GPU that is known by name, such as "
-            f"{', '.join(map(repr, nearest(str(device))))} (`python -m rnn_gpu explain --devices` lists all), or give "
-            "its compute capability and size: 'sm_89, 24 multiprocessors'."
+            f"{', '.join(map(repr, nearest(str(device))))} (`python -m rnn_gpu explain --devices` lists all); or give "
+            "a GPU's compute capability and size: 'sm_89, 24 multiprocessors'."
         ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
