@@ -51,7 +51,9 @@ class Call(NamedTuple):
     biases: bool = True
     projected: bool = False
     route: str = "kernels"  # functional.ROUTES
-    saving: str = "nothing"  # operators.SAVING
+    # What a forward keeps for its backward: "nothing"; the outputs and states, from which the backward makes the gates
+    # again by one product ("lean"); or the gates too ("full").
+    saving: str = "nothing"
     limits: tuple[int, bool] = (0, True)  # of plans: settings.limits
     functional: bool = False  # for torch.func, which maps operators: each layer is one, and results are all it has
     cells: bool = False  # c of every step is a result, too

@@ -1,9 +1,11 @@
-"""The one door between torch and the kernels: opaque operators for the recurrence, and for gates that are made again.
+"""The door between torch and the kernels of a layer: plans as a call asks for them, and opaque operators for the
+recurrence and for gates that are made again, for graphs and transforms. (Eager calls go to the launchers, autograd.py;
+stacks have operators of their own, stack_operators.py.)
 
 T steps, B rows of the batch, R rows of all steps (T * B, or fewer where sequences are packed), N weight sets
 (directions), G gates, A of them apart, K states beside h, H hidden units, E slots a unit (kernels/spec.py).
 
-Where rows lie is said by four arguments everywhere: time (T), lengths, offsets, resets, as in `kernels.rows.Rows`.
+Where rows lie, and what is drawn for a layer, is said by the tensors of `kernels.rows.Rows` and time (T), everywhere.
 """
 
 import functools
@@ -19,10 +21,6 @@ from .kernels.plan import Plan
 from .kernels.spec import CELLS, known, padded
 from .library import fake, no_derivative, operator_of, without_tangents
 from .rows import Rows
-
-# What a forward keeps for its backward: nothing; the outputs and states, from which the backward makes the gates again
-# by one product ("lean"); or the gates too ("full").
-SAVING = ("nothing", "lean", "full")
 
 
 @functools.cache
@@ -89,7 +87,7 @@ def recurrence(
     lengths int32 [B], offsets int64 [T+1], resets int8 [T, B], dropped float32 [N, B, H], kept_h and kept_c int8 [R, N,
     H] (`Rows`): each may be None. rate_h, rate_c: what stays of h and of the states in every step where there is no
     mask, or None. reversed_sets: 0 no set runs backwards in time, 1 all, 2 every second one. max_programs, alone: what
-    a plan may use, see `settings.limits`. saving: see SAVING.
+    a plan may use, see `settings.limits`. saving: see `Call`.
     -> y [R, N, H]; h_n [N, B, H]; c_n [N, B, K*H], empty for cells without states; the gates [R, N, G*H] if `saving`
     is "full" and the cell needs them, else empty; aux, what the backward needs besides; and what else, see
     `Cell.keeps_carries`, [R, N, ...], else empty.
@@ -162,8 +160,7 @@ def recurrence_backward(
     through the gates; d_parameters [N, B, P*H] in float32, each row's part, empty where there are none; d_kept_0 [N, B,
     H] in float32, where a part of h is kept and not carried, what of h0's gradient comes that way, else empty.
     """
-    batch = y.shape[0] // time if offsets is None else lengths.shape[0]
-    rows = Rows(time, batch, *map(_of_rows, (lengths, offsets, resets)), dropped, kept_h, kept_c)
+    rows = Rows(time, h0.shape[1], *map(_of_rows, (lengths, offsets, resets)), dropped, kept_h, kept_c)
     kept = None if rate_h is None and rate_c is None else (rate_h or 0.0, rate_c or 0.0)
     call = Call(cell, y.shape[1], reversed_sets, limits=(max_programs, alone), clip=clip, zoneout=kept)
     d_outputs, states, saved = (d_y, d_h_n, d_c_n, d_cells), (h0, c0, parameters), (y, gates, aux, carries)

@@ -141,6 +141,6 @@ def past_the_end(rows: Rows) -> Tensor:
     return torch.arange(rows.time, device=rows.lengths.device).unsqueeze(1) >= rows.lengths
 
 
-def starts_anew(resets: Tensor | None, rows) -> Tensor | None:
-    """bool [len(rows), 1], whether the given rows of dense input start anew; None where nothing does."""
-    return None if resets is None else resets.bool().flatten()[rows].unsqueeze(1)
+def starts_anew(resets: Tensor, rows) -> Tensor:
+    """bool [len(rows), 1], whether the given rows of dense input start anew."""
+    return resets.bool().flatten()[rows].unsqueeze(1)
