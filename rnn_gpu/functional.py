@@ -38,24 +38,17 @@ def recurrent_stack(
         inputs = Inputs(input, *in_turn(weights, each), None, None, h0, c0)
         y, h_n, c_n, cells = _directly(inputs, drawn(call, rows, input, weights[1]), call)
         return y.flatten(1).contiguous(), h_n, c_n, cells.flatten(1) if call.cells else None
-    if call.route == "opaque" and aten_stack.serves(call, rows, input, dropout if count > call.sets else 0.0):
-        c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0  # Dynamo takes no tensor twice
-        how = call.cell, call.biases, count // call.sets, call.sets, rows.time, call.saving != "nothing"
-        y, h_n, c_n = aten_stack.stack(h0, c0, *how, input, *weights)
-        return y, h_n, c_n if CELLS[call.cell].states else None, None
-    if stack_operators.serves(call, count // call.sets, dropout):
-        c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0
-        mask = drawn_between(input, weights[1].shape[1], count, dropout)
-        how = *rows[2:5], mask, rows.time, dropout, call.cell, call.biases, call.saving, *call.limits
-        y, h_n, c_n = stack_operators.stack(h0, c0, *how, input, *weights)
-        return y, h_n, c_n if CELLS[call.cell].states else None, None
+    if call.route in ("opaque", "kernels"):
+        results = _as_one_operator(call, rows, input, h0, c0, weights, dropout, count)
+        if results is not None:
+            return results
     if h0 is None and call.route != "direct":
         h0, c0 = zero_states(call, rows, input, weights, count)
     # Where nothing is differentiated, the kernels write the final states of all layers into one tensor.
-    whole = None
+    finals = None
     plain = not call.projected and not call.beyond_aten
     if call.route == "direct" and call.saving == "nothing" and plain and count > call.sets:
-        whole = final_states(call, rows, input, weights, count)
+        finals = final_states(call, rows, input, weights, count)
     h_n, c_n, cells, first, frozen = [], [], None, 0, 0
     if call.route == "direct" and call.saving != "nothing" and not call.beyond_aten:
         frozen = frozen_layers((input, h0, c0), weights, each * call.sets)
@@ -76,10 +69,10 @@ def recurrent_stack(
         if count > len(kinds[0]) or call.route != "direct":
             states = [None if state is None else state[sets] for state in states]
         inputs = Inputs(input, *kinds, *[None] * (4 - len(kinds)), weight_hr, None, *states, parameters)
-        places = (None, None) if whole is None else (whole[0][sets], None if whole[1] is None else whole[1][sets])
+        places = [None if of_all is None else of_all[sets] for of_all in finals or (None, None)]
         if layers > 1:
             y, h, c = side_by_side(inputs, rows, of_group, dropout, *places)
-        elif whole is None:
+        elif finals is None:
             of_layer = of_group if sets.stop == count else of_group._replace(cells=False)
             y, h, c, cells = ROUTES[call.route](inputs, drawn(call, rows, input, mine[1]), of_layer)
         else:
@@ -91,11 +84,30 @@ def recurrent_stack(
             input = passed.on(sets.stop - 1, input)
         elif dropout > 0 and sets.stop < count:
             input = functional.dropout(input, dropout)
-    if whole is not None:
-        return input.contiguous(), *whole, None
+    if finals is not None:
+        return input.contiguous(), *finals, None
     together = lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts)
     cells = cells.flatten(1) if call.cells else None
     return input.contiguous(), together(h_n), together(c_n) if CELLS[call.cell].states else None, cells
+
+
+def _as_one_operator(
+    call: Call, rows: Rows, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], dropout: float,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor | None, None] | None:  # fmt: skip
+    """`recurrent_stack` in a graph where all layers are one operator; None where none serves them. count: L*D."""
+    layers = count // call.sets
+    c0 = c0.view_as(c0) if c0 is not None and c0 is h0 else c0  # Dynamo takes no tensor twice
+    if call.route == "opaque" and aten_stack.serves(call, rows, input, dropout if layers > 1 else 0.0):
+        how = call.cell, call.biases, layers, call.sets, rows.time, call.saving != "nothing"
+        y, h_n, c_n = aten_stack.stack(h0, c0, *how, input, *weights)
+    elif stack_operators.serves(call, layers, dropout):
+        mask = drawn_between(input, weights[1].shape[1], count, dropout)
+        how = *rows[2:5], mask, rows.time, dropout, call.cell, call.biases, call.saving, *call.limits
+        y, h_n, c_n = stack_operators.stack(h0, c0, *how, input, *weights)
+    else:
+        return None
+    return y, h_n, c_n if CELLS[call.cell].states else None, None
 
 
 def drawn(call: Call, rows: Rows, input: Tensor, weight_hh: Tensor) -> Rows:
