@@ -4,8 +4,8 @@ Written to be read. Any floating dtype (the tests use float64), any device, torc
 in place and no branch depends on data, so autograd differentiates the forward any number of times and
 torch.func transforms it; the library's second derivatives and forward mode run the loop forward (`recurrence`), and so
 does a cell that has no kernels and that PyTorch does not know.
-What goes backwards step by step (`recurrence_backward`, `weight_gradients`) and what is there to compare with
-(`previous_states`, `layer`) serves documentation and tests alone: the kernels' backward has the same order.
+What goes backwards step by step (`recurrence_backward`) and what is there to compare with (`layer`) serves
+documentation and tests alone: the kernels' backward has the same order.
 
 Glossary, for every shape in this file:
 
@@ -23,7 +23,6 @@ its own h (GRU), or nothing (RNN).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +88,7 @@ def split_parameters(cell: Cell, parameters: Tensor | None) -> Gates:
     return () if parameters is None else parameters.chunk(len(cell.parameters), -1)
 
 
-def previous_states(y: Tensor, h0: Tensor, reverse: bool = False) -> Tensor:
+def previous_states(y: Tensor, h0: Tensor, reverse: bool) -> Tensor:
     """The h each step started from: y one step later in the direction of flow, h0 for the first.
 
     y [T, B, H], h0 [B, H] -> h_prev [T, B, H], in the order of time. Without lengths and resets.
@@ -286,7 +285,8 @@ def recurrence_backward(
     d_h0      [B, H]
     d_c0      [B, K*H]     or None
 
-    `weight_gradients` makes the gradients of the weights of d_hidden and d_input.
+    Those of the weights are products outside the loop: d_weight_hh = sum_t d_hidden[t].T @ h_prev[t] with h_prev of
+    `previous_states`, d_weight_ih = sum_t d_input[t].T @ input[t], and the biases' are the sums over t and rows.
     """
     check_arguments(cell, bias_hn, c0)
     spec, order = CELLS[cell], time_order(x_part.shape[0], reverse)
@@ -336,35 +336,3 @@ class StepBackward:
         parts = torch.tensor(self.counts).cumsum(0).tolist()
         split = [tuple(found[end - count : end]) for count, end in zip(self.counts, parts, strict=True)]
         return split if self.counts[3] else split[:3]
-
-
-class WeightGradients(NamedTuple):
-    """Gradients of a layer's parameters; bias_hn, the part of bias_hh of gates apart, is None where there are none."""
-
-    weight_ih: Tensor  # [G*H, I]
-    weight_hh: Tensor  # [G*H, H]
-    bias_ih: Tensor  # [G*H]
-    bias_hh: Tensor  # [G*H]
-    bias_hn: Tensor | None  # [A*H]
-
-
-def weight_gradients(cell: str, d_hidden: Tensor, d_input: Tensor, h_prev: Tensor, input: Tensor) -> WeightGradients:
-    """Gradients of a layer's parameters from those of its gate sums: products outside the loop over time.
-
-    d_hidden, d_input [T, B, G*H] of `recurrence_backward`; h_prev [T, B, H] of `previous_states`;
-    input [T, B, I].
-
-    d_weight_ih = sum_t d_input[t].T @ input[t]        d_bias_ih = sum_tb d_input
-    d_weight_hh = sum_t d_hidden[t].T @ h_prev[t]      d_bias_hh = sum_tb d_hidden, the part of gates apart is d_bias_hn
-
-    The gradient of the input is d_input @ weight_ih.
-    """
-    d_hidden, d_input = d_hidden.flatten(0, 1), d_input.flatten(0, 1)
-    spec, d_bias_hh = CELLS[cell], d_hidden.sum(0)
-    return WeightGradients(
-        weight_ih=d_input.T @ input.flatten(0, 1),
-        weight_hh=d_hidden.T @ h_prev.flatten(0, 1),
-        bias_ih=d_input.sum(0),
-        bias_hh=d_bias_hh,
-        bias_hn=torch.cat(d_bias_hh.chunk(spec.gates)[spec.gates - spec.apart :]) if spec.apart else None,
-    )

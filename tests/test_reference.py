@@ -221,8 +221,10 @@ def test_backward_equals_autograd(cell, reverse, hidden_size, batch, steps, seed
             cell, x_part, weight_hh, bias_hn, h0, c0, y, d_y, d_h_n, d_c_n, reverse
         )
         h_prev = reference.previous_states(y, h0, reverse)
-        weights = reference.weight_gradients(cell, d_hidden, d_input, h_prev, input)
-        actual = [d_input, d_h0, d_c0, d_input @ weight_ih, *weights]
+        by_step = [torch.einsum("tbg,tbk->gk", d, x) for d, x in ((d_input, input), (d_hidden, h_prev))]
+        d_bias_ih, d_bias_hh = d_input.sum((0, 1)), d_hidden.sum((0, 1))
+        d_bias_hn = d_bias_hh[-hidden_size:] if cell == "gru" else None
+        actual = [d_input, d_h0, d_c0, d_input @ weight_ih, *by_step, d_bias_ih, d_bias_hh, d_bias_hn]
     names = "x_part h0 c0 input weight_ih weight_hh bias_ih bias_hh bias_hn"
     assert_all_same(actual, expected, names)
     assert cell == "gru" or torch.equal(d_hidden, d_input)
