@@ -22,7 +22,7 @@ and do not flush what is smaller than a normal number), and a memory model (a st
 order; only `torn=True` changes that).
 
 Nothing of Triton's code is copied: its methods are wrapped while a context is open, and put back afterwards.
-Tried with Triton 3.6, 3.7 and 3.9. Importing this module loads neither numpy nor the interpreter.
+Tried with the versions of spec.TRITON_VERSIONS. Importing this module loads neither numpy nor the interpreter.
 """
 
 import contextlib
