@@ -146,7 +146,7 @@ def _norm(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(tensor.double()).item()
 
 
-def errors(problem: Problem, mode: str, oracle: dict[str, Tensor], peer: dict[str, Tensor]) -> Callable:
+def errors(problem: Problem, oracle: dict[str, Tensor], peer: dict[str, Tensor]) -> Callable:
     """A function from results to the largest error over the allowed one, and the name of the tensor that has it."""
     eps = EPS[problem.input.dtype]
     allowed = {}
@@ -225,7 +225,7 @@ class Session:
             Candidate(lambda x: exact(x)[0], dict(exact.named_parameters()), "float64"), part, mode, torch.float64
         )
         peer = results(PROVIDERS["torch.nn"].candidate(problem.weights, problem.case), part, mode)
-        return errors(part, mode, oracle, peer), steps
+        return errors(part, oracle, peer), steps
 
     # ---- How fast is it? ----
 

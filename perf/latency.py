@@ -176,10 +176,9 @@ class Walk:
 
     def __init__(
         self, lines: list[Line], labels: dict[str, int], warps: int, *, late: int = 0, waiting: bool = True,
-        memory: float = LOAD, chunks: int = 1, pause: int = 0,
+        chunks: int = 1, pause: int = 0,
     ):  # fmt: skip
-        self.lines, self.labels, self.memory, self.chunks = lines, labels, int(memory * CLOCK), chunks
-        self.pause = pause
+        self.lines, self.labels, self.chunks, self.pause = lines, labels, chunks, pause
         self.begin, self.end = time_loop(lines, labels)
         self.team = [Warp(i, self.begin) for i in range(warps)]
         self.late, self.waiting = late, waiting
@@ -242,8 +241,7 @@ class Walk:
         if is_poll(line.text):
             warp.polls.append(start + int(SAMPLE * CLOCK))
         if line.write < 6:
-            plain = line.name == "LDG" and not is_poll(line.text)
-            done = start + (self.memory if plain else LATENCY.get(line.name, 0))
+            done = start + LATENCY.get(line.name, 0)
             warp.scoreboards[line.write] = max(warp.scoreboards[line.write], done)
         if line.read < 6:
             warp.scoreboards[line.read] = max(warp.scoreboards[line.read], start + READ)
@@ -338,12 +336,10 @@ def megabytes(p: Plan) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def estimate(p: Plan, arch: int = 90, memory: float = LOAD) -> Estimate:
-    """Compile a plan's kernel and walk its time loop. memory: ns until a plain load has its result; kernels that do not
-    prefetch wait for memory itself, 420.
-    """
+def estimate(p: Plan, arch: int = 90) -> Estimate:
+    """Compile a plan's kernel and walk its time loop."""
     lines, labels = disassemble(compile_kernel(p, arch).asm["cubin"])
-    how = dict(memory=memory, chunks=max(1, p.streamed), pause=p.pause)
+    how = dict(chunks=max(1, p.streamed), pause=p.pause)
     walks = [Walk(lines, labels, p.warps, late=late, **how) for late in LATE]
     alone = Walk(lines, labels, p.warps, waiting=False, **how)
     way = statistics.mean(w.microseconds for w in walks)
