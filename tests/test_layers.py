@@ -129,7 +129,7 @@ def test_dropout_on_one_layer_warns():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_input_and_projection_go_to_torch(name):
+def test_packed_input_and_projection_go_to_torch(name, monkeypatch):
     """Catches: a packed input or a projection that the wrapper does not hand on untouched on the CPU."""
     kwargs = {"proj_size": 3} if name == "LSTM" else {}
     torch.manual_seed(0)
@@ -137,7 +137,11 @@ def test_packed_input_and_projection_go_to_torch(name):
     theirs = getattr(torch.nn, name)(5, 7, **kwargs)
     theirs.load_state_dict(ours.state_dict())
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 5) for n in (2, 4, 3)], enforce_sorted=False)
-    mine, other = ours(packed), theirs(packed)
+    handed, forward = [], type(theirs).forward
+    monkeypatch.setattr(type(theirs), "forward", lambda self, *given: handed.append(given) or forward(self, *given))
+    mine = ours(packed)
+    assert len(handed) == 1 and handed[0][0] is packed
+    other = theirs(packed)
     assert torch.equal(mine[0].data, other[0].data)
     for a, b in zip(*(s if isinstance(s, tuple) else (s,) for s in (mine[1], other[1])), strict=True):
         assert torch.equal(a, b)
