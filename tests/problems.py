@@ -53,7 +53,7 @@ class Problem:
 
     def reverse(self, n: int) -> bool:
         """Whether set n runs backwards in time."""
-        return self.reversed_sets == 1 or (self.reversed_sets == 2 and n % 2 == 1)
+        return runs_backwards(self.reversed_sets, n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +259,7 @@ def run_forward(problem: Problem, forward_plan: Plan, given: Data, saving: str =
     )
     steps = (problem.time, problem.batch)
     for n, last in enumerate(h_n):
-        shown = y.unflatten(0, steps)[0 if runs_backwards(problem.reversed_sets, n) else -1, :, n]
+        shown = y.unflatten(0, steps)[0 if problem.reverse(n) else -1, :, n]
         assert torch.equal(bits(last), bits(shown)), "h_n is not the last output"
     return y.unflatten(0, steps), c_n, None if aux is None else aux.unflatten(0, steps), gates.unflatten(0, steps)
 

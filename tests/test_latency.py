@@ -97,9 +97,9 @@ LOOP = """
 """
 
 
-def control(stall: int, write: int = 7, read: int = 7, wait: int = 0) -> int:
+def control(stall: int, write: int = 7, wait: int = 0) -> int:
     """The upper half of an instruction with these control bits."""
-    return (stall | write << 5 | read << 8 | wait << 11) << 41
+    return (stall | write << 5 | 7 << 8 | wait << 11) << 41
 
 
 def walked(*controls: int, waiting: bool = True) -> latency.Walk:

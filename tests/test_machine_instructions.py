@@ -48,9 +48,9 @@ FORMATS = {  # bits, exponent of the smallest number, largest number
 }
 
 
-def random_floats(seed: int, count: int = 32) -> np.ndarray:
+def random_floats(seed: int) -> np.ndarray:
     """Random bit patterns: every exponent, NaN and denormals among them."""
-    return np.random.default_rng(seed).integers(0, 1 << 32, count, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    return np.random.default_rng(seed).integers(0, 1 << 32, 32, dtype=np.uint64).astype(np.uint32).view(np.float32)
 
 
 def near(seed: int) -> np.ndarray:
@@ -369,13 +369,13 @@ def signed(x: int, bits: int) -> int:
     return x - (1 << bits) if x >> (bits - 1) & 1 else x
 
 
-def assert_integers(code: str, kind: str, function, *kinds: str, result: str | None = None) -> None:
+def assert_integers(code: str, kind: str, function, *kinds: str) -> None:
     """`code` against a function of Python's integers, signed where the type is."""
     given = []
     for i, k in enumerate(kinds):
         given.append(integers(int(k[1:]), 7 * i + 1))
-    found = value_of(code, result or kind, *((k, np.array(x, np.uint64)) for k, x in zip(kinds, given, strict=True)))
-    width = int((result or kind)[1:])
+    found = value_of(code, kind, *((k, np.array(x, np.uint64)) for k, x in zip(kinds, given, strict=True)))
+    width = int(kind[1:])
     for i in range(32):
         values = [signed(x[i], int(k[1:])) if k[0] == "s" else x[i] for k, x in zip(kinds, given, strict=True)]
         expected = function(*values)

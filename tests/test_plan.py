@@ -270,13 +270,12 @@ def test_layers_side_by_side_fit_or_there_is_a_reason(
     assert (1 if backward else p.gates_per_tile) * p.units >= 16
 
 
-def grouped(cell, hidden_size, batch, layers, passes=(False, True), cap=None, device="h200"):
+def grouped(cell, hidden_size, batch, layers, cap=None):
     def plan_of(size, backward):
-        return plan(
-            cell, hidden_size, batch, 1, "float16", DEVICES[device], backward, max_programs=cap, layers=size
-        )  # fmt: skip
+        how = dict(max_programs=cap, layers=size)
+        return plan(cell, hidden_size, batch, 1, "float16", DEVICES["h200"], backward, **how)
 
-    return in_groups(layers, passes, plan_of, DEVICES[device]), plan_of
+    return in_groups(layers, (False, True), plan_of, DEVICES["h200"]), plan_of
 
 
 def test_a_stack_is_put_into_the_launches_that_take_the_least():

@@ -47,9 +47,9 @@ def packed(lengths=(5, 4, 2)):
     return pack_padded_sequence(torch.randn(TIME, len(lengths), INPUT), lengths, enforce_sorted=False)
 
 
-def already_sorted(lengths=(5, 4, 2)):
+def already_sorted():
     """Packed input that says nothing of an order."""
-    return pack_padded_sequence(torch.randn(TIME, len(lengths), INPUT), torch.tensor(lengths))
+    return pack_padded_sequence(torch.randn(TIME, 3, INPUT), torch.tensor([5, 4, 2]))
 
 
 # ---- Gradients in batches --------------------------------------------------------------------------------------------

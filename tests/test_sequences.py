@@ -34,13 +34,13 @@ def draw(layer, batch, time=TIME):
     return torch.randn(time, batch, layer.input_size, generator=generator)
 
 
-def compare(run, oracle_run, layers, input, dtype=torch.float32, exchange=True, peer_run=None):
+def compare(run, oracle_run, layers, input, dtype=torch.float32, exchange=True):
     """The error rule, torch.nn in the same dtype as peer."""
     layer, oracle = layers
     states = states_of(layer, input.shape[1], dtype)
     input = input.to(dtype)
     expected = outcome(oracle_run, oracle, input.double(), states)
-    peer = outcome(peer_run or oracle_run, same(layer, dtype), input, states)
+    peer = outcome(oracle_run, same(layer, dtype), input, states)
     if exchange:
         with always_exchange():
             actual = outcome(run, layer, input, states, BACKEND)
