@@ -72,7 +72,7 @@ def route(
     if tracing and torch.onnx.is_in_onnx_export():
         if module.has_another_forward():
             raise RuntimeError(
-                f"torch.onnx.export cannot export {module.beyond_torch()}: ONNX has no such operator; call "
+                f"torch.onnx.export cannot export {module.option_text()}: ONNX has no such operator; call "
                 "model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
             )
         return "reference" if unknown else "onnx"
@@ -83,7 +83,7 @@ def route(
             )
         if reweighted or module.has_another_forward():
             raise RuntimeError(
-                f"torch.onnx.export(dynamo=False) cannot export {module.beyond_torch()}: use dynamo=True for heads, "
+                f"torch.onnx.export(dynamo=False) cannot export {module.option_text()}: use dynamo=True for heads, "
                 "call model.eval() for dropout, and set the others to their defaults (docs/limits.md)"
             )
         return "reference" if unknown else "torch.nn"
@@ -399,7 +399,7 @@ def kernels_for(
     if beyond_aten(module):
         choice = choice._replace(least_time=1)
         if choice.plans:
-            choice = choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.beyond_torch()}")
+            choice = choice._replace(name="triton", reason=f"PyTorch's own kernels do not know {module.option_text()}")
         return choice
     if not choice.plans or not measured.anything():
         return choice

@@ -188,7 +188,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             raise ValueError("recurrent_dropout and zoneout are not supported with proj_size")
         return tuple(rates) if pair else rates[0]
 
-    def beyond_torch(self) -> str:
+    def option_text(self) -> str:
         """The options that change results and that torch.nn does not know, as in the layer's repr; "" for none."""
         values = {name: getattr(self, name) for name in OPTIONS if name != "memory"}
         return ", ".join(f"{name}={value}" for name, value in values.items() if value != OPTIONS[name])
@@ -196,7 +196,25 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
     def extra_repr(self) -> str:
         """As torch.nn's, with the options that were given."""
         memory = "" if self.memory is None else f"memory={self.memory}"
-        return ", ".join(filter(None, (super().extra_repr(), memory, self.beyond_torch())))
+        return ", ".join(filter(None, (super().extra_repr(), memory, self.option_text())))
+
+    @property
+    def _states(self) -> int:
+        """Tensors in the layer's state."""
+        return 1 + len(CELLS[backends.cell_of(self)].states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch.nn, without what is remembered of calls."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_known_calls"}
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for before it compiles: RuntimeError that says what to do instead."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before "
+            "(docs/limits.md)"
+        )
+
+    # ---- The way of a call -------------------------------------------------------------------------------------------
 
     if TYPE_CHECKING:  # torch.nn.Module says that a call gives Any
 
@@ -297,37 +315,6 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
             return self._forward_packed(input, hx, batch_size, dtype, route)
         return self._forward_rows(input, hx, dtype, lengths, resets, route, key)
 
-    def _refuse_input(self, input: object, hx: object) -> NoReturn:
-        """The error for input that is neither a tensor nor a PackedSequence: torch.nn's own, but for torch.fx."""
-        if isinstance(input, torch.fx.Proxy):
-            raise torch.fx.proxy.TraceError(
-                f"torch.fx cannot trace rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before, and "
-                "rnn_gpu.replace_rnns on the traced module; or trace with a Tracer whose is_leaf_module says True for "
-                "torch.nn.RNNBase (docs/limits.md)"
-            )
-        self._as_torch_nn(input, hx)
-        raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
-
-    def _as_torch_nn(self, input, hx):
-        """torch.nn's own forward."""
-        return self._torch_class.forward(self, input, hx)
-
-    @property
-    def _states(self) -> int:
-        """Tensors in the layer's state."""
-        return 1 + len(CELLS[backends.cell_of(self)].states)
-
-    def _slow_forward(self, input, hx=None, lengths=None, resets=None):
-        """What torch.nn.Module calls while traced: torch.onnx.export(dynamo=False) gives all arguments in order."""
-        return super()._slow_forward(input, hx, lengths=lengths, resets=resets)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks for before it compiles: RuntimeError that says what to do instead."""
-        raise RuntimeError(
-            f"torch.jit.script cannot compile rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before "
-            "(docs/limits.md)"
-        )
-
     def _forward_torch(self, input, hx):
         """PyTorch's own kernels; under autocast with results in its dtype, as torch.nn gives for some layers."""
         data = input.data if isinstance(input, PackedSequence) else input
@@ -345,91 +332,6 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         cast = self.with_weights([weight.to(dtype) for weight in weights])
         with torch.autocast(data.device.type, enabled=False):
             return self._torch_class.forward(cast, _cast(input, dtype), _cast(hx, dtype))
-
-    def with_weights(self, weights: list[Tensor]):
-        """This layer with other tensors in place of its weights, for the length of a call."""
-        other = object.__new__(type(self))
-        of_call = {"_flat_weights": weights, "_weights": lambda: weights, "_update_flat_weights": lambda: None}
-        other.__dict__ = self.__dict__ | of_call
-        return other
-
-    def _wants_another(self, input: Tensor | PackedSequence) -> bool:
-        """Whether the weights are computed in another dtype than the input."""
-        data, named = input.data if isinstance(input, PackedSequence) else input, self._flat_weights[0]
-        if named.dtype == data.dtype:
-            return False
-        dtype = _computed_in(data)
-        # Asked of the weights of the call before first: to read them again may cost a parametrization.
-        return _computed_in(named) != dtype and _computed_in(self._weights()[0]) != dtype
-
-    def _named_weights(self) -> list[Tensor | None]:
-        """The tensors that bear the weights' names now, each read once: torch.nn reads a parametrized one up to four
-        times a forward.
-        """
-        own = self._parameters  # the dictionary first: torch.nn.Module's accessors are slow
-        return [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As torch.nn, without what is remembered of calls."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_known_calls"}
-
-    def _are_read(self, named: list[Tensor | None]) -> bool:
-        """Whether `_flat_weights` was made from these tensors. What a user has put into it since then counts, as in
-        torch.nn, until a weight is another tensor.
-        """
-        refs = self._flat_weight_refs
-        if len(refs) != len(named):
-            return False
-        # A weight that is missing says nothing, as in torch.nn, which goes on with the tensor that it had.
-        return all(w is None or r is None or r() is w for w, r in zip(named, refs, strict=True))
-
-    def _weights(self) -> list[Tensor]:
-        """The weights of this call, in torch.nn's order.
-
-        Kept for the next call where they are the layer's own parameters. Others, of a parametrization or put in by
-        `torch.func.functional_call`, are this call's alone: a transform's tensors must not outlive it.
-        """
-        named, read = self._named_weights(), self._flat_weights
-        same = len(read) == len(named) and all(w is other for w, other in zip(named, read, strict=True))
-        if same or self._are_read(named):
-            return read
-        if all(isinstance(weight, torch.nn.Parameter) for weight in named):
-            self._keep(named)
-        return named
-
-    def _beyond_aten(self) -> bool:
-        """Whether a call asks for what PyTorch's own kernels do not know."""
-        return self.has_another_forward() or (self.clip is not None and torch.is_grad_enabled())
-
-    def has_another_forward(self) -> bool:
-        """Whether the results are now others than those of PyTorch's own kernels."""
-        return self.zoneout != 0 or self.return_cells or (self.training and self.recurrent_dropout > 0)
-
-    def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
-        """The weights with `weight_dropout` on the recurrent ones, where it is on."""
-        if not (self.training and self.weight_dropout > 0):
-            return weights
-        pairs = zip(self._flat_weights_names, weights, strict=True)
-        rates = ((self.weight_dropout if name.startswith("weight_hh_l") else 0, weight) for name, weight in pairs)
-        return [dropout(weight, rate) if rate else weight for rate, weight in rates]
-
-    def _keep(self, named: list[Tensor | None]) -> None:
-        self._flat_weights = named
-        self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in named]
-
-    def _update_flat_weights(self) -> None:
-        """For torch.nn's own forward: new weights are read, and made the one chunk of memory that cuDNN wants."""
-        named = self._named_weights()
-        if not self._are_read(named):
-            self._keep(named)
-            self.flatten_parameters()
-
-    def flatten_parameters(self) -> None:
-        """As torch.nn, but not under `fully_shard`: it gathers weights into memory of its own before each forward,
-        and would not reach weights that were moved out of it. Nor those of several heads, which cuDNN does not know.
-        """
-        if self.heads == 1 and not getattr(self, "_is_fsdp_managed_module", False):
-            super().flatten_parameters()
 
     def _forward_rows(self, input: Tensor, hx, dtype: torch.dtype, lengths, resets, route: str, key=None):
         """Dense input, on any route but torch.nn's own forward."""
@@ -547,6 +449,112 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if self._states > 2:
             return *outputs, (h_n, *(state.contiguous() for state in c_n.chunk(self._states - 1, -1)))
         return *outputs, (h_n,) if c_n is None else (h_n, c_n)
+
+    # ---- What is asked on the way ------------------------------------------------------------------------------------
+
+    def _slow_forward(self, input, hx=None, lengths=None, resets=None):
+        """What torch.nn.Module calls while traced: torch.onnx.export(dynamo=False) gives all arguments in order."""
+        return super()._slow_forward(input, hx, lengths=lengths, resets=resets)
+
+    def _refuse_input(self, input: object, hx: object) -> NoReturn:
+        """The error for input that is neither a tensor nor a PackedSequence: torch.nn's own, but for torch.fx."""
+        if isinstance(input, torch.fx.Proxy):
+            raise torch.fx.proxy.TraceError(
+                f"torch.fx cannot trace rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before, and "
+                "rnn_gpu.replace_rnns on the traced module; or trace with a Tracer whose is_leaf_module says True for "
+                "torch.nn.RNNBase (docs/limits.md)"
+            )
+        self._as_torch_nn(input, hx)
+        raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
+
+    def _as_torch_nn(self, input, hx):
+        """torch.nn's own forward."""
+        return self._torch_class.forward(self, input, hx)
+
+    def _wants_another(self, input: Tensor | PackedSequence) -> bool:
+        """Whether the weights are computed in another dtype than the input."""
+        data, named = input.data if isinstance(input, PackedSequence) else input, self._flat_weights[0]
+        if named.dtype == data.dtype:
+            return False
+        dtype = _computed_in(data)
+        # Asked of the weights of the call before first: to read them again may cost a parametrization.
+        return _computed_in(named) != dtype and _computed_in(self._weights()[0]) != dtype
+
+    def _beyond_aten(self) -> bool:
+        """Whether a call asks for what PyTorch's own kernels do not know."""
+        return self.has_another_forward() or (self.clip is not None and torch.is_grad_enabled())
+
+    def has_another_forward(self) -> bool:
+        """Whether the results are now others than those of PyTorch's own kernels."""
+        return self.zoneout != 0 or self.return_cells or (self.training and self.recurrent_dropout > 0)
+
+    # ---- Weights -----------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> list[Tensor]:
+        """The weights of this call, in torch.nn's order.
+
+        Kept for the next call where they are the layer's own parameters. Others, of a parametrization or put in by
+        `torch.func.functional_call`, are this call's alone: a transform's tensors must not outlive it.
+        """
+        named, read = self._named_weights(), self._flat_weights
+        same = len(read) == len(named) and all(w is other for w, other in zip(named, read, strict=True))
+        if same or self._are_read(named):
+            return read
+        if all(isinstance(weight, torch.nn.Parameter) for weight in named):
+            self._keep(named)
+        return named
+
+    def _named_weights(self) -> list[Tensor | None]:
+        """The tensors that bear the weights' names now, each read once: torch.nn reads a parametrized one up to four
+        times a forward.
+        """
+        own = self._parameters  # the dictionary first: torch.nn.Module's accessors are slow
+        return [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _are_read(self, named: list[Tensor | None]) -> bool:
+        """Whether `_flat_weights` was made from these tensors. What a user has put into it since then counts, as in
+        torch.nn, until a weight is another tensor.
+        """
+        refs = self._flat_weight_refs
+        if len(refs) != len(named):
+            return False
+        # A weight that is missing says nothing, as in torch.nn, which goes on with the tensor that it had.
+        return all(w is None or r is None or r() is w for w, r in zip(named, refs, strict=True))
+
+    def _keep(self, named: list[Tensor | None]) -> None:
+        self._flat_weights = named
+        self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in named]
+
+    def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights with `weight_dropout` on the recurrent ones, where it is on."""
+        if not (self.training and self.weight_dropout > 0):
+            return weights
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        rates = ((self.weight_dropout if name.startswith("weight_hh_l") else 0, weight) for name, weight in pairs)
+        return [dropout(weight, rate) if rate else weight for rate, weight in rates]
+
+    def with_weights(self, weights: list[Tensor]):
+        """This layer with other tensors in place of its weights, for the length of a call."""
+        other = object.__new__(type(self))
+        of_call = {"_flat_weights": weights, "_weights": lambda: weights, "_update_flat_weights": lambda: None}
+        other.__dict__ = self.__dict__ | of_call
+        return other
+
+    def _update_flat_weights(self) -> None:
+        """For torch.nn's own forward: new weights are read, and made the one chunk of memory that cuDNN wants."""
+        named = self._named_weights()
+        if not self._are_read(named):
+            self._keep(named)
+            self.flatten_parameters()
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn, but not under `fully_shard`: it gathers weights into memory of its own before each forward,
+        and would not reach weights that were moved out of it. Nor those of several heads, which cuDNN does not know.
+        """
+        if self.heads == 1 and not getattr(self, "_is_fsdp_managed_module", False):
+            super().flatten_parameters()
+
+    # ---- Rows and states, and torch.nn's checks ----------------------------------------------------------------------
 
     def _unbatched_masks(self, input: Tensor, lengths: Tensor | None, resets: Tensor | None):
         """The masks of unbatched input, lengths [] or [1] and resets [T], as those of a batch of one row."""

@@ -89,7 +89,7 @@ def _swap(
     left_alone, options, cells = [], [], []
     for name, module in model.named_modules():
         new = class_after(module, table)
-        more = module.beyond_torch() if table is THEIRS and isinstance(module, LAYERS) else ""
+        more = module.option_text() if table is THEIRS and isinstance(module, LAYERS) else ""
         if new is not None and more:
             options.append(f"{name or 'the model itself'} ({more})")
         elif new is not None:

@@ -44,7 +44,7 @@ def _layers_line(layer: Any, groups: tuple[tuple[Plan, ...], ...], training: boo
     if backends.heads_of(layer) > 1:
         return "layers: one after another: the input of a layer with heads is that of all heads"
     if backends.beyond_aten(layer):
-        return f"layers: one after another: with {layer.beyond_torch()} each is computed by itself"
+        return f"layers: one after another: with {layer.option_text()} each is computed by itself"
     if training and backends.saving_of(layer, training) == "lean":
         return "layers: one after another: lean memory makes the gates of one layer again at a time"
     if max(sizes) == 1:

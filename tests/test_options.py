@@ -574,7 +574,7 @@ def test_options_are_checked_when_they_are_changed():
         for option, value in (wrong if name == "LSTM" else wrong | {"return_cells": True}).items():
             with pytest.raises(ValueError, match=option):
                 setattr(layer, option, value)
-        assert not layer.beyond_torch() and layer.memory is None
+        assert not layer.option_text() and layer.memory is None
         layer.clip, layer.memory = 1, "lean"
         assert (layer.clip, layer.memory) == (1.0, "lean")
     with pytest.raises(ValueError, match="not supported with proj_size"):
