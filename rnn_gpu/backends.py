@@ -179,9 +179,11 @@ def device_of(device: torch.device | str) -> Device:
     try:
         device = torch.device(device)
     except RuntimeError:
+        if not isinstance(device, str):  # a number, where there is no such GPU
+            raise
         raise ValueError(
             f"Unknown device {device!r}. Select a torch device or a GPU that is known by name, such as "
-            f"{', '.join(map(repr, nearest(str(device))))} (`python -m rnn_gpu explain --devices` lists all); or give "
+            f"{', '.join(map(repr, nearest(device)))} (`python -m rnn_gpu explain --devices` lists all); or give "
             "a GPU's compute capability and size: 'sm_89, 24 multiprocessors'."
         ) from None
     if device.type == "cuda":

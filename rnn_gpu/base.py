@@ -128,7 +128,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         two. TypeError and ValueError for options that are none.
         """
         options = dict(options)
-        if options.pop("proj_size", None) is not None:
+        if "proj_size" in options:  # None or 0, too, as torch.nn
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         for name in options.keys() - OPTIONS.keys():
             raise TypeError(f"{type(self).__init__.__qualname__}() got an unexpected keyword argument {name!r}")

@@ -147,6 +147,9 @@ def explain(
             + (" (cells run on PyTorch's own kernels, whatever the backend)" if cells else "")
         )
     batch_size = settings.positive_integer("batch_size", batch_size)
+    for name, value in (("ragged", ragged), ("training", training)):
+        if not isinstance(value, bool):
+            raise TypeError(f"explain(): argument {name!r} must be bool, not {type(value).__name__}")
     if precision not in (None, "tf32", "ieee"):
         raise ValueError(f"Unknown precision {precision!r}. Select from 'tf32', 'ieee'.")
     if dtype is not None and not isinstance(dtype, torch.dtype | str):

@@ -156,6 +156,21 @@ def test_the_page_on_cells_has_every_field_and_cell():
         assert f"`{layer.__name__}`" in text, layer.__name__
 
 
+def test_the_list_of_names_is_whole():
+    """Catches: a public name that the list at the top of the reference lacks, one that is gone, one that is there twice
+    or has no line; a name that the directives below leave out.
+    """
+    listing, _, directives = (ROOT / "docs" / "api.md").read_text("utf-8").partition("\n## ")
+    rows = re.findall(r"^\| (`.*`) \| (.+) \|$", listing, re.MULTILINE)
+    listed = [name for names, _ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(listed) == sorted(dir(rnn_gpu))
+    for module in (rnn_gpu.init, zoo):
+        (words,) = (words for names, words in rows if names == f"`{module.__name__.removeprefix('rnn_gpu.')}`")
+        assert sorted(re.findall(r"`\w+\.(\w+)`", words)) == sorted(dir(module))
+    for name in set(rnn_gpu.__all__) - {"init"}:
+        assert re.search(rf":: (rnn_gpu\.)?{name}$", directives, re.MULTILINE), name
+
+
 def test_every_page_is_in_the_index():
     """Catches: a page that nobody finds."""
     listed = re.findall(r"^[a-z_]+$", (ROOT / "docs" / "index.md").read_text("utf-8"), re.MULTILINE)

@@ -83,7 +83,7 @@ def test_same_seed_gives_the_same_weights_and_state_dicts_go_both_ways(name):
         *[(name, (3, 4), {"dropout": True}) for name in NAMES],
         *[(name, (3, 4), {"bias": 1}) for name in NAMES],
         *[(name, (3, 4), {"batch_first": 0}) for name in NAMES],
-        *[(name, (3, 4), {"proj_size": 2}) for name in ("GRU", "RNN")],
+        *[(name, (3, 4), {"proj_size": size}) for name in ("GRU", "RNN") for size in (2, 0, None)],
         ("LSTM", (3, 4), {"proj_size": 4}),
         ("LSTM", (3, 4), {"proj_size": -1}),
         ("RNN", (3, 4), {"nonlinearity": "sigmoid"}),
@@ -361,6 +361,12 @@ def test_explain_names_the_reason_for_torch():
             rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", unknown)
     with pytest.raises(ValueError, match="dtype should be a floating point type"):
         rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", "int32")
+    for wrong in (dict(training="no"), dict(ragged=1), dict(training=None)):
+        with pytest.raises(TypeError, match=r"explain\(\): argument '(training|ragged)' must be bool, not "):
+            rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, "h200", **wrong)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"accelerator|is not available"):  # no list of names
+            rnn_gpu.explain(rnn_gpu.LSTM(8, 8), 4, 3)
     cell = rnn_gpu.LSTMCell(3, 4), "cells run on PyTorch's own kernels"
     for nothing, words in ((torch.nn.Linear(3, 4), "Linear"), (torch.nn.LSTM, "got: type"), (3, "got: int"), cell):
         with pytest.raises(TypeError, match=words):
