@@ -74,11 +74,8 @@ def signature(p: Plan, rows: str = "dense", options: Collection[str] = ()) -> di
     """Types of the arguments, but whole numbers, as layer.py passes them in training; None where it passes None.
     options: of the layer, "clip", "cells", "recurrent_dropout", "zoneout"; of a stack "dropout" between its layers.
     """
-    cell, element, exact = (
-        CELLS[p.cell],
-        {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype],
-        "*fp32",
-    )
+    cell, exact = CELLS[p.cell], "*fp32"
+    element = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[p.dtype]
     lie = {"lengths": "*i32", "offsets": "*i64", "resets": "*i8"}
     lie = {name: kind if name in ROWS[rows] else None for name, kind in lie.items()}
     carry = exact if cell.states else element if cell.carries_h else None

@@ -189,17 +189,17 @@ def go_on(
 
 
 def backward(
-    plan: Plan, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, weight_hh: Tensor, gates: Tensor | None,
-    aux: Tensor | None, y: Tensor, h0: Tensor, c0: Tensor | None, rows: Rows, reversed_sets: int,
-    d_cells: Tensor | None = None, clip: float | None = None, parameters: Tensor | None = None,
+    plan: Plan, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, weight_hh: Sequence[Tensor],
+    gates: Tensor | None, aux: Tensor | None, y: Tensor, h0: Tensor | None, c0: Tensor | None, rows: Rows,
+    reversed_sets: int, d_cells: Tensor | None = None, clip: float | None = None, parameters: Tensor | None = None,
     rates: Rates = NO_RATES, carries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """All steps backward.
 
-    d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], each None for zero; weight_hh [N, G*H, H]; gates [R, N, G*H],
-    aux and y as `forward` left them; h0 [N, B, H] and c0 [N, B, K*H], each None for zeros. d_cells [R, N, K*H]: by the
-    states of every step (LSTM: c), or None. clip: limit of h's gradient at every step, or None. parameters [N, P*H] or
-    None. rates, carries: as `forward` took and left them.
+    d_y [R, N, H], d_h_n [N, B, H] and d_c_n [N, B, K*H], each None for zero; weight_hh of each set [G*H, H], or all of
+    them [N, G*H, H]; gates [R, N, G*H], aux and y as `forward` left them; h0 [N, B, H] and c0 [N, B, K*H], each None
+    for zeros. d_cells [R, N, K*H]: by the states of every step (LSTM: c), or None. clip: limit of h's gradient at every
+    step, or None. parameters [N, P*H] or None. rates, carries: as `forward` took and left them.
     -> d_gates [R, N, E, H], the gradients of the gate sums in the order of the cell's slots; d_carry_0: of c0 where
     there are states, [N, B, K*H]; where the cell carries h (GRU), in float32, what of h0's does not pass through the
     gates; None where that state is; d_parameters [N, B, P*H] in float32, each row's part, or None; d_kept_0

@@ -46,10 +46,8 @@ def layer(inputs: Inputs, rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tenso
     input, sets, cell, dense = inputs.input, call.sets, call.cell, rows.lengths is None and rows.resets is None
     kinds = [weight for weight in inputs[1:6] if weight is not None]
     weights = [[weight[n] for weight in kinds] for n in range(sets)]
-    has_biases, states = (
-        inputs.bias_ih is not None,
-        tuple(state for state in (inputs.h0, inputs.c0) if state is not None),
-    )
+    has_biases = inputs.bias_ih is not None
+    states = tuple(state for state in (inputs.h0, inputs.c0) if state is not None)
     with torch.autocast(input.device.type, enabled=False):  # everything has its type already
         if dense and call.reversed_sets != 1:
             steps = input.view(rows.time, rows.batch, input.shape[-1])

@@ -425,7 +425,6 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if self.return_cells and saving == "nothing" and route in ("kernels", "direct"):  # which keep c for a backward
             saving = "lean"
         cell, (sets, reversed_sets) = backends.cell_of(self), (2, 2) if self.bidirectional else (1, 0)
-        how = self.bias, self.proj_size > 0, route, saving, settings.limits(), transformed
         h0, *beside = states or (None,)
         c0 = torch.cat(beside, -1) if len(beside) > 1 else beside[0] if beside else None
         dropout = self.dropout if self.training else 0.0
@@ -434,7 +433,8 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         if clip is not None and (torch.onnx.is_in_onnx_export() or not torch.is_grad_enabled()):
             clip = None  # which is for gradients alone
         call = Call(
-            cell, sets, reversed_sets, *how, cells=self.return_cells, clip=clip, watch=self._watch,
+            cell, sets, reversed_sets, biases=self.bias, projected=self.proj_size > 0, route=route, saving=saving,
+            limits=settings.limits(), functional=transformed, cells=self.return_cells, clip=clip, watch=self._watch,
             zoneout=(zoneout[1], zoneout[0] if self._states > 1 else 0.0) if any(zoneout) else None,
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0, training=self.training, heads=heads,
             precision=backends.precision_of(backends.name_of(dtype)) if route == "direct" else None,
