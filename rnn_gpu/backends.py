@@ -164,7 +164,7 @@ def _properties(index: int) -> Device:
         arch=arch,
         multiprocessors=found.multi_processor_count,
         shared_memory=getattr(found, "shared_memory_per_block_optin", like.shared_memory),  # not all of AMD's have it
-        gigahertz=getattr(found, "clock_rate", like.gigahertz * 1e6) / 1e6,
+        gigahertz=getattr(found, "clock_rate", 0) / 1e6 or like.gigahertz,  # a driver may know none
         l2_bytes=found.L2_cache_size,
         memory_gigabytes_per_second=like.memory_gigabytes_per_second,
     )

@@ -18,8 +18,8 @@ from .library import fake, operator
 # Rows of packed input by its batch sizes, which a stack of layers and every epoch over the same data bring again: with
 # the values that they were made from, and for each device and stream.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# Those that a CUDA graph reads at every replay, whatever has become of the batch sizes: nobody tells when it is gone.
-_in_graphs: dict[int, Rows] = {}
+# What a CUDA graph reads at every replay, whatever has become of the batch sizes: nobody tells when it is gone.
+_in_graphs: dict[int, tuple] = {}
 
 
 def packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.device) -> Rows:
@@ -69,8 +69,11 @@ def _packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.devi
     compiling = torch.compiler.is_compiling()
     traced = compiling or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
     lengths, offsets = (places_of if traced else _places)(batch_sizes, batch, count)
-    if device.type == "cuda" and not compiling and not torch.cuda.is_current_stream_capturing():
-        offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits
+    if device.type == "cuda" and not compiling:
+        if torch.cuda.is_current_stream_capturing():
+            _in_graphs[id(lengths)] = lengths, offsets  # a replay copies them again
+        else:
+            offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits
     return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
 

@@ -782,6 +782,31 @@ def test_auto_leaves_calls_of_few_steps_to_pytorch(monkeypatch):
     assert backends.kernels_for(with_option, 16, torch.float32, planning.DEVICES["h200"], True).least_time == 1
 
 
+@pytest.mark.parametrize("missing", ["", "clock_rate", "shared_memory_per_block_optin"])
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "a new one"])
+def test_a_gpu_is_planned_for_by_what_it_says_of_itself(name, missing, monkeypatch):
+    """Catches: the sizes of the GPU that bears the name, or of none, in place of its own; no plan where it, or this
+    PyTorch, does not say everything.
+    """
+    told = dict(name=name, major=9, minor=0, multi_processor_count=60, L2_cache_size=20 << 20, clock_rate=1_700_000)
+    told |= dict(shared_memory_per_block_optin=200_000)
+    if missing == "clock_rate":
+        told["clock_rate"] = 0
+    else:
+        told.pop(missing, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(**told))
+    backends._properties.cache_clear()
+    try:
+        found = backends.device_of("cuda:0")
+    finally:
+        backends._properties.cache_clear()
+    assert (found.name, found.arch, found.multiprocessors, found.l2_bytes) == (name, 90, 60, 20 << 20)
+    assert found.shared_memory == (planning.DEVICES["h100"].shared_memory if "shared" in missing else 200_000)
+    assert found.gigahertz == 1.7 if missing != "clock_rate" else 1 < found.gigahertz < 3
+    assert isinstance(planning.plan("lstm", 256, 16, 1, "bfloat16", found), planning.Plan)
+
+
 def test_on_gpus_of_amd_pytorch_serves_the_layers(monkeypatch):
     """Catches: kernels of NVIDIA's instructions for a GPU that PyTorch calls "cuda", of compute capability 9.0, and
     that knows none of them.
