@@ -104,7 +104,7 @@ def in_interpreter(cells: list[str]) -> bool:
 
 def main(cells: list[str]) -> int:
     """0 if the check of these cells, wherever it can run, passed."""
-    here = backends.interpreting() or (torch.cuda.is_available() and not backends.triton_missing())
+    here = not backends.triton_missing() and (torch.cuda.is_available() or backends.interpreting())
     return 0 if (all_right if here else in_interpreter)(cells) else 1
 
 
