@@ -18,6 +18,7 @@ import rnn_gpu
 from perf import overhead
 from rnn_gpu import rows
 from rnn_gpu.rows import Rows, packed_rows
+from tests import problems
 from tests.device_work import DEVICE, autocast, pretending
 
 pytestmark = [pytest.mark.compiled]
@@ -141,6 +142,19 @@ def test_gradients_that_nobody_needs_cost_nothing(monkeypatch):
         forward = work.total
         output.backward(torch.empty_like(output))
     assert work.total - forward <= 4, dict(work.kernels)  # prepared, backwards, a sum, a copy
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_what_the_tests_run_on_a_gpu_waits_for_nothing(cell, monkeypatch):
+    """Catches: launchers, or tests of ours around them, that look at a result: no CUDA graph holds them, and streams
+    that a test means to run at the same time run one after another.
+    """
+    problem = problems.Problem(cell, 40, 5, 6, torch.bfloat16, sets=2, reversed_sets=2, device=str(DEVICE))
+    given, both = problems.data(problem), problems.plans(problem)
+    monkeypatch.setattr(problems, "unlike_last", [])
+    with pretending(monkeypatch, [one for one in vars(given).values() if one is not None]):
+        found = problems.run(problem, both, given)
+    assert found["y"].shape == (6, 5, 2, 40) and len(problems.unlike_last) == 2
 
 
 def test_rows_of_packed_input_are_made_anew_where_the_batch_sizes_change():

@@ -28,6 +28,7 @@ from tests.problems import (
     Data,
     Poison,
     Problem,
+    assert_no_other_h_n,
     assert_right,
     assert_same_bits,
     assert_same_exceptions,
@@ -60,9 +61,12 @@ every_kind = pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["fp32-i
 
 @pytest.fixture(autouse=True)
 def no_launch_gave_up():
-    """A wait that did not end is told at the next call only: ask after every test, so that it names the right one."""
+    """A wait that did not end is told at the next call only: ask after every test, so that it names the right one; and
+    whether any h_n was wrong, which only now costs nothing.
+    """
     yield
     launch.check()
+    assert_no_other_h_n()
 
 
 def gpu_problem(*args, **kwargs) -> Problem:
