@@ -176,6 +176,23 @@ def test_inference_and_training_are_measured_apart(clock):
     assert len(tuned(clock).plans) == 2 and clock.timed > seen
 
 
+@pytest.mark.parametrize("kind", ["time first", "batch first", "unbatched"])
+def test_masks_are_cut_with_the_steps(kind, monkeypatch):
+    """Catches: a long call that cannot be timed, since its lengths or resets are those of all steps, or cut by rows."""
+    monkeypatch.setattr(autotuning, "STEPS", 4)
+    shape, steps = {"time first": (6, 2), "batch first": (2, 6), "unbatched": (6,)}[kind], slice(4)
+    layer, input = rnn_gpu.GRU(3, 5, batch_first=kind == "batch first"), torch.randn(*shape, 3)
+    lengths, resets = [6, 3][: len(shape)], torch.rand(shape) > 0.5
+    where = (slice(None), steps) if kind == "batch first" else (steps,)
+    for given in (lengths, torch.tensor(lengths)):
+        trial = autotuning._like(layer, input, given, resets)
+        assert list(trial.lengths) == [4, *lengths[1:]] and torch.equal(trial.resets, resets[where])
+        trial.layer.load_state_dict(layer.state_dict())
+        found, _ = trial.layer(trial.input, lengths=trial.lengths, resets=trial.resets)
+        expected, _ = layer(input[where], lengths=[4, *lengths[1:]], resets=resets[where])
+        assert torch.equal(found, expected)
+
+
 def test_a_frozen_layer_is_measured_in_inference(clock):
     """Catches a backward of what nothing is differentiated by, and times of a forward kept as those of a training."""
     choice = tuned(clock, rnn_gpu.LSTM(8, 512).requires_grad_(False))
