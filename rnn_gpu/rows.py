@@ -74,7 +74,8 @@ def _packed_rows(batch_sizes: Tensor, batch: int, count: int, device: torch.devi
             _in_graphs[id(lengths)] = lengths, offsets  # a replay copies them again
         else:
             offsets, lengths = offsets.pin_memory(), lengths.pin_memory()  # from other memory a copy waits
-    return Rows(len(batch_sizes), batch, lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
+    how = dict(non_blocking=device.type == "cuda")  # others (MPS) would read memory of the host that is free again
+    return Rows(len(batch_sizes), batch, lengths.to(device, **how), offsets.to(device, **how))
 
 
 def _places(batch_sizes: Tensor, batch: int, count: int) -> tuple[Tensor, Tensor]:

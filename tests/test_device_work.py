@@ -197,6 +197,15 @@ def test_rows_of_packed_input_live_as_long_as_a_graph(captured, monkeypatch):
     assert (read() is not None) == captured
 
 
+def test_who_does_not_hold_memory_of_the_host_is_waited_for(monkeypatch):
+    """Catches: lengths that a device which is none of CUDA's copies later than they are given back."""
+    to, asked = torch.Tensor.to, []
+    see = lambda tensor, *given, **how: (asked.append(how.get("non_blocking", False)), to(tensor, *given, **how))[1]
+    monkeypatch.setattr(torch.Tensor, "to", see)
+    packed_rows(torch.tensor([3, 2, 1]), 3, 6, DEVICE)
+    assert asked == [False, False]
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU, both directions, 2 layers", "LSTM, projected"])
 def test_nothing_is_copied_or_waited_for_under_autocast(name, monkeypatch):
     """Catches: the same where weights and input are cast first."""
