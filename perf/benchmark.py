@@ -28,7 +28,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import backends
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import exit_with, positive, present
 
 # The rule and its numbers are those of the tests; only the norms are taken on the device, where the tensors are large.
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
@@ -450,11 +450,11 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="CSV file to append to (default on a GPU: perf/results/<device>.csv; on a CPU: none)")
     add("--resume", action="store_true", help="leave out what the file has from this very code and these versions")
     add("--budget", type=float, metavar="SECONDS", help="stop cleanly after so long (default: 3600; --quick 170)")
-    add("--rounds", type=int, default=30, help="samples of each provider, at most (default: %(default)s)")
+    add("--rounds", type=positive, default=30, help="samples of each provider, at most (default: %(default)s)")
     add("--seconds-per-case", type=float, default=5.0, help="for the samples of a case and mode (default: %(default)s)")
     add(
         "--jobs",
-        type=int,
+        type=positive,
         default=compiling.JOBS,
         help="on a GPU: processes that compile kernels before anything is timed (default here: %(default)s)",
     )
@@ -467,8 +467,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--device",
-        type=torch.device,
-        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        type=present,
+        default="cuda" if torch.cuda.is_available() else "cpu",
         help="where",
     )
     options = parser.parse_args(arguments)

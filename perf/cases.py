@@ -124,7 +124,10 @@ def selected(cases: list[Case], conditions: list[str]) -> list[Case]:
             known = ", ".join([*Case.__dataclass_fields__, *SHORT])
             raise ValueError(f"unknown condition {condition!r}: NAME=VALUE[,VALUE...] with one of {known}")
         wanted = {dtype_name(value) if field == "dtype" else value for value in values.split(",")}
+        known = sorted({getattr(case, field) for case in cases})
         cases = [case for case in cases if str(getattr(case, field)) in wanted]
+        if known and not cases:
+            raise ValueError(f"no case has {condition}: there is {name} {', '.join(map(str, known))}")
     return cases
 
 

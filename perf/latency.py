@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perf.resources import documented
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import exit_with, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import compile_kernel
@@ -421,12 +421,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.latency", description=__doc__.splitlines()[0])
     parser.add_argument("cell", nargs="?", choices=BUILT_IN)
-    parser.add_argument("hidden_size", nargs="?", type=int)
+    parser.add_argument("hidden_size", nargs="?", type=positive)
     parser.add_argument("dtype", nargs="?", type=dtype_name, choices=DTYPES, help="or short: bf16, fp16, ...")
     parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
+    parser.add_argument("--batch", type=positive, default=16, help="rows (default 16)")
     parser.add_argument("--precision", choices=["tf32", "ieee"], help="of float32 products (default tf32)")
-    parser.add_argument("--waits", type=int, default=10, help="how many of the longest waits are shown (default 10)")
+    parser.add_argument("--waits", type=positive, default=10, help="how many of the longest are shown (default 10)")
     parser.add_argument("--table", action="store_true", help="all documented plans, as Markdown")
     parser.add_argument("--fit", action="store_true", help="how well the estimate fits what was measured")
     given = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ import torch
 import rnn_gpu
 from rnn_gpu import aten, backends
 from rnn_gpu.call import Call, Inputs, for_operator
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import exit_with, positive, present
 from rnn_gpu.rows import Rows
 
 CELLS = ("LSTM", "GRU", "RNN")
@@ -160,12 +160,12 @@ def told(cell: str, found: dict[str, list[float]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0; prints a table."""
     parser = argparse.ArgumentParser(prog="python -m perf.overhead", description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=60, help="samples of each (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--hidden-size", type=positive, default=64)
+    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=60, help="samples of each (default: %(default)s)")
+    parser.add_argument("--device", type=present, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     print(f"one step, H {options.hidden_size}, B {options.batch_size}, float32, torch {torch.__version__}, {where}")

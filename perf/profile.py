@@ -17,7 +17,7 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import exit_with, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.cudnn import cudnn_microseconds
@@ -247,9 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--cell", choices=BUILT_IN, default="lstm", help="(default: %(default)s)")
     add("--dtype", type=dtype_name, choices=DTYPES, default="bfloat16", help="or fp16, ... (default: %(default)s)")
-    add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
-    add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")
-    add("--time", type=int, default=512, metavar="T", help="steps, on a GPU (default: %(default)s)")
+    add("--hidden-size", type=positive, default=1024, metavar="H", help="(default: %(default)s)")
+    add("--batch-size", type=positive, default=16, metavar="B", help="(default: %(default)s)")
+    add("--time", type=positive, default=512, metavar="T", help="steps, on a GPU (default: %(default)s)")
     add("--directions", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add(
@@ -262,11 +262,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--trace", metavar="PATH", help="on a GPU: write the profiler's trace there")
     add(
         "--jobs",
-        type=int,
+        type=positive,
         default=compiling.JOBS,
         help="on a GPU: processes that compile kernels before anything is timed (default here: %(default)s)",
     )
-    add("--only-run", type=int, metavar="N", help="on a GPU: call the layer N times and nothing else, for ncu and nsys")
+    add(
+        "--only-run",
+        type=positive,
+        metavar="N",
+        help="on a GPU: call the layer N times and no more, for ncu and nsys",
+    )
     options = parser.parse_args(arguments)
     if interpreted():
         print("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing. Unset it.", file=sys.stderr)

@@ -18,7 +18,7 @@ import os
 from dataclasses import asdict
 
 from rnn_gpu import zoo
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import exit_with, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.compiled import ROWS, TENSOR_CORE, Resources, compile_plan
@@ -240,13 +240,20 @@ def main(arguments: list[str] | None = None) -> int:
     add("--cell", action="append", choices=NAMED, help="only this cell, also of rnn_gpu.zoo (may be repeated)")
     add("--dtype", action="append", type=dtype_name, choices=DTYPES, help="only this type (may be repeated; bf16, ...)")
     add("--precision", action="append", choices=KINDS["float32"], help="only float32, with these products (repeatable)")
-    add("--hidden-size", action="append", type=int, metavar="H", help="only this size (may be repeated)")
+    add("--hidden-size", action="append", type=positive, metavar="H", help="only this size (may be repeated)")
     add("--rows", choices=ROWS, default="dense", help="how the rows of the batch lie (default: dense)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     add("--json", metavar="PATH", help="write all numbers there too; - for standard output, without the table")
     add("--documented", action="store_true", help="the tables of docs/performance.md instead, as Markdown")
     add("--beside", metavar="JSON", help="with --documented: a file of --json to compare with, of another Triton")
     chosen = parser.parse_args(arguments)
+    other = None
+    if chosen.beside:
+        try:
+            with open(chosen.beside, encoding="utf-8") as file:
+                other = json.load(file)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --beside: {error}")
     grid = "quick" if chosen.quick else chosen.grid
     if chosen.documented:
         tables = documented(chosen.arch)
@@ -265,10 +272,6 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     compiled = not any(isinstance(r, str) for r in results.values())
     if chosen.documented and compiled and chosen.json != "-":
-        other = None
-        if chosen.beside:
-            with open(chosen.beside, encoding="utf-8") as file:
-                other = json.load(file)
         print(documented_tables(tables, report, other))
     elif chosen.json != "-":
         print(HEADER)

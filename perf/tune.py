@@ -25,7 +25,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import exit_with, folder, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
@@ -431,14 +431,20 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--cell", choices=BUILT_IN, default="lstm", help="(default: %(default)s)")
     add("--dtype", type=dtype_name, choices=DTYPES, default="bfloat16", help="or fp16, ... (default: %(default)s)")
-    add("--hidden-size", type=int, default=1024, metavar="H", help="(default: %(default)s)")
-    add("--batch-size", type=int, default=16, metavar="B", help="(default: %(default)s)")
+    add("--hidden-size", type=positive, default=1024, metavar="H", help="(default: %(default)s)")
+    add("--batch-size", type=positive, default=16, metavar="B", help="(default: %(default)s)")
     add("--directions", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")
-    add("--layers", type=int, default=1, metavar="L", help="side by side, against one by one (default: %(default)s)")
+    add(
+        "--layers",
+        type=positive,
+        default=1,
+        metavar="L",
+        help="side by side, or one by one (default: %(default)s)",
+    )
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add("--check", action="store_true", help="a sample of shapes instead of one")
     add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
-    add("--recorded", metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
+    add("--recorded", type=folder, metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
     add("--ship", nargs="?", const=measured.SHIPPED, metavar="PATH", help="measure the core grid as autotune does, and "
         "write the choices as JSON, where the library looks for them unless a path is given")  # fmt: skip
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
@@ -451,7 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add(
         "--jobs",
-        type=int,
+        type=positive,
         default=compiling.JOBS,
         help="processes that compile kernels before anything is timed (default here: %(default)s)",
     )

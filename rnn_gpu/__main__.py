@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends, explain, modules, selfcheck, settings
-from .command import exit_with
+from .command import exit_with, positive
 from .dtypes import dtype_name, dtype_of
 from .kernels.devices import DEVICES, TOO_OLD
 from .kernels.spec import DTYPES
@@ -96,11 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="explain", help="see: explain --help")
     one = commands.add_parser("explain", description="Which backend and plan would run a layer, and why? Runs nothing.")
     one.add_argument("layer", type=str.lower, choices=selfcheck.LAYERS)
-    one.add_argument("hidden_size", type=int)
-    one.add_argument("--input-size", type=int, help="default: hidden_size")
-    one.add_argument("--layers", type=int, default=1)
+    one.add_argument("hidden_size", type=positive)
+    one.add_argument("--input-size", type=positive, help="default: hidden_size")
+    one.add_argument("--layers", type=positive, default=1)
     one.add_argument("--bidirectional", action="store_true")
-    one.add_argument("--batch-size", type=int, default=16)
+    one.add_argument("--batch-size", type=positive, default=16)
     one.add_argument("--dtype", type=dtype_name, choices=DTYPES, default="float32", help="or short: bf16, fp16, ...")
     one.add_argument("--precision", choices=("tf32", "ieee"), help="of float32 products (default: PyTorch's)")
     one.add_argument("--device", help='"H200", "RTX 4070 Ti", "sm_89, 24 multiprocessors" (default: the GPU here)')

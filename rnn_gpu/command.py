@@ -1,12 +1,44 @@
-"""How every command of `python -m` ends."""
+"""How every command of `python -m` ends, and how it reads its arguments."""
 
+import argparse
 import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TextIO
 
+import torch
+
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE has ended, as `yes | head -1` ends
+
+
+def positive(text: str) -> int:
+    """A number of an argument, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"should be a positive number, got: {number}")
+    return number
+
+
+def present(text: str) -> torch.device:
+    """A device that is there, for argparse."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that kind
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return device
+
+
+def folder(text: str) -> Path:
+    """A folder that is there, for argparse."""
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"no such folder: {text}")
+    return Path(text)
 
 
 def _has_gone(stream: TextIO) -> bool:

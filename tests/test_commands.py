@@ -1,5 +1,6 @@
 """The commands of `python -m rnn_gpu` and `python -m perf.*`: how they end."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -53,6 +54,36 @@ def test_a_command_ends_quietly_where_its_reader_has_gone(command, errors):
     running.stdout.close()
     said = running.stderr.read() if running.stderr else ""
     assert (running.wait(timeout=300), said) == (BROKEN_PIPE, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    {
+        "rnn_gpu.__main__ explain lstm -4": "argument hidden_size: should be a positive number, got: -4",
+        "perf.latency lstm -5 bf16": "argument hidden_size: should be a positive number, got: -5",
+        "perf.latency lstm 512 bf16 --batch 0": "argument --batch: should be a positive number, got: 0",
+        "perf.profile --hidden-size 0": "argument --hidden-size: should be a positive number, got: 0",
+        "perf.profile --batch-size many": "argument --batch-size: invalid int value: 'many'",
+        "perf.tune --hidden-size 0": "argument --hidden-size: should be a positive number, got: 0",
+        "perf.tune --check --recorded nowhere": "argument --recorded: no such folder: nowhere",
+        "perf.report --results nowhere": "argument --results: no such folder: nowhere",
+        "perf.resources --hidden-size -3": "argument --hidden-size: should be a positive number, got: -3",
+        "perf.resources --jobs 0": "argument --jobs: should be a positive number, got: 0",
+        "perf.resources --documented --beside nowhere": "argument --beside: [Errno 2] No such file",
+        "perf.overhead --rounds 0": "argument --rounds: should be a positive number, got: 0",
+        "perf.overhead --device H200": "argument --device: Invalid device string: 'H200'",
+        "perf.benchmark --device H200": "argument --device: Invalid device string: 'H200'",
+        "perf.benchmark --device cuda:99": "argument --device: ",
+    }.items(),
+)
+def test_a_wrong_argument_is_a_line_of_help(command, words, capsys):
+    """Catches: a traceback from the depths of a command, minutes of work before it, or a README that is written anew
+    from no results, for an argument that could have been refused at once.
+    """
+    module, *arguments = command.split()
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(arguments)
+    assert ended.value.code == 2 and f"error: {words}" in capsys.readouterr().err
 
 
 def test_another_broken_pipe_is_a_mistake_and_says_so():

@@ -429,7 +429,7 @@ def test_the_command_explains_a_layer(capsys):
     assert main(["explain", "lstm", "24", "--precision", "ieee"]) == 0
     assert capsys.readouterr().out == rnn_gpu.explain(rnn_gpu.LSTM(24, 24), 16, precision="ieee") + "\n"
     for wrong, words in (
-        ("lstm 0 --input-size 3", "hidden_size must be greater"),
+        ("lstm 0 --input-size 3", "argument hidden_size: should be a positive number, got: 0"),
         ("lstm 4 --device X", "Unknown device 'X'"),
     ):
         with pytest.raises(SystemExit) as ended:
