@@ -20,7 +20,7 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
-from rnn_gpu.command import exit_with, folder
+from rnn_gpu.command import exit_with
 from rnn_gpu.kernels.devices import named
 
 from . import cases as grids
@@ -440,11 +440,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.report", description="Table and plots from the ledger.")
     add = parser.add_argument
-    add("--results", type=folder, default=ledger.RESULTS, help="folder of CSV files (default: perf/results)")
+    add("--results", type=Path, default=ledger.RESULTS, help="folder of CSV files (default: perf/results)")
     add("--readme", type=Path, default=ledger.ROOT / "README.md", help="file with the markers (default: README.md)")
     add("--docs", type=Path, default=ledger.ROOT / "docs", help="folder for the plots (default: docs)")
     add("--check", action="store_true", help="write nothing; exit status 1 if the file would change")
     chosen = parser.parse_args(arguments)
+    if not chosen.results.is_dir():  # no files are no results, and would empty the tables
+        parser.error(f"argument --results: no such folder: {chosen.results}")
     try:
         rows = ledger.read_all(chosen.results)
         tables = {chosen.readme: table(rows)}

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
-from rnn_gpu.command import exit_with, folder, positive
+from rnn_gpu.command import exit_with, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
@@ -444,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add("--check", action="store_true", help="a sample of shapes instead of one")
     add("--most", type=float, default=0.05, help="--check fails where the choice loses more (default: %(default)s)")
-    add("--recorded", type=folder, metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
+    add("--recorded", metavar="FOLDER", help="with --check: compare with recordings, and measure nothing")
     add("--ship", nargs="?", const=measured.SHIPPED, metavar="PATH", help="measure the core grid as autotune does, and "
         "write the choices as JSON, where the library looks for them unless a path is given")  # fmt: skip
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
@@ -468,6 +469,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.recorded and not options.check:
         parser.error("--recorded goes with --check")
+    if options.recorded and not os.path.isdir(options.recorded):
+        parser.error(f"argument --recorded: no such folder: {options.recorded}")
     if options.layers < 1 or (options.layers > 1 and options.directions > 1):
         parser.error("--layers: 1 or more, of one direction")
     if options.recorded:

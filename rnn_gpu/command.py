@@ -5,7 +5,6 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn, TextIO
 
 import torch
@@ -32,13 +31,6 @@ def present(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that kind
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
     return device
-
-
-def folder(text: str) -> Path:
-    """A folder that is there, for argparse."""
-    if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"no such folder: {text}")
-    return Path(text)
 
 
 def _has_gone(stream: TextIO) -> bool:
