@@ -2,8 +2,10 @@
 there are.
 """
 
+import copy
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +318,49 @@ def test_layer_on_a_device_that_is_not_the_current_one(name, masked, full_float3
         assert torch.cuda.current_device() == 0
     assert found.device == torch.device("cuda:1")
     assert_close_to_oracle(found, expected, peer)
+
+
+class Outputs(torch.nn.Module):
+    """A layer's outputs alone, which DataParallel can put together."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input):
+        return self.layer(input)[0]
+
+
+@every_layer
+@needs_two_gpus
+def test_data_parallel(name, full_float32):
+    """Catches: replicas, which have no parameters of their own, that compute with the weights of the first device, or
+    whose threads compile or launch in each other's place.
+    """
+    model = Outputs(getattr(rnn_gpu, name)(8, 48, num_layers=2, batch_first=True).cuda(0))
+    parallel, leaves = torch.nn.DataParallel(model, [0, 1]), list(model.parameters())
+    input = torch.randn(6, 5, 8, device="cuda:0")
+    exact = copy.deepcopy(model).cpu().double()
+    outcome = lambda module, x, leaves: [found := module(x), *torch.autograd.grad(found.pow(2).sum(), leaves)]
+    with rnn_gpu.backend("torch"):
+        expected = outcome(exact, input.cpu().double(), list(exact.parameters()))
+        peer = outcome(model, input, leaves)
+    with rnn_gpu.backend("triton"):
+        for _ in range(2):  # the second time calls are remembered
+            found = outcome(parallel, input, leaves)
+            for a, e, p in zip(found, expected, peer, strict=True):
+                assert_close_to_oracle(a.detach().cpu(), e.detach(), p.detach().cpu())
+    rnn_gpu.check()
+
+
+@needs_two_gpus
+def test_autotune_on_a_device_that_is_not_the_current_one():
+    """Catches: times of a GPU that does nothing meanwhile: less than the host needs to queue a call."""
+    layer = rnn_gpu.LSTM(512, 512, device="cuda:1", dtype=torch.bfloat16)
+    input = torch.randn(256, 16, 512, device="cuda:1", dtype=torch.bfloat16)
+    took = []
+    for index in (0, 1):
+        with torch.cuda.device(index):
+            words = rnn_gpu.autotune(layer, input, again=True).reason
+        took.append(float(re.search(r"([\d.]+) us a step", words)[1]))
+    assert max(took) < 1.5 * min(took), took
