@@ -17,7 +17,7 @@ import torch
 
 import rnn_gpu
 from rnn_gpu import backends
-from rnn_gpu.command import exit_with, positive
+from rnn_gpu.command import exit_with, known_gpu, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels.cudnn import cudnn_microseconds
@@ -254,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--float32-precision", choices=("tf32", "ieee"), default="tf32", help="(default: %(default)s)")
     add(
         "--device",
-        choices=DEVICES,
+        type=known_gpu,
+        metavar="GPU",
         default="h200",
         help="whose plan to count where there is no GPU (default: %(default)s)",
     )

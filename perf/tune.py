@@ -26,7 +26,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
-from rnn_gpu.command import exit_with, positive
+from rnn_gpu.command import exit_with, known_gpu, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
@@ -462,7 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=compiling.JOBS,
         help="processes that compile kernels before anything is timed (default here: %(default)s)",
     )
-    add("--device", choices=DEVICES, default="h200", help="whose plans to print where there is no GPU")
+    add("--device", type=known_gpu, metavar="GPU", default="h200", help="whose plans to print where there is no GPU")
     options = parser.parse_args(arguments)
     if interpreted():
         print("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing. Unset it.", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import NoReturn, TextIO
 
 import torch
 
+from .kernels.devices import DEVICES, named, nearest
+
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE has ended, as `yes | head -1` ends
 
 
@@ -31,6 +33,17 @@ def present(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that kind
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
     return device
+
+
+def known_gpu(text: str) -> str:
+    """The key in DEVICES of a GPU that is known by name, written as `explain` takes it, for argparse."""
+    found = named(text)
+    for key, gpu in DEVICES.items():
+        if gpu is found:
+            return key
+    if found is not None:
+        raise argparse.ArgumentTypeError(f"{found.name}: too old for the kernels, or told by its sizes alone")
+    raise argparse.ArgumentTypeError(f"unknown GPU {text!r}; the nearest are {', '.join(map(repr, nearest(text)))}")
 
 
 def _has_gone(stream: TextIO) -> bool:

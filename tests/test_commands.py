@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from rnn_gpu.command import BROKEN_PIPE
+from rnn_gpu.command import BROKEN_PIPE, known_gpu
+from rnn_gpu.kernels.devices import DEVICES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [path for name in ("rnn_gpu", "perf") for path in sorted((ROOT / name).glob("*.py"))]
@@ -70,6 +71,8 @@ def test_a_command_ends_quietly_where_its_reader_has_gone(command, errors):
         "perf.resources --hidden-size -3": "argument --hidden-size: should be a positive number, got: -3",
         "perf.resources --jobs 0": "argument --jobs: should be a positive number, got: 0",
         "perf.resources --documented --beside nowhere": "argument --beside: [Errno 2] No such file",
+        "perf.profile --device H20O": "argument --device: unknown GPU 'H20O'; the nearest are 'H20', 'H200'",
+        "perf.tune --device T4": "argument --device: NVIDIA T4: too old for the kernels",
         "perf.overhead --rounds 0": "argument --rounds: should be a positive number, got: 0",
         "perf.overhead --device H200": "argument --device: Invalid device string: 'H200'",
         "perf.benchmark --device H200": "argument --device: Invalid device string: 'H200'",
@@ -84,6 +87,12 @@ def test_a_wrong_argument_is_a_line_of_help(command, words, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(module).main(arguments)
     assert ended.value.code == 2 and f"error: {words}" in capsys.readouterr().err
+
+
+def test_gpus_have_one_set_of_names():
+    """Catches: a command that takes a GPU by the library's own key alone, and another GPU for it."""
+    for key, gpu in DEVICES.items():
+        assert known_gpu(key) == known_gpu(gpu.name) == known_gpu(gpu.name.lower()) == key
 
 
 def test_another_broken_pipe_is_a_mistake_and_says_so():
