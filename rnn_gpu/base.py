@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import is_tensor_like
 
 from . import backends, distributed, measured, onnx, ready, settings
 from .call import Call, directly
@@ -271,7 +272,7 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """A call that is not remembered: checked, its route chosen, computed."""
         compiling = torch.compiler.is_compiling()
         if not isinstance(input, (Tensor, PackedSequence)):
-            self._refuse_input(input, hx)
+            return self._forward_other(input, hx, lengths is not None or resets is not None)
         if type(input) is not Tensor and distributed.is_dtensor(input):
             return distributed.forward(self, input, hx, lengths, resets)
         reweighted, beyond = backends.other_weights(self), self._beyond_aten()
@@ -456,15 +457,20 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
         """What torch.nn.Module calls while traced: torch.onnx.export(dynamo=False) gives all arguments in order."""
         return super()._slow_forward(input, hx, lengths=lengths, resets=resets)
 
-    def _refuse_input(self, input: object, hx: object) -> NoReturn:
-        """The error for input that is neither a tensor nor a PackedSequence: torch.nn's own, but for torch.fx."""
+    def _forward_other(self, input: object, hx: object, masked: bool) -> Any:
+        """Input that is neither a tensor nor a PackedSequence: torch.nn's own error, but for torch.fx; its result for
+        what has a `__torch_function__`. masked: with lengths or resets.
+        """
         if isinstance(input, torch.fx.Proxy):
             raise torch.fx.proxy.TraceError(
                 f"torch.fx cannot trace rnn_gpu.{type(self).__name__}: call rnn_gpu.restore_rnns(model) before, and "
                 "rnn_gpu.replace_rnns on the traced module; or trace with a Tracer whose is_leaf_module says True for "
                 "torch.nn.RNNBase (docs/limits.md)"
             )
-        self._as_torch_nn(input, hx)
+        result = self._as_torch_nn(input, hx)
+        beyond = masked or self._beyond_aten() or backends.other_weights(self) or self._watch is not None
+        if is_tensor_like(input) and not beyond and settings.current_backend() != "triton":
+            return result
         raise TypeError(f"input should be a tensor or a PackedSequence, got: {type(input).__name__}")
 
     def _as_torch_nn(self, input, hx):

@@ -17,10 +17,12 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import rnn_gpu
 from rnn_gpu import backends, settings
@@ -99,6 +101,47 @@ def test_bad_constructor_arguments_raise_as_in_torch_nn(name, args, kwargs):
         getattr(rnn_gpu, name)(*args, **kwargs)
     if not isinstance(theirs.value, TypeError) or "unexpected keyword" not in str(theirs.value):
         assert str(ours.value) == str(theirs.value)
+
+
+class Held:
+    """No tensor, but what PyTorch's functions take for one: it holds a tensor and notes who asked for it."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        cls.asked.append(function.__name__)
+        return function(*(one.tensor if isinstance(one, cls) else one for one in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", (*NAMES, "LSTMCell", "GRUCell", "RNNCell"))
+def test_what_has_a_torch_function_is_served_as_by_torch_nn(name):
+    """Catches: input that stands for a tensor refused by its type, though PyTorch's function takes it; and taken where
+    PyTorch's function does not do what is asked for.
+    """
+    torch.manual_seed(0)
+    theirs, input = getattr(torch.nn, name)(3, 4), Held(torch.randn(5, 1, 3) if name in NAMES else torch.randn(5, 3))
+    ours = getattr(rnn_gpu, name)(3, 4)
+    ours.load_state_dict(theirs.state_dict())
+    results = []
+    for layer in (theirs, ours):
+        Held.asked.clear()
+        results.append((tree_leaves(layer(input)), [*Held.asked]))
+    assert results[0][1] == results[1][1] != []
+    assert all(map(torch.equal, results[1][0], results[0][0]))
+    if name in NAMES:
+        dropping = getattr(rnn_gpu, name)(3, 4, weight_dropout=0.5)
+        for layer, kwargs in ((ours, {"lengths": [5]}), (ours, {"resets": torch.ones(5, 1).bool()}), (dropping, {})):
+            with pytest.raises(TypeError, match="should be a tensor or a PackedSequence, got: Held"):
+                layer(input, **kwargs)
+        with rnn_gpu.backend("triton"), pytest.raises(TypeError, match="got: Held"):
+            ours(input)
 
 
 @pytest.mark.parametrize("name", NAMES)
