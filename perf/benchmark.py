@@ -28,7 +28,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import backends
-from rnn_gpu.command import exit_with, positive, present
+from rnn_gpu.command import duration, exit_with, positive, present
 
 # The rule and its numbers are those of the tests; only the norms are taken on the device, where the tensors are large.
 from tests.tolerances import EPS, FLOOR_EPS, PEER_FACTOR
@@ -449,9 +449,14 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--providers", help=f"some of: {', '.join(PROVIDERS)}")
     add("--out", type=Path, help="CSV file to append to (default on a GPU: perf/results/<device>.csv; on a CPU: none)")
     add("--resume", action="store_true", help="leave out what the file has from this very code and these versions")
-    add("--budget", type=float, metavar="SECONDS", help="stop cleanly after so long (default: 3600; --quick 170)")
+    add("--budget", type=duration, metavar="SECONDS", help="stop cleanly after so long (default: 3600; --quick 170)")
     add("--rounds", type=positive, default=30, help="samples of each provider, at most (default: %(default)s)")
-    add("--seconds-per-case", type=float, default=5.0, help="for the samples of a case and mode (default: %(default)s)")
+    add(
+        "--seconds-per-case",
+        type=duration,
+        default=5.0,
+        help="for the samples of a case and mode (default: %(default)s)",
+    )
     add(
         "--jobs",
         type=positive,

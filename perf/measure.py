@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from rnn_gpu.command import exit_with
+from rnn_gpu.command import duration, exit_with
 
 from . import ledger
 from .compiling import JOBS
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.measure", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("perf/results/new"), help="folder for all files (default: %(default)s)")
-    add("--budget", type=float, default=500, metavar="SECONDS", help="of all steps (default: %(default)s)")
+    add("--budget", type=duration, default=500, metavar="SECONDS", help="of all steps (default: %(default)s)")
     add("--only", help="some of the steps, by name, with commas between")
     add("--list", action="store_true", help="print the commands and do nothing")
     options = parser.parse_args(arguments)

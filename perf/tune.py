@@ -26,7 +26,7 @@ from torch import Tensor
 
 import rnn_gpu
 from rnn_gpu import autotuning, backends, measured, reference
-from rnn_gpu.command import exit_with, known_gpu, positive
+from rnn_gpu.command import duration, exit_with, known_gpu, positive
 from rnn_gpu.dtypes import dtype_name
 from rnn_gpu.equations import BUILT_IN
 from rnn_gpu.kernels import plan as planning
@@ -451,7 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--fit", metavar="PATH", help="write the model's constants, fitted to what was measured, as JSON")
     add(
         "--budget",
-        type=float,
+        type=duration,
         default=1800,
         metavar="SECONDS",
         help="stop cleanly after so long (default: %(default)s)",

@@ -25,6 +25,17 @@ def positive(text: str) -> int:
     return number
 
 
+def duration(text: str) -> float:
+    """How long, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+    if not number > 0:  # nor NaN
+        raise argparse.ArgumentTypeError(f"should be a positive number, got: {text}")
+    return number
+
+
 def present(text: str) -> torch.device:
     """A device that is there, for argparse."""
     try:

@@ -73,6 +73,8 @@ def test_a_command_ends_quietly_where_its_reader_has_gone(command, errors):
         "perf.resources --documented --beside nowhere": "argument --beside: [Errno 2] No such file",
         "perf.profile --device H20O": "argument --device: unknown GPU 'H20O'; the nearest are 'H20', 'H200'",
         "perf.tune --device T4": "argument --device: NVIDIA T4: too old for the kernels",
+        "perf.benchmark --budget -1": "argument --budget: should be a positive number, got: -1",
+        "perf.tune --budget nan": "argument --budget: should be a positive number, got: nan",
         "perf.overhead --rounds 0": "argument --rounds: should be a positive number, got: 0",
         "perf.overhead --device H200": "argument --device: Invalid device string: 'H200'",
         "perf.benchmark --device H200": "argument --device: Invalid device string: 'H200'",
