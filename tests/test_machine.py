@@ -636,6 +636,24 @@ def locked_kernel(lock, x, CHANGES: tl.constexpr):
     tl.store(x + tl.program_id(0), 1)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "setp.lt.u32 p, tid, 32; AGAIN: @p ld.volatile.global.b32 x, [%rd0]; setp.eq.u32 q, x, 0; @q bra AGAIN;",
+        "mov.b32 x, 0; AGAIN: ld.volatile.global.b32 x, [%rd0]; bar.sync 0; setp.eq.u32 q, x, 0; @q bra AGAIN;",
+    ],
+    ids=["by some warps", "with a barrier"],
+)
+def test_the_word_of_a_wait(code):
+    """Catches: a wait that names no word, or ends in another error, where warps that run together ask nothing, or where
+    those that asked stand at a barrier when it is given up.
+    """
+    code = ".reg .pred p, q; .reg .b32 x; mov.b32 x, 0; " + code
+    for seed in range(30):
+        with pytest.raises(Fault, match=r"nobody writes any more .*: this one for argument 0, byte 0 of 128\n"):
+            launch(code, [zeros(32)], warps=2, shared=128, seed=seed, budget=50_000, patience=100)
+
+
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_wait_through_atomics_that_never_ends_is_found(changes):
     """Catches atomics that change nothing, or barriers in the loop of a wait, that count as news."""

@@ -188,7 +188,8 @@ class Launch:
     def _give_up(self) -> None:
         """Fault of a wait without end: of the warp that has come the least far, which others may wait for."""
         ready = np.flatnonzero(self.status == READY)
-        asking = ready[self.asked[ready] >= 0]
+        asked = np.flatnonzero((self.status != DONE) & (self.asked >= 0))  # at a barrier, too, in the loop of a wait
+        asking = here if (here := asked[self.status[asked] == READY]).size else asked
         row = int((some := asking if asking.size else ready)[np.argmin(self.count[some])])
         what = f"all warps wait for what nobody writes any more (patience={self.schedule.patience})"
         if not asking.size:

@@ -60,8 +60,11 @@ class Services:
 
     def ask(self, address: np.ndarray, mask: np.ndarray | None) -> None:
         """Remember what these warps asked memory for, should they wait without end."""
-        self.launch.asked[self.rows] = self.at
-        self.launch.asked_for[self.rows] = address if mask is None else np.where(mask, address, -1)
+        rows = self.rows
+        if mask is not None:  # of warps that run together some may have no lane in it, and ask nothing
+            some = mask.any(1)
+            rows, address = rows[some], np.where(mask, address, -1)[some]
+        self.launch.asked[rows], self.launch.asked_for[rows] = self.at, address
 
     def load(self, space, address, width, count, mask, order="") -> np.ndarray:
         """-> [warps, 32, count]; zeros in lanes outside of the mask. order: `access.order_of`."""
