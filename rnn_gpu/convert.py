@@ -15,19 +15,14 @@ everywhere but here. (PyTorch's own converters, `convert_sync_batchnorm` for one
 shows in results, and this in nothing but the time.) A second call on a model that is done says nothing.
 """
 
-import collections
-import dataclasses
-import itertools
-import types
 import warnings
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils import parametrize
 
 from .cells import GRUCell, LSTMCell, RNNCell
+from .hidden import RECURRENT, hidden_layers
 from .modules import GRU, LSTM, RNN
 from .own import CellLayer
 
@@ -42,10 +37,7 @@ OURS = {
     torch.nn.RNNCell: RNNCell,
 }
 LAYERS = LSTM, GRU, RNN
-RECURRENT = RNNBase, RNNCellBase
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
-REGISTERED = "_modules", "_parameters", "_buffers"  # the attributes of a module that hold its parts
-MOST_LOOKS = 10_000  # of an attribute: a list of numbers may be long, and layers lie near its beginning or nowhere
 
 
 def replace_rnns(model: Model) -> Model:
@@ -111,7 +103,7 @@ def _swap(
         )
     if cells:
         warnings.warn(f"{caller} left cells alone that torch.nn does not have: {', '.join(cells)}", stacklevel=3)
-    hidden = _in_plain_attributes(model, table)
+    hidden = hidden_layers(model, lambda layer: class_after(layer, table) is not None)
     if hidden:
         warnings.warn(
             f"{caller} left layers alone that are no part of the model, nor are their parameters: {', '.join(hidden)}. "
@@ -124,50 +116,6 @@ def _swap(
             stacklevel=3,
         )
     return model
-
-
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a container, a dataclass or a module holds, each with how Python writes the way to it; nothing of others."""
-    if isinstance(value, torch.nn.Module):
-        yield from ((f".{name}", one) for name, one in value.named_children())
-        yield from ((f".{name}", one) for name, one in vars(value).items() if name not in REGISTERED)
-    elif isinstance(value, dict):
-        yield from ((f"[{key!r}]" if isinstance(key, str | int) else "[...]", one) for key, one in value.items())
-    elif isinstance(value, list | tuple | collections.deque):
-        yield from ((f"[{index}]", one) for index, one in enumerate(value))
-    elif isinstance(value, set | frozenset):
-        yield from (("[...]", one) for one in value)
-    elif isinstance(value, types.SimpleNamespace):
-        yield from ((f".{name}", one) for name, one in vars(value).items())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from ((f".{one.name}", getattr(value, one.name, None)) for one in dataclasses.fields(value))
-
-
-def _in_plain_attributes(model: torch.nn.Module, table: dict[type, type]) -> list[str]:
-    """The layers and cells that are no part of the model, in what its modules hold beside modules: of each attribute
-    the first, and how many more. What is near the module is looked at first, nothing twice, and not all of long lists.
-    """
-    seen, found = {id(module) for module in model.modules()}, []
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in REGISTERED:
-                continue
-            hidden, waiting, looks = [], collections.deque([(attribute, value)]), 0
-            while waiting and looks < MOST_LOOKS:
-                (way, one), looks = waiting.popleft(), looks + 1
-                if id(one) in seen:
-                    continue
-                if isinstance(one, RECURRENT):
-                    seen.add(id(one))
-                    hidden += [way] if class_after(one, table) is not None else []
-                elif not (isinstance(one, torch.nn.Module) and any(inner is model for inner in one.modules())):
-                    inside = list(itertools.islice(_inside(one), MOST_LOOKS))
-                    seen |= {id(one)} if inside else set()
-                    waiting.extend((way + step, inner) for step, inner in inside)
-            if hidden:
-                more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
-                found.append(f"{name}.{hidden[0]}{more}".lstrip("."))
-    return found
 
 
 def _instead(model: torch.nn.Module) -> str:

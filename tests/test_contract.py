@@ -13,6 +13,7 @@ import re
 import types
 import warnings
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils import parametrizations, parametrize
 import rnn_gpu
 import rnn_gpu.cells
 import rnn_gpu.convert
+from rnn_gpu import hidden
 from tests import contract
 from tests.contract import (
     CELLS,
@@ -431,14 +433,62 @@ def test_looking_for_hidden_layers_ends():
     loop[-1].kept = loop
     model.loop, model.parent, model[0].back = loop, [around], {"model": model}
     counted = Counted(range(10**6))
-    model.numbers = counted
+    model.numbers, model.rows = counted, [Counted([0, 1.5] * 500) for _ in range(10**4)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rnn_gpu.replace_rnns(model)
-    assert counted.looks <= 2 * rnn_gpu.convert.MOST_LOOKS
+    assert counted.looks <= hidden.MOST_LOOKS and sum(one.looks for one in model.rows) <= hidden.MOST_LOOKS
     loop[2]["deep"] = torch.nn.GRU(3, 4)
     with pytest.warns(UserWarning, match=r"model, .*: loop\[2\]\['deep'\]\."):
         rnn_gpu.replace_rnns(model)
+
+
+class Lazy:
+    """A field of a dataclass that is not there yet."""
+
+    def __get__(self, one, owner):
+        if one is None:
+            raise AttributeError
+        raise ValueError("not loaded")
+
+    def __set__(self, one, value):
+        pass
+
+
+@dataclasses.dataclass
+class Late:
+    """With such a field."""
+
+    field: int = Lazy()
+
+
+@pytest.mark.parametrize(
+    "raises",
+    [
+        lambda: Late(1),
+        lambda: mock.Mock(spec=torch.nn.Module),
+        lambda: torch.nn.Module.__new__(torch.nn.Linear),
+        lambda: mock.Mock(__class__=mock.PropertyMock(side_effect=RuntimeError)),
+    ],
+    ids=["a field", "a mock", "a module without its parts", "a class"],
+)
+def test_what_raises_when_it_is_looked_at_hides_nothing(raises):
+    """Catches: an error of what hangs on a model, after its layers have been exchanged; layers behind it, not named."""
+    model = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+    model.kept = [raises(), raises(), [torch.nn.GRU(3, 4)]]
+    with pytest.warns(UserWarning, match=r"model, .*: kept\[2\]\[0\]\."):
+        rnn_gpu.replace_rnns(model)
+    assert type(model[0]) is rnn_gpu.LSTM
+
+
+def test_a_long_way_is_cut():
+    """Catches: a warning of pages."""
+    kept = torch.nn.GRU(3, 4)
+    for _ in range(2000):
+        kept = [kept]
+    with pytest.warns(UserWarning, match=r": kept\[0\].*\.\.\..*\[0\]\. A torch") as seen:
+        rnn_gpu.replace_rnns(with_attribute(kept))
+    assert len(str(seen[0].message)) < 400
 
 
 class Counted(list):
