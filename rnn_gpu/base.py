@@ -492,7 +492,9 @@ class _Layer(NotQuantized, RNNBase, Generic[State]):
 
     def has_another_forward(self) -> bool:
         """Whether the results are now others than those of PyTorch's own kernels."""
-        return self.zoneout != 0 or self.return_cells or (self.training and self.recurrent_dropout > 0)
+        if self.zoneout != 0 or (self.training and self.recurrent_dropout > 0):
+            return True  # and no value of a comparison, which Dynamo may have as a symbol
+        return self.return_cells
 
     # ---- Weights -----------------------------------------------------------------------------------------------------
 

@@ -431,3 +431,18 @@ def test_a_derivative_of_an_exported_program_is_an_error_or_right(num_layers):
     except RuntimeError:  # but with PyTorch 2.11, whose exports hold a stack's backward
         return
     torch.testing.assert_close(found, module(input))
+
+
+@pytest.mark.parametrize("option", ["dropout", "zoneout", "recurrent_dropout", "weight_dropout"])
+def test_an_option_that_changes_from_epoch_to_epoch(option):
+    """Catches: an error, or a value of before, once Dynamo has the number as a symbol."""
+    layer, input = rnn_gpu.LSTM(3, 5, 2), torch.randn(4, 2, 3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    seen = []
+    for value in (0.0, 0.2, 0.3, 0.5):
+        setattr(layer, option, value)
+        for call in (compiled, layer):
+            torch.manual_seed(0)
+            seen.append(call(input)[0])
+        torch.testing.assert_close(*seen[-2:])
+        assert not any(torch.equal(seen[-1], earlier) for earlier in seen[:-2])
