@@ -5,7 +5,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -14,26 +14,20 @@ from .kernels.devices import DEVICES, named, nearest
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE has ended, as `yes | head -1` ends
 
 
-def positive(text: str) -> int:
+def positive(text: str, kind: type = int) -> Any:
     """A number of an argument, for argparse."""
     try:
-        number = int(text)
+        number = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"should be a positive number, got: {number}")
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+    if not number > 0:  # nor NaN
+        raise argparse.ArgumentTypeError(f"should be a positive number, got: {text}")
     return number
 
 
 def duration(text: str) -> float:
-    """How long, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
-    if not number > 0:  # nor NaN
-        raise argparse.ArgumentTypeError(f"should be a positive number, got: {text}")
-    return number
+    """Seconds, for argparse."""
+    return positive(text, float)
 
 
 def present(text: str) -> torch.device:

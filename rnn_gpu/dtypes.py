@@ -2,6 +2,8 @@
 
 import torch
 
+from .backends import name_of
+
 SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 NAMES = "'float32', 'float16', 'bfloat16', or short 'float', 'fp32', 'half', 'fp16', 'bf16'"
 
@@ -20,6 +22,6 @@ def dtype_of(given: torch.dtype | str) -> torch.dtype:
 def dtype_name(text: str) -> str:
     """For argparse: "bf16" -> "bfloat16", as in plans and cases; what names no type stays, for `choices` to refuse."""
     try:
-        return str(dtype_of(text)).removeprefix("torch.")
+        return name_of(dtype_of(text))
     except ValueError:
         return text
